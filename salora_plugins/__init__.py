@@ -1,0 +1,37 @@
+"""SaLoRA for PEFT, TRL and Axolotl: fine-tune an aligned chat model and keep its refusals."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use: hosts such as Axolotl import this package at every start, so it must not import torch.
+_EXPORTS = {
+    "SaLoRAConfig": "salora_plugins.config",
+    "SaLoRAModel": "salora_plugins.tuner",
+    "SafetyModule": "salora_plugins.safety_module",
+    "calibrate": "salora_plugins.calibration",
+    "load_for_training": "salora_plugins.tuner",
+}
+
+__all__ = ["SaLoRAConfig", "SaLoRAModel", "SafetyModule", "__version__", "calibrate", "load_for_training"]
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .config import SaLoRAConfig
+    from .safety_module import SafetyModule
+    from .tuner import SaLoRAModel, load_for_training
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The built-in prompt sets, written for this project."""

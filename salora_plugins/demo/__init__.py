@@ -1,0 +1,1 @@
+"""The `salora demo`: a tiny aligned chat model, fine-tuned with LoRA and with SaLoRA."""

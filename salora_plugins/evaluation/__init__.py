@@ -1,0 +1,1 @@
+"""Measuring what a fine-tuned model refuses, over-refuses and has learned."""
