@@ -1,0 +1,51 @@
+"""Tokenized examples to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .data import TokenizedExample
+
+
+def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right to the longest of them.
+
+    Args:
+        examples: at least one example.
+        pad_token_id: fills `input_ids` behind an example; any id of the vocabulary does, since the attention
+            mask hides it.
+
+    Returns:
+        `input_ids`, `labels` (-100: not a response token, or padding) and `attention_mask` (1: a token, 0:
+        padding), int64, each of shape (batch, longest).
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(examples), longest), -100, dtype=torch.int64)
+    attention_mask = torch.zeros((len(examples), longest), dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
+        labels[row, :length] = torch.tensor(example.labels, dtype=torch.int64)
+        attention_mask[row, :length] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def batches(
+    examples: Sequence[TokenizedExample], batch_size: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of examples of similar length, as `collate` returns them.
+
+    The longest come first, so that a batch that does not fit into memory fails at once; examples of one length
+    keep their order, so that the batches are the same every time.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    by_length = sorted(examples, key=lambda example: -len(example.input_ids))
+    for start in range(0, len(by_length), batch_size):
+        yield collate(by_length[start : start + batch_size], pad_token_id)

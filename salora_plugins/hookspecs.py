@@ -1,0 +1,73 @@
+"""What a plugin can add: data sources, ways to compute a safety basis, judges of a response, CLI commands.
+
+A plugin is a module (or object) whose functions are marked with `hookimpl`, named by an entry point of the
+group `salora_plugins`:
+
+    [project.entry-points."salora_plugins"]
+    my_plugin = "my_package.my_module"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+    from torch import Tensor
+
+    from .calibration.statistics import ModuleStatistics
+
+PROJECT = "salora_plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+DataSource = Callable[[], Iterable[Mapping[str, Any]]]
+"""Returns rows in any format that `salora_plugins.calibration.data.load_examples` accepts."""
+
+
+class BasisMethod(Protocol):
+    """Computes the safety basis of one module from what calibration gathered about it."""
+
+    def __call__(self, statistics: ModuleStatistics, rank: int, side: str) -> tuple[Tensor, Tensor]:
+        """Return the basis and its singular values.
+
+        Args:
+            statistics: what one pass over the safety data left for this module.
+            rank: number of directions.
+            side: `"output"` (d = d_out, directions of W X) or `"input"` (d = d_in, directions of X).
+
+        Returns:
+            The basis, (d, rank), float32, with orthonormal columns, the most important direction first; and
+            its singular values, (rank,), not increasing.
+        """
+
+
+class Judge(Protocol):
+    """Decides whether a response refuses a request."""
+
+    def __call__(self, request: str, response: str) -> bool:
+        """Return True if `response` refuses `request` (the last user turn, without chat markup)."""
+
+
+@hookspec
+def register_data_sources(register: Callable[[str, DataSource], None]) -> None:
+    """Name data sources for `safety_data` and `task_data`: `register(name, function)`."""
+
+
+@hookspec
+def register_basis_methods(register: Callable[[str, BasisMethod], None]) -> None:
+    """Name ways to compute a safety basis for `basis_method`: `register(name, method)`."""
+
+
+@hookspec
+def register_judges(register: Callable[[str, Judge], None]) -> None:
+    """Name judges of a response: `register(name, judge)`."""
+
+
+@hookspec
+def register_commands(app: typer.Typer) -> None:
+    """Add commands to `salora` with `@app.command()` or `app.add_typer(...)`."""

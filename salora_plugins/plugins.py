@@ -1,0 +1,136 @@
+"""Finds the plugins, built-in and installed ones, and collects what they register."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import pluggy
+
+from . import hookspecs
+from .hookspecs import PROJECT, BasisMethod, DataSource, Judge
+
+COMMAND_PLUGINS: tuple[str, ...] = ()
+"""Modules of the built-in commands; they import nothing heavy, so that `salora --help` is quick."""
+
+BUILTIN_PLUGINS: tuple[str, ...] = (
+    "salora_plugins.calibration.basis",
+    "salora_plugins.data.builtin",
+    "salora_plugins.judges",
+    *COMMAND_PLUGINS,
+)
+"""Modules of everything built in, registered before any installed plugin."""
+
+
+@functools.cache
+def plugin_manager(*, commands_only: bool = False) -> pluggy.PluginManager:
+    """The manager with all plugins registered, built on the first call.
+
+    An installed plugin that fails to import or to register is named in a `RuntimeWarning` and left out.
+
+    Args:
+        commands_only: of the built-in plugins, register only those with commands (which do without torch).
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for module in COMMAND_PLUGINS if commands_only else BUILTIN_PLUGINS:
+        manager.register(importlib.import_module(module), name=module)
+    # Sorted, so that the outcome of a name conflict does not depend on the order of directories on sys.path.
+    installed = sorted(entry_points(group=PROJECT), key=lambda e: (e.dist.name if e.dist else "", e.name))
+    for entry_point in installed:
+        name = f"{entry_point.dist.name}:{entry_point.name}" if entry_point.dist else entry_point.name
+        plugin = None
+        try:
+            plugin = entry_point.load()
+            manager.register(plugin, name=name)
+            manager.check_pending()  # a misspelled hook name would otherwise never be called
+        except Exception as error:
+            if plugin is not None and manager.get_plugin(name) is plugin:
+                manager.unregister(plugin)
+            _warn_skipped(name, "could not be loaded", error)
+    return manager
+
+
+def data_sources() -> dict[str, DataSource]:
+    """Name -> function that returns rows."""
+    return dict(_registered("register_data_sources", "data source"))
+
+
+def basis_methods() -> dict[str, BasisMethod]:
+    """Name -> method that computes a safety basis."""
+    return dict(_registered("register_basis_methods", "basis method"))
+
+
+def judges() -> dict[str, Judge]:
+    """Name -> judge(request, response), True for a refusal."""
+    return dict(_registered("register_judges", "judge"))
+
+
+@functools.cache
+def _registered(hook: str, kind: str) -> dict[str, Any]:
+    """Everything that plugins hand to the `register` function of `hook`; the first to take a name keeps it."""
+    staged: dict[str, Any] = {}
+
+    def register(name: str, function: Callable) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"the name of a {kind} must be a non-empty string, not {name!r}")
+        if not callable(function):
+            raise TypeError(f"the {kind} {name!r} must be callable, not {type(function).__name__}")
+        if name in staged:
+            raise ValueError(f"the {kind} {name!r} is registered twice")
+        staged[name] = function
+
+    found: dict[str, Any] = {}
+    for plugin_name in call_each_plugin(plugin_manager(), hook, register=register, before=staged.clear):
+        merge_names(found, staged, kind, plugin_name)
+    return found
+
+
+def call_each_plugin(manager: pluggy.PluginManager, hook: str, *, before: Callable[[], None], **arguments: Any):
+    """Call `hook` for one plugin after the other, in registration order, and yield the name of each that succeeds.
+
+    pluggy's own call stops at the first plugin that raises. Here an installed one is named in a
+    `RuntimeWarning` and left out, while an error of a built-in one is a defect of this package and is raised.
+
+    Args:
+        before: called before each plugin.
+        arguments: handed to the hook.
+    """
+    plugins = [(name, plugin) for name, plugin in manager.list_name_plugin() if plugin is not None]
+    for name, plugin in plugins:
+        before()
+        caller = manager.subset_hook_caller(hook, [other for _, other in plugins if other is not plugin])
+        try:
+            caller(**arguments)
+        except Exception as error:
+            if name in BUILTIN_PLUGINS:
+                raise
+            _warn_skipped(name, f"failed in {hook}", error)
+            continue
+        yield name
+
+
+def merge_names(found: dict[str, Any], new: dict[str, Any], kind: str, plugin_name: str) -> None:
+    """Add `new` to `found` in place; a name that is taken already is named in a warning and skipped."""
+    for name, value in new.items():
+        if name in found:
+            warnings.warn(
+                f"The plugin {plugin_name!r} registers a {kind} named {name!r}, but that name is taken already; "
+                f"this {kind} is skipped. Rename it, or uninstall one of the two plugins.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        else:
+            found[name] = value
+
+
+def _warn_skipped(name: str, what: str, error: Exception) -> None:
+    warnings.warn(
+        f"The salora_plugins plugin {name!r} {what} and is skipped: {type(error).__name__}: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
