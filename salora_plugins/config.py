@@ -1,0 +1,304 @@
+"""`SaLoRAConfig`: everything of PEFT's `LoraConfig`, and the options of SaLoRA."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+
+from .files import atomic_write
+from .safety_module import SafetyModule
+
+SAFETY_MODULE_FILE = "salora.safetensors"
+CONFIG_FILE = "salora_config.json"
+
+# Never written to a file: objects that live only in this process.
+_RUN_TIME_FIELDS = frozenset({"tokenizer", "runtime_config"})
+
+# LoRA options that SaLoRA leaves their meaning. Every other option of the installed PEFT changes what the two
+# factors compute, so it is refused rather than ignored; a list of what is allowed also covers options to come.
+_COMPATIBLE_LORA_FIELDS = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+    }
+)
+
+_WHAT_TO_USE_INSTEAD = {
+    "init_lora_weights": "SaLoRA initializes its factors itself: leave it at True and choose init='task', 'pissa' or "
+    "'zero'.",
+    "use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included: set use_dora=False.",
+    "target_parameters": "Only linear layers have the outputs that the safety module protects: name them in "
+    "target_modules.",
+    "lora_bias": "A bias on lora_B would be trained outside the safety module: set lora_bias=False.",
+    "layer_replication": "Replicated layers share their weights but need safety bases of their own: replicate the "
+    "layers in the base model first.",
+    "loftq_config": "LoftQ changes the base weights, which SaLoRA never does: quantize the base model with "
+    "bitsandbytes instead.",
+}
+
+
+class SaLoRAPeftType(str, enum.Enum):
+    """The PEFT type under which SaLoRA is registered; equal to, and hashed as, the string "SALORA"."""
+
+    SALORA = "SALORA"
+
+
+@dataclass
+class SaLoRAConfig(LoraConfig):
+    """
+    Configuration of a SaLoRA adapter: all of [`~peft.LoraConfig`], with `r` and `lora_alpha` defaulting to the
+    paper's 16, and the options below.
+
+    Reference: Li, Si, Backes, Zhang, Wang: "SaLoRA: Safety-Alignment Preserved Low-Rank Adaptation", ICLR 2025,
+    https://arxiv.org/abs/2501.01765
+
+    Args:
+        safety_rank (`int`, defaults to 32):
+            Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
+            values protect more and leave less room to learn; must be smaller than the layer's output.
+        input_safety_rank (`int`, defaults to 0):
+            Number of input directions per layer that the update may not react to (columns of V_C). 0 is the paper's
+            form. Goes beyond the paper.
+        safety_positions (`"response"` or `"predicting"`, *optional*):
+            Which positions of the safety data count: those whose input is a response token (the paper's code), or
+            those that predict one, which include the last prompt token. `None` means "response" without an input
+            side and "predicting" with one.
+        task_rank (`int`, defaults to 32):
+            Number r_t of task directions kept by `init="task"`.
+        init (`"task"`, `"pissa"` or `"zero"`, defaults to `"task"`):
+            Start of the factors. "task": the weight's top singular directions, their output side restricted to
+            what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
+            "zero": B = 0, and the saved adapter has rank r instead of 2r. None of them changes what the model
+            computes before the first step.
+        safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
+            Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
+            taken, and kept if they are refusals).
+        task_data (`str`, path, `datasets.Dataset` or list, *optional*):
+            Training examples for `init="task"`. `None` takes the first batch that is trained on.
+        safety_module (`str`, path or [`SafetyModule`], *optional*):
+            A safety module computed before; skips calibration.
+        basis_method (`str`, defaults to `"salora"`):
+            Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
+        num_safety_samples (`int`, defaults to 128): Safety examples to calibrate on.
+        num_task_samples (`int`, defaults to 128): Task examples for `init="task"` where `task_data` is given.
+        calibration_batch_size (`int`, defaults to 8): Examples per forward pass of a calibration.
+        calibration_max_length (`int`, defaults to 512): Tokens per calibration example; longer ones are cut.
+        seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` loads the one
+            in the model's own folder or repository.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of the trained factors A and B."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the scaling is lora_alpha / r."})
+    safety_rank: int = field(default=32, metadata={"help": "Output directions per layer that are protected."})
+    input_safety_rank: int = field(
+        default=0, metadata={"help": "Input directions per layer that are protected; 0 is the paper's form."}
+    )
+    safety_positions: Literal["response", "predicting"] | None = field(
+        default=None, metadata={"help": "Positions of the safety data that count: 'response' or 'predicting'."}
+    )
+    task_rank: int = field(default=32, metadata={"help": "Task directions kept by init='task'."})
+    init: Literal["task", "pissa", "zero"] = field(
+        default="task", metadata={"help": "Start of the factors: 'task', 'pissa' or 'zero'."}
+    )
+    safety_data: Any = field(default="builtin", metadata={"help": "Harmful requests to calibrate on."})
+    task_data: Any = field(default=None, metadata={"help": "Task examples; None: the first training batch."})
+    safety_module: Any = field(default=None, metadata={"help": "A safety module computed before, or its path."})
+    basis_method: str = field(default="salora", metadata={"help": "Method that computes the safety bases."})
+    num_safety_samples: int = field(default=128, metadata={"help": "Safety examples to calibrate on."})
+    num_task_samples: int = field(default=128, metadata={"help": "Task examples for init='task'."})
+    calibration_batch_size: int = field(default=8, metadata={"help": "Examples per calibration forward."})
+    calibration_max_length: int = field(default=512, metadata={"help": "Tokens per calibration example."})
+    seed: int = field(default=0, metadata={"help": "Seed of data selection and decompositions."})
+    tokenizer: Any = field(default=None, repr=False, metadata={"help": "Tokenizer; run time only, never saved."})
+
+    def __post_init__(self) -> None:
+        from . import tuner  # noqa: F401 -- registers SaLoRA with PEFT; it imports this module
+
+        super().__post_init__()
+        self.peft_type = SaLoRAPeftType.SALORA
+        self._check_salora_options()
+        self._refuse_contradicting_lora_options()
+        self._warn_about_weights_outside_the_safety_module()
+        # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
+        self._calibrated: SafetyModule | None = None
+        self._weights_follow = False
+
+    def _check_salora_options(self) -> None:
+        for name, choices in (
+            ("init", ("task", "pissa", "zero")),
+            ("safety_positions", ("response", "predicting", None)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
+        for name, least in (
+            ("r", 1),
+            ("safety_rank", 1),
+            ("input_safety_rank", 0),
+            ("task_rank", 1),
+            ("num_safety_samples", 1),
+            ("num_task_samples", 1),
+            ("calibration_batch_size", 1),
+            ("calibration_max_length", 2),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+        if isinstance(self.task_data, str) and self.task_data == "builtin":
+            raise ValueError(
+                "task_data='builtin': there is no built-in task data. Name the data that you train on, or leave "
+                "task_data=None to take it from the first training batch."
+            )
+        if self.init != "zero" and self.lora_alpha <= 0:
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha!r}: init={self.init!r} divides by the scaling; give a positive value, or "
+                "use init='zero'."
+            )
+
+    def _refuse_contradicting_lora_options(self) -> None:
+        own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+        for option in dataclasses.fields(self):
+            if option.name in _COMPATIBLE_LORA_FIELDS or option.name in own:
+                continue
+            value = getattr(self, option.name)
+            default = option.default
+            if value == default or (option.name != "init_lora_weights" and not value):
+                continue
+            advice = _WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
+            raise ValueError(f"{option.name}={value!r} cannot be combined with SaLoRA. {advice}")
+
+    def _warn_about_weights_outside_the_safety_module(self) -> None:
+        outside = {
+            "modules_to_save": self.modules_to_save,
+            "bias": None if self.bias == "none" else self.bias,
+            "trainable_token_indices": self.trainable_token_indices,
+        }
+        for name, value in outside.items():
+            if value:
+                warnings.warn(
+                    f"{name}={value!r} trains weights that the safety module does not protect: refusals can be lost "
+                    "through them, and the certificate does not cover them.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
+    @property
+    def resolved_safety_positions(self) -> Literal["response", "predicting"]:
+        """`safety_positions`, with `None` resolved by whether there is an input side."""
+        if self.safety_positions is not None:
+            return self.safety_positions
+        return "predicting" if self.input_safety_rank else "response"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values; data and modules given as objects are named by their type."""
+        result = {}
+        for option in dataclasses.fields(self):
+            if option.name in _RUN_TIME_FIELDS:
+                continue
+            value = getattr(self, option.name)
+            if option.name in ("safety_data", "task_data", "safety_module"):
+                value = _name_of(value)
+            elif dataclasses.is_dataclass(value):
+                value = dataclasses.asdict(value)
+            result[option.name] = copy.deepcopy(value)
+        return result
+
+    def to_lora_config(self) -> LoraConfig:
+        """
+        The plain [`~peft.LoraConfig`] under which the trained adapter is saved.
+
+        With `init="task"` or `"pissa"` the saved factors are the concatenations [A; A_0] and [B, -C B_0] of rank 2r,
+        so that ranks double and alphas grow by 2 (by sqrt(2) with rsLoRA): every layer keeps its scaling.
+        """
+        shared = {f.name for f in dataclasses.fields(LoraConfig)} - {"peft_type", "init_lora_weights"}
+        options = {name: copy.deepcopy(getattr(self, name)) for name in shared}
+        if self.init != "zero":
+            growth = 2**0.5 if self.use_rslora else 2
+            options["r"] = 2 * self.r
+            options["lora_alpha"] = growth * self.lora_alpha
+            options["rank_pattern"] = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+            options["alpha_pattern"] = {key: growth * alpha for key, alpha in self.alpha_pattern.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's own remarks were made when this config was created
+            return LoraConfig(**options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the configuration. Once the adapter is part of a model, that is `adapter_config.json` as a plain
+        LoraConfig, which any PEFT can read, and beside it `salora_config.json` and the safety module
+        (`salora.safetensors`), which `load_for_training` reads. Before, it is this configuration itself.
+
+        Args:
+            save_directory (`str`): Folder to write to; created where it is missing.
+            kwargs: Passed on to [`~peft.PeftConfig.save_pretrained`].
+        """
+        folder = Path(save_directory)
+        if self._calibrated is None:
+            super().save_pretrained(str(folder), **kwargs)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._calibrated.save(folder / SAFETY_MODULE_FILE)
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+        self.to_lora_config().save_pretrained(str(folder), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """
+        Read the configuration of a saved SaLoRA adapter, or one that was saved on its own.
+
+        For a trained adapter the safety module beside it is named in `safety_module`.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not (folder / CONFIG_FILE).is_file():
+            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        values = cls.from_json_file(str(folder / CONFIG_FILE))
+        # What it was computed from is in the safety module's provenance; the data itself may be gone.
+        values.update(safety_data="builtin", task_data=None, safety_module=str(folder / SAFETY_MODULE_FILE))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
+
+
+def _name_of(value: Any) -> str | None:
+    """A short, saveable description of a data source or a safety module."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return f"<{type(value).__name__}>"

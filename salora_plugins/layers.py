@@ -1,0 +1,214 @@
+"""Which layers of a model an adapter targets, and access to their weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import align_module_device
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .safety_module import SafetyModule, SafetyModuleError
+
+_SAMPLES_PER_WEIGHT = 64
+_QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The original layer inside a layer that already carries adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """
+    The modules that PEFT would adapt, in the model's order, found by PEFT's own matching rules.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are used.
+
+    Raises:
+        ValueError: Nothing matches, no target_modules are known for this architecture, or a target is not a linear
+            layer.
+    """
+    config = copy.copy(config)
+    if config.target_modules is None:
+        model_type = BaseTuner.get_model_config(model).get("model_type")
+        config.target_modules = LoraModel.target_module_mapping.get(model_type)
+        if config.target_modules is None:
+            raise ValueError(
+                f"target_modules is not set, and PEFT knows no default for the model type {model_type!r}: name the "
+                "linear layers to adapt, or give target_modules='all-linear'."
+            )
+    config = _maybe_include_all_linear_layers(config, model)
+    names = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if BaseTuner._check_target_module_exists(config, name):
+            check_layer_type(name, module)
+            names.append(name)
+    if not names:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}. Check the names "
+            "against model.named_modules()."
+        )
+    return names
+
+
+def check_layer_type(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: `module` is not a linear layer whose outputs a safety module can protect.
+    """
+    layer = base_layer(module)
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear layers "
+            "(torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out with "
+            "exclude_modules."
+        )
+
+
+def layer_features(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer, quantized or not."""
+    layer = base_layer(module)
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
+
+
+@contextmanager
+def linear_weight(module: nn.Module) -> Iterator[Tensor]:
+    """
+    The weight of a linear layer as (d_out, d_in), dequantized, and fetched where accelerate has offloaded it.
+
+    The tensor is only valid inside the `with` block and must not be written to.
+    """
+    layer = base_layer(module)
+    with align_module_device(layer), torch.no_grad():
+        weight = dequantize_module_weight(layer).detach()
+        yield weight.T if isinstance(layer, Conv1D) else weight
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight holds packed integers of bitsandbytes."""
+    return type(base_layer(module).weight).__name__ in _QUANTIZED_PARAMETERS
+
+
+def check_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A target weight holds NaN or infinity, or has no values (meta device); it names the module.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        with linear_weight(module) as weight:
+            if weight.is_meta:
+                raise ValueError(
+                    f"The weight of {name!r} is on the meta device, so there is nothing to calibrate on. Load the model "
+                    "with its weights first, or pass a safety_module computed before (`calibrate(...).save(file)`)."
+                )
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"The weight of {name!r} contains NaN or infinity: the base model is broken, or was loaded in a "
+                    "dtype too small for it."
+                )
+
+
+def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Module name -> evenly spaced elements of its weight, (up to 64,) float32 on the CPU: the fingerprint."""
+    samples = {}
+    for name in names:
+        with linear_weight(model.get_submodule(name)) as weight:
+            index = torch.linspace(0, weight.numel() - 1, min(_SAMPLES_PER_WEIGHT, weight.numel())).long()
+            rows, columns = index // weight.shape[1], index % weight.shape[1]
+            samples[name] = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
+    return samples
+
+
+def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Check that a safety module was computed for these layers of this model.
+
+    The sampled weights must agree up to the rounding of bf16; those of a quantized layer up to its quantization
+    error, which is a fraction of the weights' spread.
+
+    Raises:
+        SafetyModuleError: Shapes or weights differ; it names the first module where they do.
+    """
+    names = list(names)
+    samples = weight_samples(model, [name for name in names if name in safety_module.weight_samples])
+    for name in names:
+        module = model.get_submodule(name)
+        d_in, d_out = layer_features(module)
+        for bases, dimension, kind in (
+            (safety_module.bases, d_out, "outputs"),
+            (safety_module.input_bases, d_in, "inputs"),
+        ):
+            if name in bases and bases[name].shape[0] != dimension:
+                raise SafetyModuleError(
+                    f"The safety module was computed for another model: its basis for {name!r} is for "
+                    f"{bases[name].shape[0]} {kind}, the layer has {dimension}. Calibrate on this model."
+                )
+        if name not in samples:
+            continue
+        ours, theirs = samples[name], safety_module.weight_samples[name]
+        if ours.shape == theirs.shape:
+            if is_quantized(module):
+                same = (ours - theirs).square().mean() <= 0.05 * theirs.square().mean()
+            else:
+                same = torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())
+        else:
+            same = False
+        if not same:
+            raise SafetyModuleError(
+                f"The safety module was computed for another model: the weight of {name!r} is not the one it was "
+                f"computed for ({safety_module.provenance.get('base_model') or 'unnamed model'}). Calibrate on this "
+                "model, or load the model that it belongs to."
+            )
+
+
+def check_ranks(model: nn.Module, names: Iterable[str], safety_rank: int, input_safety_rank: int) -> None:
+    """
+    Raises:
+        ValueError: A rank leaves a layer nothing to train.
+    """
+    for name in names:
+        d_in, d_out = layer_features(model.get_submodule(name))
+        for option, rank, dimension, kind in (
+            ("safety_rank", safety_rank, d_out, "outputs"),
+            ("input_safety_rank", input_safety_rank, d_in, "inputs"),
+        ):
+            if rank >= dimension:
+                raise ValueError(
+                    f"{option}={rank} is not smaller than the {dimension} {kind} of {name!r}, which would leave its "
+                    f"update no direction at all. Set {option} to at most {dimension - 1}, or leave the layer out."
+                )
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model without the adapters that it carries; their state and requires_grad are put back."""
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    enabled = [module for module in adapted if not module.disable_adapters]
+    requires_grad = [(p, p.requires_grad) for module in adapted for p in module.parameters()]
+    for module in enabled:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,254 @@
+"""The safety module: per layer, the directions that an update must stay out of, and where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_write
+
+FORMAT_VERSION = 1
+DEFAULT_FILE = "salora.safetensors"
+# float32 SVDs leave 1e-6; anything above means that the file does not hold orthonormal bases.
+_ORTHONORMALITY_TOLERANCE = 1e-4
+
+_KEYS = ("output_basis", "output_singular_values", "input_basis", "input_singular_values", "weight_sample")
+
+
+class SafetyModuleError(ValueError):
+    """A safety module file that cannot be used, or one that does not belong to this model."""
+
+
+@dataclass(frozen=True)
+class SafetyModule:
+    """
+    The fixed safety module of SaLoRA (section 4.1 of the paper) for a set of linear layers.
+
+    Modules are named as in the base model, for example "model.layers.0.self_attn.q_proj".
+    """
+
+    bases: dict[str, Tensor]
+    """Module name -> U_C, (d_out, r_s) float32 with orthonormal columns, most important first."""
+
+    input_bases: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> V_C, (d_in, r_in) float32 with orthonormal columns; empty without an input side."""
+
+    singular_values: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> singular values of W X_h for the columns of U_C, (r_s,) float32, descending."""
+
+    input_singular_values: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> singular values of X_h for the columns of V_C, (r_in,) float32, descending."""
+
+    weight_samples: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> a few elements of the weight it was computed for, float32: the fingerprint of the model."""
+
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What it was computed from and how; JSON values."""
+
+    def __post_init__(self) -> None:
+        if not self.bases:
+            raise SafetyModuleError("A safety module needs at least one module with a basis; it has none.")
+        for name, basis in self.bases.items():
+            _check_basis(basis, f"{name}: output basis")
+        for name, basis in self.input_bases.items():
+            if name not in self.bases:
+                raise SafetyModuleError(f"{name}: has an input basis but no output basis.")
+            _check_basis(basis, f"{name}: input basis")
+        if self.input_bases and set(self.input_bases) != set(self.bases):
+            missing = sorted(set(self.bases) - set(self.input_bases))
+            raise SafetyModuleError(f"{missing[0]}: has no input basis, although other modules have one.")
+        for kind, values, bases in (
+            ("singular values", self.singular_values, self.bases),
+            ("input singular values", self.input_singular_values, self.input_bases),
+        ):
+            for name, vector in values.items():
+                if name not in bases or vector.shape != (bases[name].shape[1],):
+                    raise SafetyModuleError(f"{name}: {kind} of shape {tuple(vector.shape)} do not fit its basis.")
+                if not torch.isfinite(vector).all():
+                    raise SafetyModuleError(f"{name}: {kind} are not finite.")
+
+    @property
+    def safety_rank(self) -> int:
+        """The smallest number of protected output directions over the modules."""
+        return min(basis.shape[1] for basis in self.bases.values())
+
+    @property
+    def input_safety_rank(self) -> int:
+        """The smallest number of protected input directions over the modules; 0 without an input side."""
+        return min((basis.shape[1] for basis in self.input_bases.values()), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """
+        Hex digest of the model's weights, from a few elements of every module, rounded to bfloat16.
+
+        The rounding makes it the same for one checkpoint loaded in float32 or bfloat16.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.weight_samples):
+            digest.update(name.encode())
+            digest.update(self.weight_samples[name].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    def restricted_to(self, names: Iterable[str], safety_rank: int, input_safety_rank: int) -> SafetyModule:
+        """
+        The part of this safety module for some modules, with the first columns of every basis.
+
+        Raises:
+            SafetyModuleError: A module or a rank that it does not have.
+        """
+        names = list(names)
+        if absent := [name for name in names if name not in self.bases]:
+            raise SafetyModuleError(
+                f"The safety module has no basis for {len(absent)} of {len(names)} target modules, the first of them "
+                f"{absent[0]!r} (it has, for example, {next(iter(self.bases))!r}). Calibrate again with these "
+                "target_modules, or target only modules that it covers."
+            )
+        for option, wanted, bases in (
+            ("safety_rank", safety_rank, self.bases),
+            ("input_safety_rank", input_safety_rank, self.input_bases),
+        ):
+            for name in names if wanted else ():
+                available = bases[name].shape[1] if name in bases else 0
+                if available < wanted:
+                    raise SafetyModuleError(
+                        f"{option}={wanted}, but the safety module has only {available} such directions for {name!r}. "
+                        f"Set {option}={available}, or calibrate again with the higher rank."
+                    )
+
+        def first(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+            return {n: values[n][..., :rank].contiguous() for n in names if n in values} if rank else {}
+
+        return SafetyModule(
+            bases=first(self.bases, safety_rank),
+            input_bases=first(self.input_bases, input_safety_rank),
+            singular_values=first(self.singular_values, safety_rank),
+            input_singular_values=first(self.input_singular_values, input_safety_rank),
+            weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
+            provenance={
+                **self.provenance,
+                "safety_rank": safety_rank,
+                "input_safety_rank": input_safety_rank,
+            },
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write one safetensors file, all of it or nothing.
+
+        Args:
+            path: The file; for a folder, `salora.safetensors` in it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / DEFAULT_FILE
+        tensors = {}
+        for key, values in zip(_KEYS, self._parts(), strict=True):
+            # Modules that read the same input share one V_C in memory; safetensors wants every tensor on its own.
+            tensors.update({f"{name}.{key}": t.detach().cpu().float().clone() for name, t in values.items()})
+        metadata = {
+            "format": "salora_safety_module",
+            "format_version": str(FORMAT_VERSION),
+            "fingerprint": self.fingerprint,
+            "content_sha256": _content_digest(tensors),
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SafetyModule:
+        """
+        Read a safety module and check it: format, shapes, finiteness, orthonormality, and that the content is what
+        was written.
+
+        Args:
+            path: A file, or a folder that holds `salora.safetensors` (a saved adapter, for example).
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            SafetyModuleError: The file is damaged, was changed, or is not a safety module; it says which module.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / DEFAULT_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"safety_module: there is no file {str(path)!r}. Give a safety module file or a folder that holds "
+                f"{DEFAULT_FILE}."
+            )
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
+        except SafetensorError as error:
+            raise SafetyModuleError(
+                f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it again."
+            ) from error
+        if metadata.get("format") != "salora_safety_module":
+            raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
+        if metadata.get("format_version") != str(FORMAT_VERSION):
+            raise SafetyModuleError(
+                f"{path}: format version {metadata.get('format_version')}, this salora-plugins reads {FORMAT_VERSION}. "
+                "Install the version that wrote it, or calibrate again."
+            )
+        parts: dict[str, dict[str, Tensor]] = {key: {} for key in _KEYS}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".")
+            if part not in parts:
+                raise SafetyModuleError(f"{path}: holds {key!r}, which is no part of a safety module.")
+            parts[part][name] = tensor
+        try:
+            module = cls(
+                bases=parts["output_basis"],
+                input_bases=parts["input_basis"],
+                singular_values=parts["output_singular_values"],
+                input_singular_values=parts["input_singular_values"],
+                weight_samples=parts["weight_sample"],
+                provenance=json.loads(metadata.get("provenance", "{}")),
+            )
+        except SafetyModuleError as error:
+            raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
+        if _content_digest(tensors) != metadata.get("content_sha256"):
+            raise SafetyModuleError(
+                f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
+                "changed; calibrate again or fetch it again."
+            )
+        return module
+
+    def _parts(self) -> tuple[dict[str, Tensor], ...]:
+        return (
+            self.bases,
+            self.singular_values,
+            self.input_bases,
+            self.input_singular_values,
+            self.weight_samples,
+        )
+
+
+def _check_basis(basis: Tensor, what: str) -> None:
+    if basis.ndim != 2 or not 0 < basis.shape[1] <= basis.shape[0]:
+        raise SafetyModuleError(f"{what} has shape {tuple(basis.shape)}; expected (dimension, rank).")
+    if not basis.is_floating_point() or not torch.isfinite(basis).all():
+        raise SafetyModuleError(f"{what} is not finite.")
+    error = (basis.T.double() @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device))
+    if error.abs().max() > _ORTHONORMALITY_TOLERANCE:
+        raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
+
+
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,480 @@
+"""The SaLoRA tuner: PEFT's LoRA layers with parametrized weights; registers with PEFT when it is imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
+
+from .calibration import calibrate_with, task_bases
+from .calibration.capture import cheap_forward_options, evaluation_mode, position_mask
+from .calibration.statistics import RowStatistics
+from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
+from .distributed import broadcast_from_first_rank, gather_from_all_ranks
+from .initialization import pissa_factors, restrict_to_task
+from .layers import (
+    adapters_disabled,
+    base_layer,
+    check_belongs,
+    check_layer_type,
+    check_ranks,
+    linear_weight,
+    target_module_names,
+)
+from .parametrization import SafeFactor, safe_factor, trained_factor
+from .safety_module import SafetyModule
+
+logger = logging.getLogger(__name__)
+
+# Positions of the first training batch that the task initialization looks at, per rank: several times the task rank.
+_TASK_POSITIONS = 1024
+# A factor saved in bf16 leaves this share of itself in the safety directions; another safety module leaves far more.
+_FOREIGN_FACTOR_SHARE = 1e-2
+
+
+class SaLoRAModel(LoraModel):
+    """
+    Adds SaLoRA adapters to a model.
+
+    An adapter is PEFT's LoRA layer whose two weights are parametrized by [`SafeFactor`]: lora_A.weight = [A; A_0]
+    (I - V_C V_C^T) and lora_B.weight = (I - U_C U_C^T) [B, -B_0]. The base weights are never touched, merging and
+    disabling are LoRA's own, and what is saved is an ordinary LoRA adapter.
+
+    Args:
+        model (`torch.nn.Module`): The aligned base model.
+        peft_config ([`SaLoRAConfig`]): The configuration.
+        adapter_name (`str`): Name of the adapter.
+
+    Example:
+
+        >>> from peft import get_peft_model
+        >>> from salora_plugins import SaLoRAConfig
+        >>> model = get_peft_model(model, SaLoRAConfig(target_modules=["q_proj", "v_proj"]))
+    """
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Calibrate where no safety module is given, add the LoRA layers, and parametrize them."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, SaLoRAConfig):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            return
+        names = target_module_names(model, config)
+        twin = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        safety_module = self._safety_module(model, config, names)
+        bases_of_task = None
+        if config.init == "task" and config.task_data is not None and twin is None and not config._weights_follow:
+            bases_of_task = task_bases(model, config)
+
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        layers = {name: model.get_submodule(name) for name in names}
+        if any(p.is_meta for layer in layers.values() for p in layer.lora_A[adapter_name].parameters()):
+            raise ValueError(
+                "low_cpu_mem_usage=True leaves the new factors without values, but SaLoRA computes them from the base "
+                "weights. Leave it at False."
+            )
+        for name, layer in tqdm(layers.items(), desc="initializing SaLoRA", unit="layer", leave=False):
+            if twin is not None:
+                _copy_factors(layer, twin, adapter_name)
+            else:
+                self._parametrize(layer, name, adapter_name, config, safety_module)
+                if bases_of_task is not None:
+                    _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
+        self._synchronize(layers.values(), adapter_name)
+        config._calibrated = safety_module
+        waits = config.init == "task" and config.task_data is None and not config._weights_follow
+        if waits and (twin is None or twin in self._waiting_for_task_data):
+            self._initialize_at_first_training_batch(adapter_name)
+
+    def initialize_from_task_data(self, rows: Any, adapter_name: str = "default") -> None:
+        """
+        Set the task initialization (SaLoRA, section 4.2) from training rows, before the first optimizer step.
+
+        Without this call, and without `task_data` in the configuration, it comes from the first training batch.
+
+        Args:
+            rows: Anything that `task_data` accepts, such as the trainer's prepared `train_dataset`.
+            adapter_name: The adapter to initialize.
+
+        Raises:
+            ValueError: The adapter does not use `init="task"`, or was trained or loaded already.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, SaLoRAConfig) or config.init != "task":
+            raise ValueError(f"Adapter {adapter_name!r} does not use init='task'.")
+        if adapter_name not in self._waiting_for_task_data:
+            raise ValueError(
+                f"Adapter {adapter_name!r} has its start values already (task_data, a training batch or saved weights)."
+            )
+        bases = task_bases(self.model, config, rows)
+        for name, layer in self._layers_of(adapter_name):
+            _restrict_layer_to_task(layer, adapter_name, bases[name])
+        self._synchronize([layer for _, layer in self._layers_of(adapter_name)], adapter_name)
+        self._forget_waiting(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget_waiting(adapter_name)
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+        if isinstance(lora_config, SaLoRAConfig):
+            check_layer_type(current_key, target)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+
+    @property
+    def _waiting_for_task_data(self) -> dict[str, list[torch.utils.hooks.RemovableHandle]]:
+        """Adapters whose task initialization comes with the first training batch, and the hooks that wait for it."""
+        # The base class injects from its constructor, before a subclass could set attributes of its own.
+        return self.__dict__.setdefault("_task_hooks", {})
+
+    def _safety_module(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
+        check_ranks(model, names, config.safety_rank, config.input_safety_rank)
+        given = config.safety_module
+        if given is not None:
+            safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
+            positions = safety_module.provenance.get("safety_positions")
+            if config.safety_positions is not None and positions not in (None, config.safety_positions):
+                raise ValueError(
+                    f"safety_positions={config.safety_positions!r}, but the safety module was computed from "
+                    f"{positions!r} positions. Leave safety_positions unset, or calibrate again."
+                )
+        elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
+            return config._calibrated
+        else:
+            safety_module = calibrate_with(model, config)
+        safety_module = safety_module.restricted_to(names, config.safety_rank, config.input_safety_rank)
+        check_belongs(safety_module, model, names)
+        return safety_module
+
+    def _parametrize(
+        self, layer: LoraLayer, name: str, adapter_name: str, config: SaLoRAConfig, safety_module: SafetyModule
+    ) -> None:
+        lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        offsets: tuple[Tensor | None, Tensor | None] = (None, None)
+        with torch.no_grad():
+            if config.init == "zero":
+                lora_b.weight.zero_()
+            else:
+                if config._weights_follow:
+                    start = torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight)
+                else:
+                    with linear_weight(layer) as weight:
+                        start = pissa_factors(
+                            weight, layer.r[adapter_name], layer.scaling[adapter_name], config.seed
+                        )
+                for linear, values in zip((lora_a, lora_b), start, strict=True):
+                    linear.weight.copy_(values)
+                # Taken from the parameters: the frozen halves start with the very bits that the trained ones have.
+                offsets = lora_a.weight.detach().float().clone(), lora_b.weight.detach().float().clone()
+        device = lora_a.weight.device
+        input_basis = safety_module.input_bases.get(name)
+        _register(lora_a, SafeFactor("input", None if input_basis is None else input_basis.to(device), offsets[0]))
+        _register(lora_b, SafeFactor("output", safety_module.bases[name].to(device), offsets[1]))
+
+    def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+        """(name in the base model, layer) of the layers that carry this adapter as SaLoRA."""
+        return list(_salora_layers(self.model, adapter_name))
+
+    @staticmethod
+    def _synchronize(layers, adapter_name: str) -> None:
+        """Give every rank the first one's start values; decompositions may differ in the last bits."""
+        for layer in layers:
+            for linear in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                factor, parameter = safe_factor(linear), trained_factor(linear)
+                broadcast_from_first_rank([t for t in (parameter, factor.offset) if t is not None])
+
+    def _initialize_at_first_training_batch(self, adapter_name: str) -> None:
+        """
+        Let the first forward pass of training set the task initialization from its own batch.
+
+        It runs the base model on that batch first, without gradients. That is no different from doing it before: the
+        initialization does not change what the model computes.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if adapter_name in self._waiting_for_task_data and module.training and torch.is_grad_enabled():
+                self._initialize_from_batch(adapter_name, module, args, kwargs)
+
+        entry_points = [self.model]
+        # Some losses skip the language-model head and call the decoder itself.
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        if isinstance(decoder, nn.Module) and decoder is not self.model:
+            entry_points.append(decoder)
+        self._waiting_for_task_data[adapter_name] = [
+            entry.register_forward_pre_hook(hook, with_kwargs=True) for entry in entry_points
+        ]
+
+    @torch.no_grad()
+    def _initialize_from_batch(
+        self, adapter_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        layers = self._layers_of(adapter_name)
+        self._forget_waiting(adapter_name)
+        for _, layer in layers:
+            _check_writable(trained_factor(layer.lora_B[adapter_name]))
+        index = _training_positions(args, kwargs)
+        handles = []
+        bases: dict[str, Tensor] = {}
+
+        def capture(name: str):
+            def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                rows = output.detach().reshape(-1, output.shape[-1])[index.to(output.device)]
+                if layer.bias is not None:
+                    rows = rows - layer.bias
+                bases[name] = _task_basis_of_batch(rows, config.task_rank)
+
+            return hook
+
+        quiet = {key: value for key, value in kwargs.items() if key != "labels"}
+        quiet.update(cheap_forward_options(module))
+        try:
+            for name, layer in layers:
+                handles.append(base_layer(layer).register_forward_hook(capture(name)))
+            with adapters_disabled(self.model), evaluation_mode(self.model):
+                module(*args, **quiet)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, layer in layers:
+            _restrict_layer_to_task(layer, adapter_name, bases[name])
+        self._synchronize([layer for _, layer in layers], adapter_name)
+        logger.info("Adapter %r: task initialization from the first training batch.", adapter_name)
+
+    def _forget_waiting(self, adapter_name: str) -> None:
+        for handle in self._waiting_for_task_data.pop(adapter_name, ()):
+            handle.remove()
+
+    # PEFT's seams for saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """The weights as an ordinary LoRA adapter: effective, in float32, under LoRA's own keys."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, linear in _salora_linears(model, adapter_name):
+            key = f"{name}.parametrizations.weight.original"
+            selected[f"{name}.weight"] = safe_factor(linear).exact(selected.pop(key))
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Split effective weights into trained and start factors again, checking that they fit the safety module."""
+        state_dict = dict(state_dict)
+        remapped = {}
+        for name, linear in _salora_linears(model, adapter_name):
+            key = next((k for k in _checkpoint_keys(name, adapter_name) if k in state_dict), None)
+            if key is None:
+                continue  # PEFT reports missing keys itself
+            remapped[f"{name}.parametrizations.weight.original"] = _load_factor(
+                linear, state_dict.pop(key), name.replace(f".{adapter_name}", "")
+            )
+        tuner = model if isinstance(model, SaLoRAModel) else getattr(model, "base_model", None)
+        if remapped and isinstance(tuner, SaLoRAModel):
+            tuner._forget_waiting(adapter_name)
+        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict), **remapped}
+
+
+def load_for_training(
+    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """
+    Load a saved SaLoRA adapter to go on training it, with its safety module in force.
+
+    `PeftModel.from_pretrained` loads the same folder as a plain LoRA adapter: right for inference, but training it
+    further would not be held back from the safety directions.
+
+    Args:
+        model: The base model that the adapter was trained on.
+        folder: A folder written by `save_pretrained`, or a trainer's checkpoint.
+        adapter_name: Name of the adapter in the returned model.
+        kwargs: Passed on to [`~peft.PeftModel.from_pretrained`].
+
+    Returns:
+        A [`~peft.PeftModel`] whose adapter is trainable.
+
+    Raises:
+        FileNotFoundError: The folder has no `salora_config.json`, so there is no safety module to train with.
+        SafetyModuleError: The safety module is damaged or belongs to another model.
+
+    Example:
+
+        >>> model = load_for_training(AutoModelForCausalLM.from_pretrained(base), "outputs/checkpoint-100")
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module. A plain LoRA adapter "
+            "is loaded with PeftModel.from_pretrained."
+        )
+    config = SaLoRAConfig.from_pretrained(folder)
+    config._weights_follow = True
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    try:
+        return cls.from_pretrained(
+            model, str(folder), adapter_name=adapter_name, is_trainable=True, config=config, **kwargs
+        )
+    finally:
+        config._weights_follow = False
+
+
+def _register(linear: nn.Module, factor: SafeFactor) -> None:
+    # unsafe: the effective weight is wider than the trained one, which torch does not expect.
+    parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _copy_factors(layer: LoraLayer, source: str, target: str) -> None:
+    """Adapters that share one configuration share the safety module and start from the same weights."""
+    for linears in (layer.lora_A, layer.lora_B):
+        factor = safe_factor(linears[source])
+        offset = None if factor.offset is None else factor.offset.clone()
+        with torch.no_grad():
+            linears[target].weight.copy_(trained_factor(linears[source]))
+        _register(linears[target], SafeFactor(factor.side, factor.basis, offset))
+
+
+def _restrict_layer_to_task(layer: LoraLayer, adapter_name: str, task_basis: Tensor) -> None:
+    """B_0 <- U_T U_T^T B_0, in the trained half and in the frozen one."""
+    linear = layer.lora_B[adapter_name]
+    parameter = trained_factor(linear)
+    _check_writable(parameter)
+    with torch.no_grad():
+        parameter.copy_(restrict_to_task(parameter, task_basis))
+    safe_factor(linear).offset = parameter.detach().float().clone()
+
+
+def _check_writable(parameter: nn.Parameter) -> None:
+    sharded = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    if sharded:
+        raise RuntimeError(
+            "The task initialization cannot be set from the first training batch once DeepSpeed or FSDP manages the "
+            "factors. Set task_data in SaLoRAConfig, so that it is known before, or init='pissa' or 'zero'."
+        )
+
+
+def _training_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """
+    Flat indices of the positions of a training batch that count, evenly thinned to at most `_TASK_POSITIONS`.
+
+    Response tokens where the batch tells (labels, or the number of logits that a loss asks for), else all tokens.
+    """
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    batch, length = tokens.shape[:2]
+    mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+    attention_mask = kwargs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == mask.shape:
+        mask &= attention_mask.bool()
+    labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels != -100).any():
+        mask &= position_mask(labels, "response")
+    elif isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
+        mask[:, : length - logits_to_keep] = False
+    index = mask.flatten().nonzero().squeeze(1)
+    if index.numel() > _TASK_POSITIONS:
+        index = index[torch.linspace(0, index.numel() - 1, _TASK_POSITIONS, device=index.device).long()]
+    return index
+
+
+def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
+    """
+    U_T from one batch, the same on all ranks: every rank contributes its rows' top 2 r_t scaled directions.
+
+    Args:
+        rows: W x, (n, d_out).
+        task_rank: r_t.
+    """
+    rows = rows.float()
+    dimension = rows.shape[1]
+    width = min(2 * task_rank, dimension)
+    summary = rows.new_zeros(width, dimension)
+    if rows.shape[0]:
+        local = RowStatistics(dimension)
+        local.update(rows)
+        basis, values = local.top(min(width, rows.shape[0], dimension))
+        summary[: values.shape[0]] = (basis * values).T
+    statistics = RowStatistics(dimension)
+    statistics.update(gather_from_all_ranks(summary))
+    basis, values = statistics.top(min(task_rank, dimension, statistics.count))
+    return basis[:, values > values[0] * 1e-6]
+
+
+def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
+    """Whether the safety module that this configuration led to before was for this very model."""
+    try:
+        safety_module.restricted_to(names, config.safety_rank, config.input_safety_rank)
+        check_belongs(safety_module, model, names)
+    except ValueError:
+        return False
+    return True
+
+
+def _salora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            if safe_factor(module.lora_A[adapter_name]) is not None:
+                # Names as in a plain state dict, whatever has wrapped the model since.
+                yield name.removeprefix("_fsdp_wrapped_module.").removeprefix("_orig_mod."), module
+
+
+def _salora_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """(name, linear) of every parametrized lora_A and lora_B of an adapter, named with the adapter."""
+    for name, layer in _salora_layers(model, adapter_name):
+        yield f"{name}.lora_A.{adapter_name}", layer.lora_A[adapter_name]
+        yield f"{name}.lora_B.{adapter_name}", layer.lora_B[adapter_name]
+
+
+def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
+    key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
+    return key, f"base_model.model.{key}"
+
+
+def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
+    """The trained half of a saved weight; the other becomes the start factor."""
+    factor, parameter = safe_factor(linear), trained_factor(linear)
+    if weight.shape != linear.weight.shape:
+        raise ValueError(
+            f"{name}: the saved weight has shape {tuple(weight.shape)}, this adapter's has {tuple(linear.weight.shape)}. "
+            "Load it with the r, rank_pattern and init that it was trained with (load_for_training reads them)."
+        )
+    if factor.basis is not None:
+        axis = weight.cpu().double() if factor.side == "output" else weight.cpu().double().T
+        inside = torch.linalg.norm(factor.basis.cpu().double().T @ axis)
+        if inside > _FOREIGN_FACTOR_SHARE * torch.linalg.norm(axis):
+            raise ValueError(
+                f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, so "
+                "it was trained with another safety module. Resume with the one that was saved with it: "
+                "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
+            )
+    trained, start = factor.split(weight)
+    if start is not None:
+        factor.offset = start.to(parameter.device)
+    return trained.to(parameter.dtype)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAConfig
+PEFT_TYPE_TO_TUNER_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAModel
+PEFT_TYPE_TO_PREFIX_MAPPING[SaLoRAPeftType.SALORA] = LoraModel.prefix
