@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -72,7 +72,7 @@ def judges() -> dict[str, Judge]:
 
 @functools.cache
 def _registered(hook: str, kind: str) -> dict[str, Any]:
-    """Everything that plugins hand to the `register` function of `hook`; the first to take a name keeps it."""
+    """What plugins hand to the `register` function of `hook`; the first one to take a name keeps it."""
     staged: dict[str, Any] = {}
 
     def register(name: str, function: Callable) -> None:
@@ -90,8 +90,11 @@ def _registered(hook: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def call_each_plugin(manager: pluggy.PluginManager, hook: str, *, before: Callable[[], None], **arguments: Any):
-    """Call `hook` for one plugin after the other, in registration order, and yield the name of each that succeeds.
+def call_each_plugin(
+    manager: pluggy.PluginManager, hook: str, *, before: Callable[[], None], **arguments: Any
+) -> Iterator[str]:
+    """Call `hook` for one plugin after the other, in registration order, and yield the name of each that
+    succeeds.
 
     pluggy's own call stops at the first plugin that raises. Here an installed one is named in a
     `RuntimeWarning` and left out, while an error of a built-in one is a defect of this package and is raised.
@@ -119,8 +122,8 @@ def merge_names(found: dict[str, Any], new: dict[str, Any], kind: str, plugin_na
     for name, value in new.items():
         if name in found:
             warnings.warn(
-                f"The plugin {plugin_name!r} registers a {kind} named {name!r}, but that name is taken already; "
-                f"this {kind} is skipped. Rename it, or uninstall one of the two plugins.",
+                f"The plugin {plugin_name!r} registers a {kind} named {name!r}, but that name is taken "
+                "already, so it is skipped. Rename it, or uninstall one of the two plugins.",
                 RuntimeWarning,
                 stacklevel=2,
             )

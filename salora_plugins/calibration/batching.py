@@ -41,8 +41,8 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of examples of similar length, as `collate` returns them.
 
-    The longest come first, so that a batch that does not fit into memory fails at once; examples of one length
-    keep their order, so that the batches are the same every time.
+    The longest come first, so that a batch that does not fit into memory fails at once; examples of one
+    length keep their order, so that the batches are the same every time.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
