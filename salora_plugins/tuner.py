@@ -145,6 +145,11 @@ class SaLoRAModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
     @property
+    def waiting_for_task_data(self) -> list[str]:
+        """Adapters whose task initialization is still to come, from the first training batch if from nowhere else."""
+        return list(self._waiting_for_task_data)
+
+    @property
     def _waiting_for_task_data(self) -> dict[str, list[torch.utils.hooks.RemovableHandle]]:
         """Adapters whose task initialization comes with the first training batch, and the hooks that wait for it."""
         # The base class injects from its constructor, before a subclass could set attributes of its own.

@@ -1,1 +1,9 @@
+"""SaLoRA in TRL: command-line arguments for `TrlParser`, and a callback for the task initialization.
 
+`peft_config=SaLoRAConfig(...)` is all that TRL's trainers need; nothing here is required.
+"""
+
+from .arguments import SaLoRAArguments, get_peft_config, read_dataset
+from .callback import TaskInitializationCallback
+
+__all__ = ["SaLoRAArguments", "TaskInitializationCallback", "get_peft_config", "read_dataset"]

@@ -1,0 +1,36 @@
+# `make demo` shows what it does; `make test` runs the whole suite. Both set up what they need in .venv.
+VENV ?= .venv
+NEWEST_VENV ?= .venv-newest
+OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
+PYTEST ?=
+
+.PHONY: demo test test-newest lint clean
+
+demo: $(VENV)/.with-demo
+	$(OFFLINE) $(VENV)/bin/salora demo
+
+test: $(VENV)/.with-axolotl
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(PYTEST)
+
+# Axolotl pins TRL and Transformers; this runs everything but its tests against the newest releases.
+test-newest: $(NEWEST_VENV)/.with-test
+	$(OFFLINE) $(NEWEST_VENV)/bin/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.with-axolotl
+	$(VENV)/bin/ruff check .
+
+# An environment made for the tests can run the demo, too; it is not made twice.
+$(VENV)/.with-demo: pyproject.toml tools/setup_environment.sh
+	@test -e $(VENV)/.with-axolotl || tools/setup_environment.sh $(VENV) demo
+	@touch $@
+
+$(VENV)/.with-axolotl: pyproject.toml tools/setup_environment.sh
+	tools/setup_environment.sh $(VENV) axolotl,test
+	@touch $@
+
+$(NEWEST_VENV)/.with-test: pyproject.toml tools/setup_environment.sh
+	tools/setup_environment.sh $(NEWEST_VENV) test
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info demo-results
