@@ -69,7 +69,7 @@ _WHAT_TO_USE_INSTEAD = {
 }
 
 
-class SaLoRAPeftType(str, enum.Enum):
+class SaLoRAPeftType(enum.StrEnum):
     """The PEFT type under which SaLoRA is registered; equal to, and hashed as, the string "SALORA"."""
 
     SALORA = "SALORA"

@@ -11,7 +11,7 @@ from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,8 +74,8 @@ def check_layer_type(name: str, module: nn.Module) -> None:
     layer = base_layer(module)
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
-            f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear layers "
-            "(torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out with "
+            f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear "
+            "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out with "
             "exclude_modules."
         )
 
@@ -97,7 +97,11 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     """
     layer = base_layer(module)
     with align_module_device(layer), torch.no_grad():
-        weight = dequantize_module_weight(layer).detach()
+        if is_quantized(layer):
+            # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
+            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
+        else:
+            weight = dequantize_module_weight(layer).detach()
         yield weight.T if isinstance(layer, Conv1D) else weight
 
 
@@ -116,8 +120,8 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
         with linear_weight(module) as weight:
             if weight.is_meta:
                 raise ValueError(
-                    f"The weight of {name!r} is on the meta device, so there is nothing to calibrate on. Load the model "
-                    "with its weights first, or pass a safety_module computed before (`calibrate(...).save(file)`)."
+                    f"The weight of {name!r} is on the meta device, so there is nothing to calibrate on. Load the "
+                    "model with its weights first, or pass a safety_module computed before (`calibrate(...).save(file)`)."
                 )
             if not torch.isfinite(weight).all():
                 raise ValueError(

@@ -155,7 +155,9 @@ class SafetyModule:
         tensors = {}
         for key, values in zip(_KEYS, self._parts(), strict=True):
             # Modules that read the same input share one V_C in memory; safetensors wants every tensor on its own.
-            tensors.update({f"{name}.{key}": t.detach().cpu().float().clone() for name, t in values.items()})
+            for name, tensor in values.items():
+                copy = tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+                tensors[f"{name}.{key}"] = copy
         metadata = {
             "format": "salora_safety_module",
             "format_version": str(FORMAT_VERSION),
@@ -192,7 +194,8 @@ class SafetyModule:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
         except SafetensorError as error:
             raise SafetyModuleError(
-                f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it again."
+                f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it "
+                "again."
             ) from error
         if metadata.get("format") != "salora_safety_module":
             raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")

@@ -139,7 +139,9 @@ class SaLoRAModel(LoraModel):
         super().delete_adapter(adapter_name)
         self._forget_waiting(adapter_name)
 
-    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
         if isinstance(lora_config, SaLoRAConfig):
             check_layer_type(current_key, target)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
@@ -331,8 +333,8 @@ def load_for_training(
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module. A plain LoRA adapter "
-            "is loaded with PeftModel.from_pretrained."
+            f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module. A plain LoRA "
+            "adapter is loaded with PeftModel.from_pretrained."
         )
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True
@@ -439,10 +441,10 @@ def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, n
 
 def _salora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            if safe_factor(module.lora_A[adapter_name]) is not None:
-                # Names as in a plain state dict, whatever has wrapped the model since.
-                yield name.removeprefix("_fsdp_wrapped_module.").removeprefix("_orig_mod."), module
+        linears = module.lora_A if isinstance(module, LoraLayer) else {}
+        if adapter_name in linears and safe_factor(linears[adapter_name]) is not None:
+            # Names as in a plain state dict, whatever has wrapped the model since.
+            yield name.removeprefix("_fsdp_wrapped_module.").removeprefix("_orig_mod."), module
 
 
 def _salora_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -462,16 +464,16 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
     factor, parameter = safe_factor(linear), trained_factor(linear)
     if weight.shape != linear.weight.shape:
         raise ValueError(
-            f"{name}: the saved weight has shape {tuple(weight.shape)}, this adapter's has {tuple(linear.weight.shape)}. "
-            "Load it with the r, rank_pattern and init that it was trained with (load_for_training reads them)."
+            f"{name}: the saved weight has shape {tuple(weight.shape)}, this adapter's has "
+            f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was trained with (load_for_training reads them)."
         )
     if factor.basis is not None:
         axis = weight.cpu().double() if factor.side == "output" else weight.cpu().double().T
         inside = torch.linalg.norm(factor.basis.cpu().double().T @ axis)
         if inside > _FOREIGN_FACTOR_SHARE * torch.linalg.norm(axis):
             raise ValueError(
-                f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, so "
-                "it was trained with another safety module. Resume with the one that was saved with it: "
+                f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, "
+                "so it was trained with another safety module. Resume with the one that was saved with it: "
                 "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
             )
     trained, start = factor.split(weight)

@@ -64,7 +64,7 @@ def get_peft_config(
     }
     if not salora_args.use_salora:
         if given:
-            raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or leave the option out.")
+            raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
     if "salora_init" in given:
         given["init"] = given.pop("salora_init")

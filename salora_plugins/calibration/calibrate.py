@@ -106,7 +106,9 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "input_safety_rank": config.input_safety_rank,
             "basis_method": config.basis_method,
             "seed": config.seed,
-            "captured_energy": {name: _share(values, statistics[name].output.energy) for name, values in singular_values.items()},
+            "captured_energy": {
+                name: _share(values, statistics[name].output.energy) for name, values in singular_values.items()
+            },
             "captured_input_energy": {
                 name: _share(values, statistics[name].input.energy) for name, values in input_singular_values.items()
             },
@@ -238,7 +240,7 @@ def _checked_basis(basis: Tensor, dimension: int, rank: int, name: str, method: 
         raise CalibrationError(
             f"basis_method={method!r} returned a basis for {name!r} whose columns are not orthonormal."
         )
-    return basis.float().cpu()
+    return basis.float().cpu().contiguous()
 
 
 def _registered(option: str, name: str, registered: dict[str, Any]) -> Any:

@@ -236,8 +236,8 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
         free, _ = torch.cuda.mem_get_info(device)
         if 1.2 * needed > free:
             logger.warning(
-                "Calibrating on the CPU: the model needs %.1f GB and %s has %.1f GB free. Load it with a device_map, or "
-                "quantized, to calibrate faster.",
+                "Calibrating on the CPU: the model needs %.1f GB and %s has %.1f GB free. Load it with a device_map, "
+                "or quantized, to calibrate faster.",
                 needed / 1e9,
                 device,
                 free / 1e9,

@@ -54,9 +54,10 @@ _TOKEN_PAIRS = (
     ("prompt_input_ids", "completion_input_ids"),
 )
 _MASKS = ("completion_mask", "assistant_masks")
+_CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "response")
 _TOKENIZED = ("input_ids", "labels", "attention_mask", "seq_lengths", *_MASKS, *chain(*_TOKEN_PAIRS))
-_TEXT = ("messages", "conversations", "chosen", "rejected", "prompt", *_ANSWERS, "text", "label")
+_TEXT = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, "text", "label")
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
 
@@ -163,7 +164,7 @@ def load_examples(
         raise DataError(_nothing_usable(where, unanswered, undesirable))
     if unanswered:
         warnings.warn(
-            f"{where}: {len(unanswered)} rows without a response are left out, the first being {unanswered[0]}",
+            f"{where}: {len(unanswered)} rows without a response are left out (first: {unanswered[0]})",
             stacklevel=2,
         )
     if undesirable:
@@ -289,7 +290,7 @@ def _parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | 
         if prompt in row and response in row:
             before, after = _integers(row, prompt, where), _integers(row, response, where)
             return [TokenizedExample(before + after, (IGNORED,) * len(before) + after)]
-    for column in ("messages", "conversations"):
+    for column in _CONVERSATIONS:
         if column in row:
             return [_split(_messages(row, column, where), where)]
     if "chosen" in row:
@@ -367,7 +368,8 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str
     """A checked list of messages; what a message has besides role and content is for the chat template."""
     value = row[column]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where}: `{column}` must be a list of at least one message, not {_short(value)}")
+        kind = "a list" if column in _CONVERSATIONS else "a text or a list"
+        raise DataError(f"{where}: `{column}` must be {kind} of at least one message, not {_short(value)}")
     messages = []
     for number, message in enumerate(value, start=1):
         name = f"{where}: message {number} of `{column}`"

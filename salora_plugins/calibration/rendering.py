@@ -135,6 +135,9 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, has_special_tokens: b
     if has_special_tokens or (tokenizer.bos_token and text.startswith(tokenizer.bos_token)):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     input_ids = tokenizer(text)["input_ids"]
-    if tokenizer.eos_token and input_ids[-2:] == [tokenizer.eos_token_id] * 2:
-        return input_ids[:-1]  # closed by us and by the tokenizer
+    if tokenizer.eos_token:
+        # Some tokenizers close every text, even a prompt that is to be continued.
+        closed = [tokenizer.eos_token_id] * (1 + text.endswith(tokenizer.eos_token))
+        if input_ids[-len(closed) :] == closed:
+            return input_ids[:-1]
     return input_ids

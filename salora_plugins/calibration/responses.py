@@ -96,8 +96,8 @@ def _answer(
     """Greedy responses as tokenized examples and as text; None where the prompt leaves no room for one."""
     if not hasattr(model, "generate"):
         raise CalibrationError(
-            f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give safety_data "
-            "with responses, or a safety_module."
+            f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give "
+            "safety_data with responses, or a safety_module."
         )
     prompts = [render_prompt(request, tokenizer) for request in requests]
     fitting = [index for index, prompt in enumerate(prompts) if len(prompt) < max_length]

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Data files that are read."""
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 class DataError(ValueError):

@@ -1,1 +1,6 @@
-"""Measuring what a fine-tuned model refuses, over-refuses and has learned."""
+"""Measure a chat model: what it refuses, what it answers, and how well it fits held-out responses."""
+
+from .generation import generate_responses
+from .metrics import refusal_rate, response_loss, wilson_interval
+
+__all__ = ["generate_responses", "refusal_rate", "response_loss", "wilson_interval"]

@@ -1,0 +1,367 @@
+"""What SaLoRA promises of an adapter: same function at the start, exact base, plain LoRA when saved, certificate."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from certificate import largest_share_inside
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins.calibration import task_bases
+from salora_plugins.parametrization import safe_factor, trained_factor
+from tiny import (
+    ARCHITECTURES,
+    llama,
+    refusal_rows,
+    relative_difference,
+    sum_rows,
+    token_batch,
+    token_rows,
+    tokenizer,
+)
+
+
+def config(**options) -> SaLoRAConfig:
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "safety_rank": 8,
+        "task_rank": 8,
+        "safety_data": token_rows(16),
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return SaLoRAConfig(**{**defaults, **options})
+
+
+def train(model: PeftModel, steps: int = 4, learning_rate: float = 1e-2, seed: int = 5) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    model.train()
+    for step in range(steps):
+        tokens = token_batch(seed=seed + step)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return optimizer
+
+
+@pytest.mark.parametrize("init", ["task", "pissa", "zero"])
+@pytest.mark.parametrize("input_safety_rank", [0, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapter_from_start_to_saved_file(architecture, init, input_safety_rank, tmp_path):
+    build, targets = ARCHITECTURES[architecture]
+    tokens = token_batch()
+    expected = build()(tokens).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT switches fan_in_fan_out on for Conv1D
+        model = get_peft_model(
+            build(), config(init=init, input_safety_rank=input_safety_rank, target_modules=targets)
+        )
+    assert relative_difference(model(tokens).logits, expected) < 1e-4
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, expected)
+
+    train(model)
+    trained = model(tokens).logits
+    assert relative_difference(trained, expected) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, expected)
+
+    model.save_pretrained(tmp_path)
+    assert largest_share_inside(tmp_path) <= 1e-5
+    reloaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert type(reloaded.peft_config["default"]) is LoraConfig
+    assert relative_difference(reloaded(tokens).logits, trained) < 1e-5
+    assert relative_difference(reloaded.merge_and_unload(safe_merge=True)(tokens).logits, trained) < 1e-5
+    continued = load_for_training(build(), tmp_path)
+    assert relative_difference(continued.eval()(tokens).logits, trained) < 1e-5
+
+
+def test_layer_computes_the_papers_formula():
+    """y = W x + s C B A P x - s C B_0 A_0 P x with dense projectors."""
+    model = get_peft_model(llama(), config(init="pissa", input_safety_rank=8, lora_alpha=6))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    start_a, start_b = (trained_factor(linears["default"]).detach().clone() for linears in (layer.lora_A, layer.lora_B))
+    train(model)
+    a, b = (trained_factor(linears["default"]) for linears in (layer.lora_A, layer.lora_B))
+    u, v = safe_factor(layer.lora_B["default"]).basis, safe_factor(layer.lora_A["default"]).basis
+    c, p = torch.eye(64) - u @ u.T, torch.eye(64) - v @ v.T
+    x = torch.randn(3, 64)
+    expected = layer.base_layer(x) + 1.5 * x @ (c @ (b @ a - start_b @ start_a) @ p).T
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_start_factors_reconstruct_the_weight():
+    """s B_0 A_0 is the best rank-r part of W, restricted on the output side to U_T for init="task"."""
+    base = llama()
+    weight = base.model.layers[0].self_attn.v_proj.weight.detach().double()
+    rows = token_rows(16, seed=3)
+    options = config(init="task", task_data=rows, use_rslora=True)
+    basis = task_bases(llama(), options)["model.layers.0.self_attn.v_proj"].double()
+    model = get_peft_model(base, options)
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    product = layer.scaling["default"] * trained_factor(layer.lora_B["default"]).double() @ trained_factor(
+        layer.lora_A["default"]
+    ).double()
+    u, s, vh = torch.linalg.svd(weight)
+    expected = basis @ basis.T @ (u[:, :4] * s[:4]) @ vh[:4]
+    assert torch.allclose(product, expected, atol=1e-5)
+
+
+def test_only_the_two_factors_train():
+    model = get_peft_model(llama(), config())
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(name.endswith(".default.parametrizations.weight.original") for name in trainable)
+    assert model.get_nb_trainable_parameters()[0] == 4 * 4 * (64 + 64)
+
+
+def test_first_training_batch_sets_the_task_initialization():
+    model = get_peft_model(llama(), config())
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    before = trained_factor(layer.lora_B["default"]).detach().clone()
+    tokens = token_batch(batch=1, length=12)
+    labels = tokens.clone()
+    labels[:, :5] = -100
+
+    model.eval()
+    model(input_ids=tokens, labels=labels)
+    assert torch.equal(trained_factor(layer.lora_B["default"]), before)
+
+    rows = []
+    handle = layer.base_layer.register_forward_hook(lambda module, args, output: rows.append(output[0, 5:]))
+    model.train()
+    loss = model(input_ids=tokens, labels=labels).loss
+    handle.remove()
+    basis = torch.linalg.svd(rows[0].double().T, full_matrices=False).U[:, :7]
+    expected = basis @ basis.T @ before.double()
+    assert torch.allclose(trained_factor(layer.lora_B["default"]).double(), expected, atol=1e-5)
+    assert torch.allclose(loss, llama()(input_ids=tokens, labels=labels).loss, rtol=1e-4)
+    loss.backward()
+
+    after = trained_factor(layer.lora_B["default"]).detach().clone()
+    model(input_ids=token_batch(seed=9), labels=token_batch(seed=9))
+    assert torch.equal(trained_factor(layer.lora_B["default"]), after)
+    assert not model.base_model.waiting_for_task_data
+
+
+def test_initialize_from_task_data_equals_task_data_option():
+    rows = token_rows(8, seed=3)
+    given = get_peft_model(llama(), config(task_data=rows))
+    later = get_peft_model(llama(), config())
+    later.base_model.initialize_from_task_data(rows)
+    for a, b in zip(given.parameters(), later.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="has its start values already"):
+        later.base_model.initialize_from_task_data(rows)
+
+
+def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
+    model = get_peft_model(llama(), config(input_safety_rank=4))
+    optimizer = train(model)
+    model.save_pretrained(tmp_path)
+    resumed = get_peft_model(llama(), config(input_safety_rank=4))
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    loaded = load_for_training(llama(), tmp_path)
+    tokens = token_batch(seed=20)
+    for other in (resumed, loaded):
+        state = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+        state.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(3):
+            other.train()(input_ids=tokens, labels=tokens).loss.backward()
+            state.step()
+            state.zero_grad()
+    for _ in range(3):
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for other in (resumed, loaded):
+        assert relative_difference(other.eval()(tokens).logits, model.eval()(tokens).logits) < 1e-5
+
+
+def test_loading_the_weights_of_another_safety_module_is_refused(tmp_path):
+    model = get_peft_model(llama(), config())
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(llama(), config(safety_data=token_rows(16, seed=77)))
+    with pytest.raises(ValueError, match="trained with another safety module"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    narrow = get_peft_model(llama(), config(r=2))
+    with pytest.raises(ValueError, match="the saved weight has shape"):
+        narrow.load_adapter(tmp_path, "default", is_trainable=True)
+
+
+def test_load_for_training_needs_the_side_files(tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no salora_config\.json"):
+        load_for_training(llama(), tmp_path)
+
+
+def test_saved_adapter_loads_where_salora_cannot_be_imported(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3}))
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = token_batch()
+    torch.save(model(tokens).logits, tmp_path / "logits.pt")
+    program = f"""
+import sys
+sys.modules["salora_plugins"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r})
+expected = torch.load({str(tmp_path / "logits.pt")!r})
+logits = model(torch.tensor({tokens.tolist()})).logits
+assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    known = set(LoraConfig().to_dict())
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "LORA" and set(saved) <= known
+    shapes = {tuple(t.shape) for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()}
+    assert shapes == {(8, 64), (64, 8), (4, 64), (64, 4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_the_certificate_and_the_start(dtype, tmp_path):
+    base = llama().to(dtype)
+    tokens = token_batch()
+    expected = base(tokens).logits
+    model = get_peft_model(base, config(init="pissa", input_safety_rank=4))
+    # as a trainer does to the trainable weights of a quantized model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    assert relative_difference(model(tokens).logits.float(), expected.float()) < 2e-2
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    model.to(dtype).save_pretrained(tmp_path)
+    assert largest_share_inside(tmp_path) <= 1e-5
+
+
+def test_projection_is_exact_under_autocast():
+    model = get_peft_model(llama(), config())
+    train(model)
+    linear = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = linear.weight
+    assert weight.dtype == torch.float32
+    assert torch.linalg.norm(safe_factor(linear).basis.T @ weight) < 1e-5 * torch.linalg.norm(weight)
+
+
+def test_merge_unmerge_and_deepcopy():
+    model = get_peft_model(llama(), config())
+    train(model)
+    tokens = token_batch()
+    expected = model(tokens).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens).logits, expected)
+    model.merge_adapter()
+    assert relative_difference(model(tokens).logits, expected) < 1e-5
+    model.unmerge_adapter()
+    assert relative_difference(model(tokens).logits, expected) < 1e-5
+
+
+def test_adapters_of_one_configuration_share_the_module_and_the_weights():
+    """What DPOTrainer does with a ready PeftModel: a frozen copy as "ref", without a second calibration."""
+    shared = config(task_data=token_rows(8, seed=3))
+    model = get_peft_model(llama(), shared)
+    train(model)
+    model.add_adapter("ref", shared)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for linears in (layer.lora_A, layer.lora_B):
+        assert torch.equal(linears["ref"].weight, linears["default"].weight)
+        assert safe_factor(linears["ref"]).basis is safe_factor(linears["default"]).basis
+    assert not any(p.requires_grad for p in layer.lora_A["ref"].parameters())
+    train(model)
+    assert not torch.equal(layer.lora_B["ref"].weight, layer.lora_B["default"].weight)
+
+
+def test_several_adapters_on_one_base(tmp_path):
+    tokens = token_batch()
+    model = get_peft_model(llama(), config())
+    model.add_adapter("second", config(safety_rank=4, r=2, init="zero"))
+    train(model)
+    first = model(tokens).logits
+    model.set_adapter("second")
+    assert torch.allclose(model(tokens).logits, llama()(tokens).logits, atol=1e-5)
+    train(model)
+    second = model(tokens).logits
+    model.set_adapter("default")
+    assert torch.equal(model(tokens).logits, first)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(llama(), tmp_path)
+    reloaded.load_adapter(tmp_path / "second", "second")
+    assert relative_difference(reloaded(tokens).logits, first) < 1e-5
+    reloaded.set_adapter("second")
+    assert relative_difference(reloaded(tokens).logits, second) < 1e-5
+    model.delete_adapter("default")
+    assert relative_difference(model(tokens).logits, second) < 1e-5
+
+
+def test_one_configuration_for_two_models_calibrates_on_each():
+    shared = config()
+    get_peft_model(llama(), shared)
+    first = shared._calibrated
+    model = get_peft_model(llama(seed=1), shared)
+    assert shared._calibrated.fingerprint != first.fingerprint
+    assert relative_difference(model(token_batch()).logits, llama(seed=1)(token_batch()).logits) < 1e-4
+
+
+def test_given_safety_module_skips_calibration(tmp_path):
+    module = calibrate(llama(), safety_data=token_rows(16), target_modules=["q_proj", "v_proj"], safety_rank=8)
+    module.save(tmp_path / "module.safetensors")
+    for given in (module, tmp_path / "module.safetensors", str(tmp_path / "module.safetensors")):
+        model = get_peft_model(llama(), config(safety_module=given, safety_data="there is no such data"))
+        basis = safe_factor(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]).basis
+        assert torch.equal(basis, module.bases["model.layers.0.self_attn.q_proj"])
+
+
+def test_text_data_with_the_models_own_tokenizer(tmp_path):
+    llama().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    base = LlamaForCausalLM.from_pretrained(tmp_path)
+    model = get_peft_model(base, config(safety_data=refusal_rows(), task_data=sum_rows()))
+    assert model.peft_config["default"].tokenizer is not None
+    assert "tokenizer" not in model.peft_config["default"].to_dict()
+
+
+def test_configuration_of_a_saved_adapter(tmp_path):
+    model = get_peft_model(llama(), config(input_safety_rank=4))
+    model.save_pretrained(tmp_path)
+    read = SaLoRAConfig.from_pretrained(tmp_path)
+    assert (read.r, read.safety_rank, read.input_safety_rank, read.init) == (4, 8, 4, "task")
+    assert read.target_modules == {"q_proj", "v_proj"}
+    assert SafetyModule.load(tmp_path).provenance["safety_samples"] == 16
+
+
+def test_unsupported_targets_and_modes_are_refused():
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens' is a Embedding, which SaLoRA does not support"):
+        get_peft_model(llama(), config(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(ValueError, match="matches no module of LlamaForCausalLM"):
+        get_peft_model(llama(), config(target_modules=["query"]))
+    with pytest.raises(ValueError, match="low_cpu_mem_usage=True leaves the new factors without values"):
+        get_peft_model(llama(), config(), low_cpu_mem_usage=True)
+    convolution = nn.Sequential(nn.Conv2d(3, 64, 3))
+    with pytest.raises(ValueError, match="'0' is a Conv2d, which SaLoRA does not support"):
+        get_peft_model(convolution, config(target_modules=["0"], task_type=None))
+
+
+def test_defaults_know_the_target_modules():
+    model = get_peft_model(llama(), SaLoRAConfig(safety_data=token_rows(16), safety_rank=8, task_rank=8))
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+    model = get_peft_model(llama(), config(target_modules="all-linear"))
+    assert len(model.base_model.targeted_module_names) == 2 * 7
