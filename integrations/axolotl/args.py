@@ -1,0 +1,212 @@
+"""The `salora:` block of an Axolotl config, and what is refused when the config is validated."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+ADAPTER = "salora"
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+_UNSUPPORTED = {
+    "peft_use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included. Remove it.",
+    "lora_target_parameters": "Only linear layers have outputs that the safety module protects. Name them in "
+    "lora_target_modules.",
+    "peft_layer_replication": "Replicated layers share weights but would need safety bases of their own. Replicate the "
+    "layers in the base model first.",
+    "relora": "ReLoRA merges the adapter into the base weights at every restart, which SaLoRA never changes. Remove it.",
+    "gptq": "The initialization needs weights that can be dequantized. Use load_in_4bit instead.",
+    "unfrozen_parameters": "It trains base weights, which the safety module does not protect. Remove it.",
+    "lora_fp32_gradients": "Axolotl has it for its own adapters only. Leave peft_autocast_adapter_dtype unset: the "
+    "trained factors, and so their gradients, are then float32.",
+    "fsdp": "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
+    "DeepSpeed ZeRO stage 1 or 2.",
+    "fsdp_config": "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use "
+    "DDP, or DeepSpeed ZeRO stage 1 or 2.",
+}
+_UNSUPPORTED_SIZES = ("tensor_parallel_size", "expert_parallel_size")
+
+
+class SaLoRAOptions(BaseModel):
+    """The `salora:` block. Every key is optional; one that is left out has the default of `SaLoRAConfig`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    safety_rank: PositiveInt | None = Field(
+        default=None, description="Output directions per layer that the update may not write into. Default: 32."
+    )
+    input_safety_rank: NonNegativeInt | None = Field(
+        default=None,
+        description="Input directions per layer that the update may not react to. Default: 0, the paper's form.",
+    )
+    safety_positions: Literal["response", "predicting"] | None = Field(
+        default=None,
+        description="Positions of the safety data that count: those whose input is a response token, or those that "
+        "predict one. Default: response, and predicting with an input side.",
+    )
+    task_rank: PositiveInt | None = Field(
+        default=None, description="Task directions that `init: task` keeps. Default: 32."
+    )
+    init: Literal["task", "pissa", "zero"] | None = Field(
+        default=None,
+        description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. Default: task.",
+    )
+    safety_data: str | None = Field(
+        default=None,
+        description="Harmful requests, with safe responses or without: `builtin`, a file, a folder or a hub data set id. "
+        "Default: builtin.",
+    )
+    task_data: str | None = Field(
+        default=None,
+        description="Examples for `init: task`: a file, a folder or a hub data set id. Default: the training rows.",
+    )
+    safety_module: str | None = Field(
+        default=None,
+        description="A safety module computed before (a file, or a folder that holds one); skips calibration.",
+    )
+    basis_method: str | None = Field(
+        default=None, description="Method that computes the safety bases; plugins can add some. Default: salora."
+    )
+    num_safety_samples: PositiveInt | None = Field(
+        default=None, description="Safety examples to calibrate on. Default: 128."
+    )
+    num_task_samples: PositiveInt | None = Field(
+        default=None, description="Task examples for `init: task`. Default: 128."
+    )
+    calibration_batch_size: PositiveInt | None = Field(
+        default=None, description="Examples per forward pass of a calibration. Default: 8."
+    )
+    calibration_max_length: PositiveInt | None = Field(
+        default=None, description="Tokens per calibration example; longer ones are cut. Default: 512."
+    )
+    seed: NonNegativeInt | None = Field(
+        default=None,
+        description="Seed of the selection of examples and of decompositions. Default: Axolotl's `seed`, or else 0.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                guess = f"Did you mean salora.{close[0]}? " if close else ""
+                raise ValueError(
+                    f"salora.{key}: there is no such option. {guess}The options are {', '.join(cls.model_fields)}."
+                )
+        return data
+
+
+class SaLoRAArgs(BaseModel):
+    """What the plugin adds to Axolotl's config; Axolotl makes it a base class of its own config class."""
+
+    salora: SaLoRAOptions | None = Field(default=None, description="Options of `adapter: salora`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_would_be_wrong(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("adapter") == ADAPTER:
+            _check_host_options(data)
+        elif data.get("salora") is not None:
+            raise ValueError(
+                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove it."
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _check_options(self) -> SaLoRAArgs:
+        if getattr(self, "adapter", None) != ADAPTER:
+            return self
+        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
+        for key in ("safety_data", "task_data", "safety_module"):
+            if key in options and _is_missing(key, options[key]):
+                raise ValueError(
+                    f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
+                    "path."
+                )
+        if "basis_method" in options:
+            from salora_plugins.plugins import basis_methods
+
+            if options["basis_method"] not in basis_methods():
+                raise ValueError(
+                    f"salora.basis_method: {options['basis_method']} is not registered. Choose one of "
+                    f"{', '.join(sorted(basis_methods()))}."
+                )
+        from salora_plugins import SaLoRAConfig
+
+        try:
+            SaLoRAConfig(**options)
+        except ValueError as error:
+            raise ValueError(f"salora: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _reserve_quantization_config(self) -> SaLoRAArgs:
+        """
+        Axolotl quantizes for its own adapters only. Whatever stands in `model_kwargs` goes to `from_pretrained`
+        for all of them; the values are filled in before the model is loaded, when the dtype is known.
+        """
+        if getattr(self, "adapter", None) == ADAPTER and (self.load_in_4bit or self.load_in_8bit):
+            self.overrides_of_model_kwargs = {"quantization_config": {}, **(self.overrides_of_model_kwargs or {})}
+        return self
+
+
+def _check_host_options(data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: An option of Axolotl that would be ignored with SaLoRA, or that would undo it.
+    """
+    for key, advice in _UNSUPPORTED.items():
+        if data.get(key):
+            raise ValueError(f"{key}: not supported with adapter: salora. {advice}")
+    for key in _UNSUPPORTED_SIZES:
+        if (data.get(key) or 1) > 1:
+            raise ValueError(
+                f"{key}: {data[key]}: not supported with adapter: salora, because every process would see a part of the "
+                "weights only. Use DDP, or DeepSpeed ZeRO stage 1 or 2."
+            )
+    if data.get("peft_init_lora_weights") not in (None, True):
+        raise ValueError(
+            f"peft_init_lora_weights: {data['peft_init_lora_weights']}: not supported with adapter: salora, which "
+            "initializes its factors itself. Choose salora.init: task, pissa or zero."
+        )
+    if ((data.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits"):
+        raise ValueError(
+            "peft.loftq_config: not supported with adapter: salora. LoftQ changes the base weights, which SaLoRA never "
+            "does. Use load_in_4bit instead."
+        )
+    if data.get("load_in_4bit") and data.get("load_in_8bit"):
+        raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")
+    if _uses_zero3(data.get("deepspeed")):
+        raise ValueError(
+            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before SaLoRA "
+            "can read them. Use ZeRO stage 1 or 2, or DDP."
+        )
+
+
+def _uses_zero3(deepspeed: Any) -> bool:
+    from axolotl.utils.schemas.utils import is_deepspeed_zero3_config
+
+    return is_deepspeed_zero3_config(deepspeed) or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def _is_missing(key: str, value: str) -> bool:
+    """Whether a value can only be meant as a file or folder, and there is none."""
+    path = Path(value).expanduser()
+    if key == "safety_module":
+        return not path.exists()
+    from salora_plugins.plugins import data_sources
+
+    if path.exists() or value in data_sources():
+        return False
+    return path.suffix.lower() in _DATA_SUFFIXES or not _HUB_ID.fullmatch(value)

@@ -1,0 +1,176 @@
+"""`adapter: salora` for Axolotl. Installed plugins are imported in every run, so nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.logging import get_logger
+
+from .args import ADAPTER
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, Trainer
+
+    from salora_plugins import SaLoRAConfig
+
+LOG = get_logger(__name__)
+
+
+class SaLoRAPlugin(BasePlugin):
+    """Builds SaLoRA adapters from Axolotl's config; does nothing in runs with another adapter."""
+
+    def get_input_args(self) -> str:
+        return "salora_plugins.integrations.axolotl.args.SaLoRAArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Refuse what can only be told once the model's type is known, and quantize the base if asked to."""
+        if cfg.adapter != ADAPTER:
+            return
+        _refuse_embeddings(cfg)
+        if _trainer_builds_adapter(cfg) and cfg.lora_model_dir:
+            raise ValueError(
+                f"lora_model_dir: with rl: {cfg.rl} Axolotl lets the trainer build a new adapter and would ignore "
+                f"{cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or remove "
+                "lora_model_dir."
+            )
+        from .quantization import fill_in_quantization_config
+
+        fill_in_quantization_config(cfg)
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
+    ) -> tuple[PreTrainedModel | PeftModel | None, PeftConfig | None] | None:
+        """Build the adapter, load a saved one, or (`config_only`) only describe it to the trainer that builds it."""
+        if cfg.adapter != ADAPTER:
+            return None
+        from .quantization import check_quantized
+
+        check_quantized(model, cfg)
+        if inference or cfg.inference or cfg.merge_lora:
+            return _load_for_inference(model, cfg)
+        if config_only:
+            return None, salora_config(model, cfg)
+
+        from peft import get_peft_model
+
+        from salora_plugins import load_for_training
+
+        options = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            model = load_for_training(model, cfg.lora_model_dir, **options)
+            _warn_about_differences(cfg, model.peft_config["default"])
+        else:
+            model = get_peft_model(model, salora_config(model, cfg), **options)
+        if cfg.local_rank in (None, 0):
+            model.print_trainable_parameters()
+        return model, model.peft_config["default"]
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
+        """Take the task initialization from the prepared training rows."""
+        if cfg.adapter != ADAPTER or cfg.lora_model_dir or _checkpoint(cfg):
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        config = model.peft_config["default"]
+        if config.init != "task" or config.task_data is not None:
+            return
+        from salora_plugins.calibration.data import DataError
+
+        rows = _some_rows(trainer.train_dataset, config.num_task_samples, config.seed)
+        try:
+            model.base_model.initialize_from_task_data(rows)
+        except DataError as error:
+            LOG.warning(f"The task initialization will come from the first training batch, not from the rows: {error}")
+
+
+def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
+    """
+    Translate Axolotl's config.
+
+    Everything that LoRA has, too, is translated by Axolotl itself, so that no option of either is forgotten.
+
+    Args:
+        model: The base model; `lora_target_linear` is resolved on it.
+        cfg: Axolotl's config, after validation.
+    """
+    from axolotl.loaders import load_lora, load_tokenizer
+
+    from salora_plugins import SaLoRAConfig
+
+    _, lora = load_lora(model, cfg, config_only=True)
+    options = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.init and f.name != "peft_type"}
+    for name in ("r", "lora_alpha", "target_modules"):
+        if not options[name]:
+            del options[name]  # not in the YAML file: SaLoRAConfig's default
+    options["seed"] = cfg.seed or 0
+    options.update(cfg.salora or {})
+    checkpoint = _checkpoint(cfg)
+    if checkpoint:
+        options["safety_module"] = checkpoint  # the weights there belong to this one
+    return SaLoRAConfig(**options, tokenizer=load_tokenizer(cfg))
+
+
+def _load_for_inference(
+    model: PreTrainedModel, cfg: DictDefault
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """A saved adapter is plain LoRA: Axolotl's own loader has all that is needed."""
+    if not cfg.lora_model_dir:
+        LOG.warning("lora_model_dir is not set: this is the base model, without an adapter.")
+        return model, None
+    from axolotl.loaders import load_lora
+
+    return load_lora(model, cfg, inference=True)
+
+
+def _trainer_builds_adapter(cfg: DictDefault) -> bool:
+    return cfg.rl in ("dpo", "ipo", "kto") and not cfg.merge_lora and not cfg.inference
+
+
+def _refuse_embeddings(cfg: DictDefault) -> None:
+    from axolotl.loaders.utils import get_linear_embedding_layers
+
+    targets = cfg.lora_target_modules
+    targets = [targets] if isinstance(targets, str) else targets or []
+    embedding = get_linear_embedding_layers(cfg.model_config_type)[0]
+    if embedding in targets:
+        raise ValueError(
+            f"lora_target_modules: {embedding} is an embedding, which adapter: salora does not support: it has no linear "
+            "outputs to protect. Remove it from the list."
+        )
+
+
+def _checkpoint(cfg: DictDefault) -> str | None:
+    """The checkpoint that training will resume from."""
+    from axolotl.utils.train import determine_last_checkpoint
+
+    return determine_last_checkpoint(cfg)
+
+
+def _some_rows(dataset: Any, count: int, seed: int) -> Any:
+    """A few rows, the same on every rank; of a stream the first ones."""
+    if not hasattr(dataset, "select"):
+        return list(islice(dataset, count))
+    order = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
+    return dataset.select(sorted(order))
+
+
+def _warn_about_differences(cfg: DictDefault, saved: SaLoRAConfig) -> None:
+    """A loaded adapter keeps its own options; say so where the YAML file has others."""
+    given = {"lora_r": (cfg.lora_r, saved.r), "lora_alpha": (cfg.lora_alpha, saved.lora_alpha)}
+    for name in ("safety_rank", "input_safety_rank", "task_rank", "init"):
+        given[f"salora.{name}"] = ((cfg.salora or {}).get(name), getattr(saved, name))
+    for key, (value, saved_value) in given.items():
+        if value is not None and value != saved_value:
+            LOG.warning(
+                f"{key}: {value} is ignored: the adapter in {cfg.lora_model_dir} was made with {saved_value} and keeps it."
+            )
