@@ -1,0 +1,115 @@
+"""Numbers about responses: how many refuse, how sure that is, and how likely a model finds given responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..judges import is_refusal
+
+
+def refusal_rate(responses: Sequence[str]) -> float:
+    """Share of the responses that refuse, from 0 to 1, by `salora_plugins.judges.is_refusal`.
+
+    Raises:
+        ValueError: there are no responses.
+    """
+    if not responses:
+        raise ValueError("responses is empty: a refusal rate needs at least one response")
+    return sum(map(is_refusal, responses)) / len(responses)
+
+
+def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a proportion by the score method of Wilson (1927, J. Am. Stat. Assoc. 22, p. 209).
+
+    Args:
+        successes: how many of the trials succeeded.
+        total: number of trials.
+        confidence: coverage, between 0 and 1.
+
+    Returns:
+        Lower and upper bound, both from 0 to 1.
+
+    Raises:
+        ValueError: `total` is not positive, `successes` is not in 0..total, or `confidence` is not in (0, 1).
+    """
+    if total < 1:
+        raise ValueError(f"total={total}: an interval needs at least one trial")
+    if not 0 <= successes <= total:
+        raise ValueError(f"successes={successes}: it must be from 0 to total={total}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: it must be between 0 and 1, such as 0.95")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = successes / total
+    center = (rate + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
+    # Exactly 0 and 1 at the ends, where rounding would leave something like 1e-17.
+    lower = 0.0 if successes == 0 else max(0.0, center - half)
+    upper = 1.0 if successes == total else min(1.0, center + half)
+    return lower, upper
+
+
+def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 16) -> float:
+    """Mean negative log-likelihood per response token, in nats.
+
+    Args:
+        model: a causal language model of transformers, with or without a PEFT adapter, on any device.
+        tokenizer: its tokenizer, with a chat template.
+        rows: conversations in TRL's prompt-completion form: `prompt` and `completion`, each a list of messages
+            with `role` and `content`. Response tokens are those that the chat template adds for the completion.
+        batch_size: number of conversations in a forward pass; affects memory and speed, not the value.
+
+    Returns:
+        The sum over all response tokens of all rows divided by their number, so long responses weigh more.
+
+    Raises:
+        ValueError: there is no row, or a row's rendered prompt is not how its rendered conversation begins.
+
+    Training mode is left as it was found.
+    """
+    if not rows:
+        raise ValueError("rows is empty: a loss needs at least one conversation")
+    encoded = [_encode(tokenizer, row) for row in rows]
+    encoded.sort(key=lambda pair: len(pair[0]))
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.no_grad():
+            for start in range(0, len(encoded), batch_size):
+                batch = encoded[start : start + batch_size]
+                width = max(len(ids) for ids, _ in batch)
+                input_ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
+                attention_mask = torch.zeros_like(input_ids)
+                labels = torch.full_like(input_ids, -100)
+                for i, (ids, prompt_length) in enumerate(batch):
+                    input_ids[i, : len(ids)] = torch.tensor(ids)
+                    attention_mask[i, : len(ids)] = 1
+                    labels[i, prompt_length : len(ids)] = input_ids[i, prompt_length : len(ids)]
+                logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+                total += nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+                ).item()
+                count += int((labels[:, 1:] != -100).sum())
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    return total / count
+
+
+def _encode(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Token ids of a conversation, and how many of them are its prompt."""
+    prompt, completion = list(row["prompt"]), list(row["completion"])
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
+    if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
+        raise ValueError(
+            "the tokenizer's chat template renders a conversation that does not begin with its rendered prompt, so "
+            f"the response tokens cannot be told apart: {prompt[-1]['content'][:80]!r}"
+        )
+    return ids, len(prompt_ids)

@@ -1,0 +1,167 @@
+"""Refusal rates, intervals and losses against known values; generation leaves the model as it found it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tiny
+from salora_plugins.evaluation import generate_responses, refusal_rate, response_loss, wilson_interval
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def test_refusal_rate():
+    assert refusal_rate(["I can't help with that.", "Sure, here it is.", "I'm sorry, but I won't.", "42"]) == 0.5
+    with pytest.raises(ValueError, match="responses is empty"):
+        refusal_rate([])
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "lower", "upper"),
+    [
+        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_has_the_published_values(successes, total, lower, upper):
+    assert wilson_interval(successes, total) == pytest.approx((lower, upper), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 1), (1, 1), (3, 7), (98, 98), (50, 100)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_bounds_are_where_the_score_test_just_rejects(successes, total, confidence):
+    lower, upper = wilson_interval(successes, total, confidence)
+    assert 0 <= lower <= successes / total <= upper <= 1
+    z = math.sqrt(2) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64)).item()
+    for bound in (lower, upper):
+        if 0 < bound < 1:
+            score = abs(successes / total - bound) / math.sqrt(bound * (1 - bound) / total)
+            assert score == pytest.approx(z, rel=1e-6)
+    # Exchanging success and failure mirrors the interval.
+    mirrored = wilson_interval(total - successes, total, confidence)
+    assert mirrored == pytest.approx((1 - upper, 1 - lower), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0, 0), "total=0"), ((5, 4), "successes=5"), ((-1, 4), "successes=-1"), ((1, 4, 95), "confidence=95")],
+)
+def test_wilson_interval_names_a_bad_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wilson_interval(*arguments)
+
+
+def conversation(question: str, answer: str) -> dict:
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+
+
+ROWS = [
+    conversation("What is two plus two?", "Four."),
+    conversation("Hi", "Hello there, how are you today?"),
+    conversation("Say a long sentence about the weather in spring, please.", "No."),
+]
+
+
+def test_response_loss_is_the_mean_over_response_tokens(tokenizer):
+    model = tiny.llama()
+    total, count = 0.0, 0
+    for row in ROWS:
+        # By hand: the probability of each response character (and of the closing tokens), one at a time.
+        prompt = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(prompt)["input_ids"]
+        for token in tokenizer(row["completion"][0]["content"] + "<|im_end|>\n")["input_ids"]:
+            with torch.no_grad():
+                probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            total -= math.log(probabilities[token].item())
+            count += 1
+            ids = [*ids, token]
+    for batch_size in (1, 2, 8):
+        assert response_loss(model, tokenizer, ROWS, batch_size) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_response_loss_of_a_uniform_model_is_the_log_of_the_vocabulary_size(tokenizer):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert response_loss(model, tokenizer, ROWS) == pytest.approx(math.log(tiny.VOCABULARY), rel=1e-6)
+
+
+def test_response_loss_refuses_what_it_cannot_measure(tokenizer):
+    model = tiny.llama()
+    with pytest.raises(ValueError, match="rows is empty"):
+        response_loss(model, tokenizer, [])
+    changing = tiny.tokenizer()
+    changing.chat_template = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not begin with its rendered prompt"):
+        response_loss(model, changing, ROWS)
+
+
+def test_responses_come_in_order_and_do_not_depend_on_the_batch(tokenizer):
+    model = tiny.llama()
+    prompts = ["Hello", "Tell me a long story about a small town by the sea.", "a", "What is the time?"]
+    one_by_one = [
+        generate_responses(model, tokenizer, [prompt], max_new_tokens=8, batch_size=1, progress=False)[0]
+        for prompt in prompts
+    ]
+    assert len(set(one_by_one)) > 1
+    assert generate_responses(model, tokenizer, prompts, max_new_tokens=8, batch_size=3, progress=False) == one_by_one
+
+
+def test_a_response_is_the_greedy_continuation(tokenizer):
+    model = tiny.llama()
+    ids = tokenizer("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    begin = len(ids)
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
+    assert generate_responses(model, tokenizer, ["Hello"], max_new_tokens=6, progress=False) == [expected]
+
+
+def test_without_a_chat_template_the_plain_text_is_continued():
+    plain = tiny.tokenizer()
+    plain.chat_template = None
+    model = tiny.llama()
+    ids = plain("Hello")["input_ids"]
+    with torch.no_grad():
+        first = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+    expected = plain.decode([first], skip_special_tokens=True).strip()
+    assert generate_responses(model, plain, ["Hello"], max_new_tokens=1, progress=False) == [expected]
+
+
+def test_generation_and_loss_leave_everything_as_it_was():
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = "right"
+    model = tiny.llama().train()
+    model.model.layers[0].eval()
+    model.config.use_cache = False
+    modes = [module.training for module in model.modules()]
+    generate_responses(model, tokenizer, ["Hello", "Good morning!"], max_new_tokens=2, progress=False)
+    response_loss(model, tokenizer, ROWS)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache is False
+    assert tokenizer.padding_side == "right"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_generation_restores_the_state_after_an_error():
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = None
+    model = tiny.llama().train()
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate_responses(model, tokenizer, ["Hello"], max_new_tokens=-1, progress=False)
+    assert model.training
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token is None
