@@ -75,8 +75,8 @@ def check_layer_type(name: str, module: nn.Module) -> None:
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
             f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear "
-            "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out with "
-            "exclude_modules."
+            "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out "
+            "with exclude_modules."
         )
 
 
@@ -121,7 +121,7 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
             if weight.is_meta:
                 raise ValueError(
                     f"The weight of {name!r} is on the meta device, so there is nothing to calibrate on. Load the "
-                    "model with its weights first, or pass a safety_module computed before (`calibrate(...).save(file)`)."
+                    "model with its weights first, or pass a safety_module computed before (calibrate(...).save(file))."
                 )
             if not torch.isfinite(weight).all():
                 raise ValueError(

@@ -22,6 +22,7 @@ DEFAULT_FILE = "salora.safetensors"
 # float32 SVDs leave 1e-6; anything above means that the file does not hold orthonormal bases.
 _ORTHONORMALITY_TOLERANCE = 1e-4
 
+_METADATA_KEY = "salora_safety_module"
 _KEYS = ("output_basis", "output_singular_values", "input_basis", "input_singular_values", "weight_sample")
 
 
@@ -126,8 +127,12 @@ class SafetyModule:
                         f"Set {option}={available}, or calibrate again with the higher rank."
                     )
 
+        def leading(tensor: Tensor, rank: int) -> Tensor:
+            # The tensor itself where all of it is wanted: layers with one input share theirs.
+            return tensor if tensor.shape[-1] == rank else tensor[..., :rank].contiguous()
+
         def first(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-            return {n: values[n][..., :rank].contiguous() for n in names if n in values} if rank else {}
+            return {n: leading(values[n], rank) for n in names if n in values} if rank else {}
 
         return SafetyModule(
             bases=first(self.bases, safety_rank),
@@ -158,13 +163,14 @@ class SafetyModule:
             for name, tensor in values.items():
                 copy = tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
                 tensors[f"{name}.{key}"] = copy
-        metadata = {
-            "format": "salora_safety_module",
-            "format_version": str(FORMAT_VERSION),
+        description = {
+            "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "content_sha256": _content_digest(tensors),
-            "provenance": json.dumps(self.provenance, sort_keys=True),
+            "provenance": self.provenance,
         }
+        # One entry: safetensors writes several in an order of its own, and equal modules would differ in their bytes.
+        metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -197,12 +203,13 @@ class SafetyModule:
                 f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it "
                 "again."
             ) from error
-        if metadata.get("format") != "salora_safety_module":
+        if _METADATA_KEY not in metadata:
             raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
-        if metadata.get("format_version") != str(FORMAT_VERSION):
+        description = json.loads(metadata[_METADATA_KEY])
+        if description.get("format_version") != FORMAT_VERSION:
             raise SafetyModuleError(
-                f"{path}: format version {metadata.get('format_version')}, this salora-plugins reads {FORMAT_VERSION}. "
-                "Install the version that wrote it, or calibrate again."
+                f"{path}: format version {description.get('format_version')}, this salora-plugins reads "
+                f"{FORMAT_VERSION}. Install the version that wrote it, or calibrate again."
             )
         parts: dict[str, dict[str, Tensor]] = {key: {} for key in _KEYS}
         for key, tensor in tensors.items():
@@ -217,11 +224,11 @@ class SafetyModule:
                 singular_values=parts["output_singular_values"],
                 input_singular_values=parts["input_singular_values"],
                 weight_samples=parts["weight_sample"],
-                provenance=json.loads(metadata.get("provenance", "{}")),
+                provenance=description["provenance"],
             )
         except SafetyModuleError as error:
             raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
-        if _content_digest(tensors) != metadata.get("content_sha256"):
+        if _content_digest(tensors) != description["content_sha256"]:
             raise SafetyModuleError(
                 f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
                 "changed; calibrate again or fetch it again."

@@ -96,11 +96,12 @@ class SaLoRAModel(LoraModel):
                 "low_cpu_mem_usage=True leaves the new factors without values, but SaLoRA computes them from the base "
                 "weights. Leave it at False."
             )
+        placed = _PlacedBases()
         for name, layer in tqdm(layers.items(), desc="initializing SaLoRA", unit="layer", leave=False):
             if twin is not None:
                 _copy_factors(layer, twin, adapter_name)
             else:
-                self._parametrize(layer, name, adapter_name, config, safety_module)
+                self._parametrize(layer, name, adapter_name, config, safety_module, placed)
                 if bases_of_task is not None:
                     _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
         self._synchronize(layers.values(), adapter_name)
@@ -177,7 +178,13 @@ class SaLoRAModel(LoraModel):
         return safety_module
 
     def _parametrize(
-        self, layer: LoraLayer, name: str, adapter_name: str, config: SaLoRAConfig, safety_module: SafetyModule
+        self,
+        layer: LoraLayer,
+        name: str,
+        adapter_name: str,
+        config: SaLoRAConfig,
+        safety_module: SafetyModule,
+        placed: _PlacedBases,
     ) -> None:
         lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         offsets: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -197,9 +204,8 @@ class SaLoRAModel(LoraModel):
                 # Taken from the parameters: the frozen halves start with the very bits that the trained ones have.
                 offsets = lora_a.weight.detach().float().clone(), lora_b.weight.detach().float().clone()
         device = lora_a.weight.device
-        input_basis = safety_module.input_bases.get(name)
-        _register(lora_a, SafeFactor("input", None if input_basis is None else input_basis.to(device), offsets[0]))
-        _register(lora_b, SafeFactor("output", safety_module.bases[name].to(device), offsets[1]))
+        _register(lora_a, SafeFactor("input", placed.on(device, safety_module.input_bases.get(name)), offsets[0]))
+        _register(lora_b, SafeFactor("output", placed.on(device, safety_module.bases[name]), offsets[1]))
 
     def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
         """(name in the base model, layer) of the layers that carry this adapter as SaLoRA."""
@@ -347,6 +353,18 @@ def load_for_training(
         config._weights_follow = False
 
 
+class _PlacedBases:
+    """Bases on the devices of their layers; one that several layers share is there once, too."""
+
+    def __init__(self) -> None:
+        self._placed: dict[tuple[int, torch.device], Tensor] = {}
+
+    def on(self, device: torch.device, basis: Tensor | None) -> Tensor | None:
+        if basis is None:
+            return None
+        return self._placed.setdefault((id(basis), device), basis.to(device))
+
+
 def _register(linear: nn.Module, factor: SafeFactor) -> None:
     # unsafe: the effective weight is wider than the trained one, which torch does not expect.
     parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
@@ -465,7 +483,8 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
     if weight.shape != linear.weight.shape:
         raise ValueError(
             f"{name}: the saved weight has shape {tuple(weight.shape)}, this adapter's has "
-            f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was trained with (load_for_training reads them)."
+            f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was "
+            "trained with (load_for_training reads them)."
         )
     if factor.basis is not None:
         axis = weight.cpu().double() if factor.side == "output" else weight.cpu().double().T

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 def largest_share_inside(folder: str | Path) -> float:
     """
-    The largest ||U_C^T dW||_F / ||dW||_F over a saved adapter's modules, and ||dW V_C||_F / ||dW||_F with an input side.
+    The largest ||U_C^T dW||_F / ||dW||_F over an adapter's modules, and ||dW V_C||_F / ||dW||_F with an input side.
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -230,7 +230,6 @@ def _bases(
 
 
 def _checked_basis(basis: Tensor, dimension: int, rank: int, name: str, method: str) -> Tensor:
-    basis = basis.detach()
     if basis.shape != (dimension, rank):
         raise CalibrationError(
             f"basis_method={method!r} returned shape {tuple(basis.shape)} for {name!r}; expected {(dimension, rank)}."

@@ -96,7 +96,7 @@ class RowStatistics:
             squares = values[-rank:].flip(0)
             basis, r = torch.linalg.qr(rows.T @ vectors[:, -rank:].flip(1))
             basis = basis * torch.where(r.diagonal() < 0, -1.0, 1.0)
-        return _fix_signs(basis).float(), squares.clamp(min=0).sqrt().float()
+        return _fix_signs(basis).float().contiguous(), squares.clamp(min=0).sqrt().float()
 
     @staticmethod
     def _gram_of(rows: Tensor) -> Tensor:

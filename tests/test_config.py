@@ -1,0 +1,82 @@
+"""The configuration: contradictions are refused with advice, and it survives being saved."""
+
+import json
+import warnings
+
+import pytest
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import EvaConfig
+
+from salora_plugins import SaLoRAConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, r"use_dora=True cannot be combined with SaLoRA\. .*set use_dora=False"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be combined .*choose init='task', 'pissa'"),
+        ({"init_lora_weights": False}, "init_lora_weights=False cannot be combined"),
+        ({"target_parameters": ["experts.down_proj"]}, "name them in target_modules"),
+        ({"lora_bias": True}, "set lora_bias=False"),
+        ({"layer_replication": [(0, 2), (1, 3)]}, "replicate the layers in the base model first"),
+        ({"alora_invocation_tokens": [1, 2]}, "Leave alora_invocation_tokens at its default"),
+        ({"use_qalora": True}, "Leave use_qalora at its default"),
+        ({"eva_config": EvaConfig()}, "eva_config=.*cannot be combined"),
+        ({"init": "kaiming"}, "init='kaiming': choose one of 'task', 'pissa', 'zero'"),
+        ({"safety_positions": "last"}, "safety_positions='last': choose one of"),
+        ({"safety_rank": 0}, "safety_rank=0: give a whole number of at least 1"),
+        ({"safety_rank": 2.5}, "safety_rank=2.5: give a whole number"),
+        ({"input_safety_rank": -1}, "input_safety_rank=-1: give a whole number of at least 0"),
+        ({"calibration_max_length": 1}, "calibration_max_length=1: give a whole number of at least 2"),
+        ({"task_data": "builtin"}, "task_data='builtin': there is no built-in task data"),
+        ({"lora_alpha": 0}, "lora_alpha=0: init='task' divides by the scaling"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`eva_config` specified")
+def test_contradicting_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SaLoRAConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [0, 1]}],
+)
+def test_weights_outside_the_safety_module_are_warned_about(options):
+    with pytest.warns(UserWarning, match=f"{next(iter(options))}=.* trains weights that the safety module does not"):
+        SaLoRAConfig(**options)
+
+
+def test_ordinary_options_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SaLoRAConfig(lora_dropout=0.1, use_rslora=True, target_modules="all-linear", target_parameters=[])
+
+
+def test_plain_config_keeps_the_scaling_of_every_layer():
+    config = SaLoRAConfig(r=8, lora_alpha=12, rank_pattern={"v_proj": 2}, alpha_pattern={"k_proj": 5})
+    plain = config.to_lora_config()
+    assert type(plain) is LoraConfig
+    assert (plain.r, plain.lora_alpha) == (16, 24)
+    assert (plain.rank_pattern, plain.alpha_pattern) == ({"v_proj": 4}, {"k_proj": 10})
+    rank_stabilized = SaLoRAConfig(r=8, lora_alpha=12, use_rslora=True).to_lora_config()
+    assert rank_stabilized.lora_alpha / 16**0.5 == pytest.approx(12 / 8**0.5)
+    zero = SaLoRAConfig(r=8, lora_alpha=12, init="zero").to_lora_config()
+    assert (zero.r, zero.lora_alpha) == (8, 12)
+
+
+def test_configuration_without_a_model_round_trips(tmp_path):
+    config = SaLoRAConfig(
+        safety_rank=5, input_safety_rank=3, target_modules=["q_proj"], safety_data="data.jsonl", seed=4
+    )
+    config.save_pretrained(tmp_path)
+    for read in (SaLoRAConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
+        assert type(read) is SaLoRAConfig
+        assert read.to_dict() == config.to_dict()
+
+
+def test_objects_are_not_written(tmp_path):
+    config = SaLoRAConfig(safety_data=[{"prompt": "a", "response": "b"}], tokenizer=object())
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["safety_data"] == "<list>" and "tokenizer" not in saved

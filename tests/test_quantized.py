@@ -1,0 +1,67 @@
+"""SaLoRA on bitsandbytes' 4-bit and 8-bit layers, which also run on a CPU."""
+
+import pytest
+import torch
+from certificate import largest_share_inside
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tiny import llama, relative_difference, token_batch, token_rows
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from salora_plugins import SaLoRAConfig, calibrate
+
+pytest.importorskip("bitsandbytes")
+
+QUANTIZATION = {
+    "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8-bit": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZATION)
+@pytest.mark.parametrize("init", ["task", "zero"])
+def test_training_on_a_quantized_base(kind, init, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+
+    def load():
+        options = BitsAndBytesConfig(**QUANTIZATION[kind], bnb_4bit_compute_dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=options).eval()
+
+    tokens = token_batch()
+    expected = load()(tokens).logits
+    config = SaLoRAConfig(
+        r=4, safety_rank=8, task_rank=8, init=init, safety_data=token_rows(16), task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"],
+    )  # fmt: skip
+    model = get_peft_model(prepare_model_for_kbit_training(load()), config)
+    assert type(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer).__module__.startswith("bitsandbytes")
+    # 8-bit layers quantize their activations, whose rounding differs in the last bits between two runs
+    assert relative_difference(model.eval()(tokens).logits, expected) < (1e-4 if kind == "4-bit" else 1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with model.disable_adapter():
+        assert torch.equal(model.eval()(tokens).logits, load()(tokens).logits)
+    model.save_pretrained(tmp_path / "adapter")
+    assert largest_share_inside(tmp_path / "adapter") <= 1e-5
+    reloaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    assert relative_difference(reloaded(tokens).logits, model(tokens).logits) < (1e-4 if kind == "4-bit" else 1e-2)
+
+
+def test_a_safety_module_of_the_full_model_fits_its_quantized_form(tmp_path):
+    llama().save_pretrained(tmp_path)
+    options = {"target_modules": ["q_proj", "v_proj"], "safety_rank": 8}
+    module = calibrate(llama(), safety_data=token_rows(16), **options)
+    other = calibrate(llama(seed=1), safety_data=token_rows(16), **options)
+    for kind in QUANTIZATION.values():
+        load = lambda kind=kind: AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(**kind)
+        )
+        get_peft_model(load(), SaLoRAConfig(safety_module=module, task_rank=8, **options))
+        with pytest.raises(ValueError, match="computed for another model"):
+            get_peft_model(load(), SaLoRAConfig(safety_module=other, task_rank=8, **options))

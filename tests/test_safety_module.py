@@ -1,0 +1,157 @@
+"""The artifact: what is written is read again, and damage of each kind is named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from salora_plugins import SafetyModule, calibrate
+from salora_plugins.layers import check_belongs
+from salora_plugins.safety_module import SafetyModuleError
+from tiny import llama, qwen3, token_rows
+
+OPTIONS = {"target_modules": ["q_proj", "k_proj"], "safety_rank": 8, "input_safety_rank": 4}
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def module() -> SafetyModule:
+    return calibrate(llama(), safety_data=token_rows(16), **OPTIONS)
+
+
+def change_description(metadata, **values):
+    description = json.loads(metadata["salora_safety_module"])
+    return {"salora_safety_module": json.dumps({**description, **values})}
+
+
+def rewrite(path, change):
+    """Change tensors of a file and write it with the old metadata."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_round_trip(module, tmp_path):
+    module.save(tmp_path / "a.safetensors")
+    read = SafetyModule.load(tmp_path / "a.safetensors")
+    for attribute in ("bases", "input_bases", "singular_values", "input_singular_values", "weight_samples"):
+        ours, theirs = getattr(module, attribute), getattr(read, attribute)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read.provenance == module.provenance
+    assert read.fingerprint == module.fingerprint
+    read.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_folder_stands_for_the_file_in_it(module, tmp_path):
+    module.save(tmp_path)
+    assert SafetyModule.load(tmp_path).fingerprint == module.fingerprint
+    with pytest.raises(FileNotFoundError, match="safety_module: there is no file"):
+        SafetyModule.load(tmp_path / "absent")
+
+
+def test_shapes_ranks_and_provenance(module):
+    assert module.bases[NAME].shape == (64, 8) and module.input_bases[NAME].shape == (64, 4)
+    assert (module.safety_rank, module.input_safety_rank) == (8, 4)
+    assert module.provenance["safety_positions"] == "predicting"
+    assert module.provenance["positions_counted"] == 16 * 12
+    assert 0 < module.provenance["captured_energy"][NAME] < 1
+
+
+def test_restriction_takes_the_leading_directions(module):
+    part = module.restricted_to([NAME], 3, 0)
+    assert list(part.bases) == [NAME] and not part.input_bases
+    assert torch.equal(part.bases[NAME], module.bases[NAME][:, :3])
+    with pytest.raises(SafetyModuleError, match="safety_rank=9, but the safety module has only 8"):
+        module.restricted_to([NAME], 9, 0)
+    with pytest.raises(SafetyModuleError, match="input_safety_rank=5, but the safety module has only 4"):
+        module.restricted_to([NAME], 8, 5)
+    with pytest.raises(SafetyModuleError, match="no basis for 1 of 1 target modules, the first of them 'lm_head'"):
+        module.restricted_to(["lm_head"], 8, 0)
+
+
+def test_truncated_file(module, tmp_path):
+    module.save(tmp_path)
+    path = tmp_path / "salora.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SafetyModuleError, match="not a readable safetensors file, perhaps cut short"):
+        SafetyModule.load(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(SafetyModuleError, match="not a readable safetensors file"):
+        SafetyModule.load(path)
+
+
+def test_changed_content(module, tmp_path):
+    """A rotated basis is still orthonormal, so only the checksum tells."""
+
+    def rotate(tensors, metadata):
+        rotation = torch.linalg.qr(torch.randn(64, 64)).Q
+        tensors[f"{NAME}.output_basis"] = rotation @ tensors[f"{NAME}.output_basis"]
+
+    module.save(tmp_path)
+    rewrite(tmp_path / "salora.safetensors", rotate)
+    with pytest.raises(SafetyModuleError, match="the checksum differs"):
+        SafetyModule.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t[f"{NAME}.output_basis"].mul_(2), f"{NAME}: output basis is not orthonormal"),
+        (lambda t, m: t[f"{NAME}.input_basis"].fill_(np.nan), f"{NAME}: input basis is not finite"),
+        (lambda t, m: t.update({f"{NAME}.output_basis": torch.ones(64)}), "output basis has shape"),
+        (lambda t, m: t[f"{NAME}.output_singular_values"].fill_(np.inf), "singular values are not finite"),
+        (lambda t, m: t.pop(f"{NAME}.input_basis"), "has no input basis, although other modules have one"),
+        (lambda t, m: t.update({f"{NAME}.extra": torch.ones(1)}), "which is no part of a safety module"),
+        (lambda t, m: m.update(change_description(m, format_version=99)), "format version 99, this salora-plugins"),
+        (lambda t, m: m.pop("salora_safety_module"), "a safetensors file, but not a safety module"),
+    ],
+)
+def test_damage_is_named(module, tmp_path, change, message):
+    module.save(tmp_path)
+    rewrite(tmp_path / "salora.safetensors", change)
+    with pytest.raises(SafetyModuleError, match=message):
+        SafetyModule.load(tmp_path)
+
+
+def test_belongs_to_one_model(module):
+    names = list(module.bases)
+    check_belongs(module, llama(), names)
+    check_belongs(module, llama().to(torch.bfloat16), names)
+    check_belongs(module, llama().half(), names)
+    with pytest.raises(SafetyModuleError, match="computed for another model: the weight of"):
+        check_belongs(module, llama(seed=1), names)
+    with pytest.raises(SafetyModuleError, match="computed for another model: its basis for"):
+        check_belongs(module, llama(hidden_size=32), names)
+    slightly_tuned = llama()
+    with torch.no_grad():
+        for parameter in slightly_tuned.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.02)
+    with pytest.raises(SafetyModuleError, match="computed for another model"):
+        check_belongs(module, slightly_tuned, names)
+
+
+def test_model_of_other_architecture_is_refused_by_get_peft_model(module):
+    from peft import get_peft_model
+
+    from salora_plugins import SaLoRAConfig
+
+    options = {"target_modules": ["q_proj", "k_proj"], "safety_rank": 8, "safety_module": module}
+    with pytest.raises(SafetyModuleError, match="computed for another model"):
+        get_peft_model(qwen3(seed=1), SaLoRAConfig(**options))
+    with pytest.raises(ValueError, match="safety_positions='response', but the safety module was computed from"):
+        get_peft_model(llama(), SaLoRAConfig(**options, safety_positions="response"))
+
+
+def test_fingerprint_is_that_of_the_checkpoint():
+    options = {"safety_data": token_rows(16), "target_modules": ["q_proj"], "safety_rank": 8}
+    first = calibrate(llama(), **options).fingerprint
+    assert calibrate(llama().to(torch.bfloat16), **options).fingerprint == first
+    assert calibrate(llama(seed=1), **options).fingerprint != first

@@ -1,0 +1,229 @@
+"""The real SFTTrainer and DPOTrainer with peft_config=SaLoRAConfig(...)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from certificate import largest_share_inside
+from salora_plugins import SaLoRAConfig
+from tiny import (
+    llama,
+    preference_rows,
+    qwen3,
+    refusal_rows,
+    relative_difference,
+    sum_rows,
+    token_batch,
+    token_rows,
+    tokenizer,
+)
+
+trl = pytest.importorskip("trl")
+from salora_plugins.integrations.trl import (  # noqa: E402
+    SaLoRAArguments,
+    TaskInitializationCallback,
+    get_peft_config,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved model with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def config(**options) -> SaLoRAConfig:
+    defaults = {
+        "r": 4,
+        "lora_alpha": 4,
+        "safety_rank": 8,
+        "task_rank": 8,
+        "safety_data": refusal_rows(),
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return SaLoRAConfig(**{**defaults, **options})
+
+
+def arguments(kind, output_dir, **options):
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    return kind(**{**defaults, **options})
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def check_result(trainer, folder: Path, output_dir: Path) -> None:
+    """The base is untouched, the saved adapter is plain LoRA with the model's logits, and the certificate holds."""
+    tokens = token_batch()
+    trainer.save_model(str(output_dir))
+    model = trainer.model.eval()
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    expected = base(tokens).logits
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, expected)
+    trained = model(tokens).logits
+    assert relative_difference(trained, expected) > 1e-3
+    reloaded = PeftModel.from_pretrained(base, str(output_dir)).eval()
+    assert relative_difference(reloaded(tokens).logits, trained) < 1e-5
+    assert largest_share_inside(output_dir) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (sum_rows(), {}),
+        (sum_rows(), {"packing": True, "max_length": 64, "gradient_checkpointing": False}),
+        (Dataset.from_list([{"text": f"Some text number {i}. " * 2} for i in range(24)]), {}),
+        (Dataset.from_list(refusal_rows(24)), {"assistant_only_loss": False}),
+    ],
+    ids=["prompt-completion", "packed", "text", "messages"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sft_with_a_path(folder, tmp_path, rows, options):
+    trainer = trl.SFTTrainer(
+        model=str(folder),
+        args=arguments(trl.SFTConfig, tmp_path, **options),
+        train_dataset=rows,
+        peft_config=config(),
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = token_batch()
+    assert relative_difference(trainer.model.eval()(tokens).logits, base(tokens).logits) < 1e-4
+    assert trainer.model.base_model.waiting_for_task_data == ["default"]
+    trainer.train()
+    assert trainer.model.base_model.waiting_for_task_data == []
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    check_result(trainer, folder, tmp_path / "adapter")
+
+
+def test_sft_with_an_object_and_the_callback(tmp_path):
+    """The callback takes the initialization from the training set instead of the first batch."""
+    qwen3().save_pretrained(tmp_path / "base")
+    trainer = trl.SFTTrainer(
+        model=qwen3(),
+        args=arguments(trl.SFTConfig, tmp_path),
+        train_dataset=sum_rows(),
+        processing_class=tokenizer(),
+        peft_config=config(tokenizer=tokenizer(), input_safety_rank=8),
+        callbacks=[TaskInitializationCallback()],
+    )
+    by_hand = get_peft_model(qwen3(), config(tokenizer=tokenizer(), input_safety_rank=8))
+    by_hand.base_model.initialize_from_task_data(trainer.train_dataset)
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.parametrizations.weight"
+    trainer.train()
+    offset = trainer.model.get_submodule(name)[0].offset
+    assert torch.equal(offset, by_hand.get_submodule(name)[0].offset)
+    check_result(trainer, tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_dpo_reference_is_the_base_model(folder, tmp_path, precompute):
+    trainer = trl.DPOTrainer(
+        model=str(folder),
+        args=arguments(trl.DPOConfig, tmp_path, precompute_ref_log_probs=precompute),
+        train_dataset=preference_rows(),
+        peft_config=config(),
+    )
+    trainer.train()
+    # equal policies: the loss is log 2
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    check_result(trainer, folder, tmp_path / "adapter")
+
+
+def test_dpo_with_a_ready_peft_model_makes_an_equal_reference(folder, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config(task_data=sum_rows()))
+    module = model.peft_config["default"]._calibrated
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=preference_rows(),
+        processing_class=tokenizer(),
+    )
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    assert trainer.model.peft_config["ref"]._calibrated is module
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    check_result(trainer, folder, tmp_path / "adapter")
+
+
+def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path):
+    def run(resume=None):
+        trainer = trl.SFTTrainer(
+            model=str(folder),
+            args=arguments(trl.SFTConfig, tmp_path, max_steps=6, save_strategy="steps", save_steps=3),
+            train_dataset=sum_rows(),
+            peft_config=config(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    full = run()
+    resumed = run(resume=str(tmp_path / "checkpoint-3"))
+    assert losses(resumed) == pytest.approx(losses(full), rel=1e-5)
+    tokens = token_batch()
+    assert relative_difference(resumed.model.eval()(tokens).logits, full.model.eval()(tokens).logits) < 1e-5
+
+
+def test_example_script(folder, tmp_path):
+    data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in sum_rows().to_list()))
+    safety.write_text("".join(json.dumps(row) + "\n" for row in refusal_rows()))
+    command = [sys.executable, EXAMPLES / "trl_sft.py", "--model_name_or_path", folder, "--dataset_name", data]
+    command += ["--use_salora", "--safety_rank", "8", "--task_rank", "8", "--safety_data", safety]
+    command += ["--lora_r", "4", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "v_proj"]
+    command += ["--learning_rate", "1e-2", "--output_dir", tmp_path / "out", "--max_steps", "2", "--use_cpu"]
+    command += ["--bf16", "False", "--report_to", "none"]
+    subprocess.run([str(part) for part in command], check=True)
+    assert largest_share_inside(tmp_path / "out") <= 1e-5
+
+
+def test_script_arguments():
+    model_args = trl.ModelConfig(lora_r=8, lora_target_modules=["q_proj"])
+    made = get_peft_config(model_args, SaLoRAArguments(use_salora=True, safety_rank=4, salora_init="zero"), seed=3)
+    assert isinstance(made, SaLoRAConfig)
+    assert (made.r, made.safety_rank, made.init, made.seed, made.task_rank) == (8, 4, "zero", 3, 32)
+    assert get_peft_config(model_args, SaLoRAArguments()) is None
+    with pytest.raises(ValueError, match="--safety_rank has no effect without --use_salora"):
+        get_peft_config(model_args, SaLoRAArguments(safety_rank=4))
+    with pytest.raises(ValueError, match="use_dora=True cannot be combined"):
+        get_peft_config(trl.ModelConfig(use_dora=True), SaLoRAArguments(use_salora=True))
+
+
+def test_task_callback_without_salora_is_refused(folder, tmp_path):
+    from peft import LoraConfig
+
+    trainer = trl.SFTTrainer(
+        model=str(folder),
+        args=arguments(trl.SFTConfig, tmp_path),
+        train_dataset=Dataset.from_list(token_rows(8)),
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+        callbacks=[TaskInitializationCallback()],
+    )
+    with pytest.raises(ValueError, match="needs a trainer with peft_config=SaLoRAConfig"):
+        trainer.train()
