@@ -132,9 +132,7 @@ SINGLE_TURN_ROWS = {
     "plain prompt that chosen repeats": {"prompt": QUESTION, "chosen": PAIR},
     "prompt that chosen repeats": {"prompt": PAIR[:1], "chosen": PAIR},
     "unpaired preference": {"prompt": QUESTION, "completion": ANSWER, "label": True},
-    "from and value": {
-        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-    },
+    "from and value": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
     "conversations of messages": {"conversations": PAIR},
 }
 
@@ -174,9 +172,7 @@ def test_response_is_marked_for_every_chat_template(template, before, response):
 
 def test_own_thinking_of_a_response_counts_as_response():
     tokenizer = build_tokenizer(THINKING.replace("<think>\n\n</think>\n\n{% endif %}{{", "{% endif %}{{"))
-    before, response = tokenize_one(
-        {"prompt": QUESTION, "response": "<think>\nHm.\n</think>\n\nNo."}, tokenizer
-    )
+    before, response = tokenize_one({"prompt": QUESTION, "response": "<think>\nHm.\n</think>\n\nNo."}, tokenizer)
     assert before == ASKED + "<think>\n"
     assert response == "Hm.\n</think>\n\nNo.<|im_end|>"
 
@@ -285,9 +281,7 @@ def test_requests_without_a_response_are_for_safety_data_only():
     assert [(example.request, example.response) for example in examples] == [(QUESTION, None)] * 4
     with pytest.raises(DataError, match=r"^row 1 of task_data has no response, nor has any other row"):
         load_examples(rows, option="task_data")
-    with pytest.warns(
-        UserWarning, match=r"task_data: 4 rows without a response are left out \(first: row 2 of"
-    ):
+    with pytest.warns(UserWarning, match=r"task_data: 4 rows without a response are left out \(first: row 2 of"):
         assert len(load_examples([{"messages": PAIR}, *rows], option="task_data")) == 1
     with pytest.raises(DataError, match="that asks 'How are you\\?' has no response"):
         tokenize_examples(examples, build_tokenizer(CHATML), max_length=10, option="safety_data")
@@ -313,8 +307,7 @@ def write_parquet(rows, path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", "lines.json", ".csv", ".parquet"])
 def test_files(tmp_path, suffix):
     rows = [
-        {"prompt": f"What is {i}, {i} and 「{i}」?\nTell me.", "response": f"A number\u2028: {i}."}
-        for i in range(3)
+        {"prompt": f"What is {i}, {i} and 「{i}」?\nTell me.", "response": f"A number\u2028: {i}."} for i in range(3)
     ]
     path = tmp_path / f"rows{suffix}"
     if suffix == ".parquet":
@@ -324,9 +317,7 @@ def test_files(tmp_path, suffix):
     elif suffix == ".json":
         path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
     else:
-        path.write_text(
-            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8"
-        )
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     expected = load_examples(rows, option="task_data")
     assert len(expected) == 3
     for source in (path, str(path), tmp_path, str(tmp_path)):
@@ -335,9 +326,7 @@ def test_files(tmp_path, suffix):
 
 def test_datasets_objects_and_saved_folders(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = [
-        {"messages": [user(f"What is {i}?"), assistant(f"A number: {i}.")], "extra": [i]} for i in range(4)
-    ]
+    rows = [{"messages": [user(f"What is {i}?"), assistant(f"A number: {i}.")], "extra": [i]} for i in range(4)]
     expected = load_examples(rows, option="task_data")
     dataset = datasets.Dataset.from_list(rows)
     splits = datasets.DatasetDict({"train": dataset, "test": dataset})
@@ -430,16 +419,12 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_rows_are_named(row, message):
-    with pytest.raises(
-        DataError, match=f"^row 2 of task_data(:| has| is).*{message}|^row 2 of task_data {message}"
-    ):
+    with pytest.raises(DataError, match=f"^row 2 of task_data(:| has| is).*{message}|^row 2 of task_data {message}"):
         load_examples([{"messages": PAIR}, row], option="task_data")
 
 
 def test_text_is_no_safety_data():
-    with pytest.raises(
-        DataError, match="row 1 of safety_data has only `text`, which does not tell the request from"
-    ):
+    with pytest.raises(DataError, match="row 1 of safety_data has only `text`, which does not tell the request from"):
         load_examples([{"text": "Hi"}], option="safety_data", allow_missing_response=True)
 
 
@@ -491,9 +476,7 @@ def test_bad_sources_are_named(tmp_path, monkeypatch):
 
     assert message([]) == "safety_data has no rows. Give data with at least one."
     for missing in ("rows.jsonl", "./rows", "data/x/rows", "/no/such/folder", tmp_path / "rows"):
-        assert message(missing).startswith(
-            f"safety_data={str(missing)!r}: there is no such file or folder (looked in"
-        )
+        assert message(missing).startswith(f"safety_data={str(missing)!r}: there is no such file or folder (looked in")
     assert message("").startswith("safety_data='': the name is empty")
     for strange in (None, 3, {"prompt": ["a"]}):
         assert "is not understood. Give the name of a data source, a file" in message(strange)
@@ -524,28 +507,20 @@ def test_missing_optional_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source, package in ((tmp_path / "rows.parquet", "pyarrow"), ("somebody/some-data", "datasets")):
-        with pytest.raises(
-            DataError, match=rf"the package {package} is needed .*pip install salora-plugins\[data\]"
-        ):
+        with pytest.raises(DataError, match=rf"the package {package} is needed .*pip install salora-plugins\[data\]"):
             load_examples(source, option="task_data")
 
 
 def test_text_needs_a_tokenizer():
-    with pytest.raises(
-        DataError, match=r"task_data holds text, and there is no tokenizer.*Pass `tokenizer=`, or give"
-    ):
+    with pytest.raises(DataError, match=r"task_data holds text, and there is no tokenizer.*Pass `tokenizer=`, or give"):
         tokenize_examples([Example(tuple(PAIR[:1]), ANSWER)], None, max_length=10, option="task_data")
 
 
 def test_conversations_that_cannot_be_rendered_are_named():
     turns = [user("Hi"), user("How are you?"), assistant(ANSWER)]
-    with pytest.raises(
-        DataError, match=r"chat template refuses the example.*Roles must alternate \(roles: user, user"
-    ):
+    with pytest.raises(DataError, match=r"chat template refuses the example.*Roles must alternate \(roles: user, user"):
         tokenize_one({"messages": turns}, build_tokenizer(NO_SYSTEM))
-    with pytest.raises(
-        DataError, match="is a conversation of several turns, and the tokenizer has no chat template"
-    ):
+    with pytest.raises(DataError, match="is a conversation of several turns, and the tokenizer has no chat template"):
         tokenize_one({"messages": turns}, build_tokenizer())
 
 
@@ -553,9 +528,7 @@ def test_truncation_keeps_a_part_of_the_response_or_leaves_the_example_out():
     tokenizer = build_tokenizer(CHATML)
     examples = [Example(tuple(PAIR[:1]), ANSWER), Example((user("Long " * 100),), ANSWER)]
     prompt = render_prompt(examples[0], tokenizer)
-    with pytest.warns(
-        UserWarning, match="1 of 2 examples of task_data have no response token within calibration_max_"
-    ):
+    with pytest.warns(UserWarning, match="1 of 2 examples of task_data have no response token within calibration_max_"):
         (kept,) = tokenize_examples(examples, tokenizer, max_length=len(prompt) + 3, option="task_data")
     assert split_text(kept, tokenizer) == (ASKED, ANSWERED[:3])
     for max_length in (len(prompt), 1):
@@ -592,24 +565,16 @@ def test_prepared_rows_of_trl_trainers(tmp_path):
     )
     rows = [{"prompt": [user(f"Say {i}{i}.")], "completion": [assistant(f"{i} and {i}!")]} for i in range(3)]
     arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
-    ours = tokenize_examples(
-        load_examples(rows, option="task_data"), tokenizer, max_length=64, option="task_data"
-    )
+    ours = tokenize_examples(load_examples(rows, option="task_data"), tokenizer, max_length=64, option="task_data")
     sft_arguments = trl.SFTConfig(max_length=64, **arguments)
-    sft = trl.SFTTrainer(
-        model, sft_arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    sft = trl.SFTTrainer(model, sft_arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     assert load_examples(sft.train_dataset, option="task_data") == ours
     packed_arguments = trl.SFTConfig(max_length=256, packing=True, **arguments)
-    packed = trl.SFTTrainer(
-        model, packed_arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    packed = trl.SFTTrainer(model, packed_arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     packed_rows = load_examples(packed.train_dataset, option="task_data")
     assert len(packed.train_dataset) == 1
     assert sorted(packed_rows, key=str) == sorted(ours, key=str)
-    preferences = [
-        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": [assistant("No.")]} for r in rows
-    ]
+    preferences = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": [assistant("No.")]} for r in rows]
     dpo_arguments = trl.DPOConfig(max_length=64, **arguments)
     dpo = trl.DPOTrainer(
         model,

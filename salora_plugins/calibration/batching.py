@@ -36,9 +36,7 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 
-def batches(
-    examples: Sequence[TokenizedExample], batch_size: int, pad_token_id: int
-) -> Iterator[dict[str, Tensor]]:
+def batches(examples: Sequence[TokenizedExample], batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:
     """Batches of examples of similar length, as `collate` returns them.
 
     The longest come first, so that a batch that does not fit into memory fails at once; examples of one

@@ -323,10 +323,7 @@ def _answer(row: Mapping[str, Any], column: str, where: str) -> Example:
         return Example(prompt, _text(row, column, where))
     answer = _messages(row, column, where)
     # Some data sets repeat the prompt in the answer, and then it counts once (as in TRL).
-    if isinstance(row["prompt"], str):
-        repeats = answer[0]["role"] != "assistant"
-    else:
-        repeats = answer[: len(prompt)] == prompt
+    repeats = answer[0]["role"] != "assistant" if isinstance(row["prompt"], str) else answer[: len(prompt)] == prompt
     return _split(answer if repeats else prompt + answer, where)
 
 
@@ -408,9 +405,7 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str | None:
 
 def _tokenized_row(row: Mapping[str, Any], where: str) -> list[TokenizedExample]:
     input_ids = _integers(row, "input_ids", where)
-    parallel = {
-        name: _integers(row, name, where) for name in ("labels", "attention_mask", *_MASKS) if name in row
-    }
+    parallel = {name: _integers(row, name, where) for name in ("labels", "attention_mask", *_MASKS) if name in row}
     for name, values in parallel.items():
         if len(values) != len(input_ids):
             raise DataError(f"{where}: input_ids has {len(input_ids)} entries, but {name} has {len(values)}")
@@ -423,9 +418,7 @@ def _tokenized_row(row: Mapping[str, Any], where: str) -> list[TokenizedExample]
     attended = parallel.get("attention_mask", (1,) * len(input_ids))
     lengths = _integers(row, "seq_lengths", where) if "seq_lengths" in row else (len(input_ids),)
     if sum(lengths) != len(input_ids):
-        raise DataError(
-            f"{where}: input_ids has {len(input_ids)} entries, but seq_lengths add up to {sum(lengths)}"
-        )
+        raise DataError(f"{where}: input_ids has {len(input_ids)} entries, but seq_lengths add up to {sum(lengths)}")
     examples = []
     start = 0
     for length in lengths:

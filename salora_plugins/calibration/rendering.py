@@ -28,9 +28,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) 
     return _encode(_prompt_text(example, uses_template, tokenizer, name), tokenizer, uses_template)
 
 
-def prompt_and_response_ids(
-    example: Example, tokenizer: PreTrainedTokenizerBase, name: str
-) -> tuple[list[int], int]:
+def prompt_and_response_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
     """Token ids of the whole exchange, with the end of turn, and how many of them precede the response.
 
     These are what the prompt and the whole have in common at their beginning. Usually that is the whole

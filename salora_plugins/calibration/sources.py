@@ -29,9 +29,7 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the option or file, what was found and what to do."""
 
 
-def read_rows(
-    source: Any, *, option: str, max_rows: int, columns: Collection[str]
-) -> Iterable[tuple[int, Any]]:
+def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[str]) -> Iterable[tuple[int, Any]]:
     """The rows of a source with their numbers, from 1.
 
     Args:
@@ -131,9 +129,7 @@ def _read_folder(folder: Path, where: str) -> Any:
 def _read_file(path: Path, where: str) -> Sequence[Any]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(
-            f"{where}: files of type {suffix or '(no suffix)'} are not read. Use {', '.join(SUFFIXES)}."
-        )
+        raise DataError(f"{where}: files of type {suffix or '(no suffix)'} are not read. Use {', '.join(SUFFIXES)}.")
     if suffix == ".parquet":
         parquet = _import("pyarrow.parquet", where, "to read a Parquet file")
         try:
@@ -143,9 +139,7 @@ def _read_file(path: Path, where: str) -> Sequence[Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        ) from error
+        raise DataError(f"{where}: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     if suffix == ".csv":
         return _parse_csv(text, path)
     if suffix == ".json" and text.lstrip().startswith("["):
@@ -183,9 +177,7 @@ def _train_split(rows: Any, where: str) -> Any:
     if datasets is None or not isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return rows
     if "train" not in rows:
-        raise DataError(
-            f"{where}: it has no split 'train', but {', '.join(map(repr, rows))}. Pass the split to use."
-        )
+        raise DataError(f"{where}: it has no split 'train', but {', '.join(map(repr, rows))}. Pass the split to use.")
     return rows["train"]
 
 
@@ -204,6 +196,5 @@ def _import(module: str, where: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(
-            f"{where}: the package {module.partition('.')[0]} is needed {purpose}: "
-            "pip install salora-plugins[data]"
+            f"{where}: the package {module.partition('.')[0]} is needed {purpose}: pip install salora-plugins[data]"
         ) from error
