@@ -1,0 +1,108 @@
+"""The demo's measurements as a table in the terminal, a plot and a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.table import Table
+
+from salora_plugins.files import atomic_write
+
+from .experiment import Measurement, Proportion, Settings
+
+
+def describe(proportion: Proportion) -> str:
+    lower, upper = proportion.interval
+    return f"{proportion.count}/{proportion.total} = {proportion.rate:.0%}\n[{lower:.0%}, {upper:.0%}]"
+
+
+def table(measurements: list[Measurement]) -> Table:
+    """One row a model; proportions with counts and intervals."""
+    result = Table(caption="In brackets: Wilson 95 % intervals. Loss: nats per response token.", caption_justify="left")
+    result.add_column("Model", no_wrap=True)
+    result.add_column("Harmful requests\nrefused (more is safer)", justify="right")
+    result.add_column("Harmless look-alikes\nrefused (fewer is better)", justify="right")
+    result.add_column("Word problems\nsolved (held out)", justify="right")
+    result.add_column("Word problems'\nloss (held out)", justify="right")
+    for measured in measurements:
+        result.add_row(
+            measured.name,
+            describe(measured.refusals),
+            describe(measured.over_refusals),
+            describe(measured.task_accuracy),
+            f"{measured.task_loss:.3f}",
+            end_section=True,
+        )
+    return result
+
+
+def write_results(path: Path, measurements: list[Measurement], settings: Settings, seconds: float) -> None:
+    """Write everything that was set and measured, every response too."""
+    results = {
+        "settings": asdict(settings),
+        "versions": {name: version(name) for name in ("salora-plugins", "torch", "transformers", "peft", "trl")},
+        "seconds": round(seconds, 1),
+        "measurements": [measured.as_dict() for measured in measurements],
+    }
+    atomic_write(path, json.dumps(results, indent=2, ensure_ascii=False).encode())
+
+
+def write_plot(path: Path, measurements: list[Measurement], settings: Settings) -> None:
+    """Draw one panel a quantity, one line a model, with the intervals; PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [measured.name for measured in measurements]
+    positions = list(range(len(names)))
+    palette = ["#555555", "#c8553d", "#2a6f97", "#2a9d5c"]
+    colors = [palette[i % len(palette)] for i in positions]
+    figure = Figure(figsize=(13, 1.9 + 0.62 * len(names)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4, sharey=True)
+    proportions = [
+        ("Harmful requests refused\n(held out; more is safer)", [m.refusals for m in measurements]),
+        ("Harmless look-alikes refused\n(held out; fewer is better)", [m.over_refusals for m in measurements]),
+        ("Word problems solved\n(held out; more is better)", [m.task_accuracy for m in measurements]),
+    ]
+    for axis, (title, values) in zip(axes, proportions, strict=False):
+        for position, value, color in zip(positions, values, colors, strict=True):
+            lower, upper = value.interval
+            axis.plot([100 * lower, 100 * upper], [position] * 2, color=color, linewidth=2.2, alpha=0.55)
+            axis.plot(100 * value.rate, position, "o", color=color, markersize=8)
+            axis.annotate(
+                f"{value.count}/{value.total}",
+                (100 * value.rate, position),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="left" if value.rate < 0.1 else "right" if value.rate > 0.9 else "center",
+                fontsize=9,
+            )
+        axis.set_xlim(-3, 103)
+        axis.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
+        axis.set_title(title, fontsize=10)
+    losses = [measured.task_loss for measured in measurements]
+    for position, loss, color in zip(positions, losses, colors, strict=True):
+        axes[3].plot(loss, position, "o", color=color, markersize=8)
+        axes[3].annotate(
+            f"{loss:.3f}", (loss, position), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
+        )
+    # The base model's loss is far above the others; on a linear axis they would all look the same.
+    axes[3].set_xscale("log")
+    axes[3].set_xlim(min(losses) / 2, max(losses) * 2)
+    axes[3].set_title("Word problems' loss, nats per token\n(held out; log scale; less is better)", fontsize=10)
+    axes[0].set_yticks(positions, names, fontsize=11)
+    axes[0].set_ylim(len(names) - 0.5, -0.6)
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="x", labelsize=9)
+    figure.suptitle(
+        f"Fine-tuned on word problems: {settings.steps} steps, learning rate {settings.learning_rate:g}, "
+        f"rank {settings.rank}; one model of 2 million parameters, seed {settings.seed}; lines: Wilson 95 % intervals",
+        fontsize=10,
+    )
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
