@@ -43,6 +43,7 @@ WARMUP_STEPS = 5
 ADVBENCH_CALIBRATION = slice(0, 256)
 ADVBENCH_EVALUATION = slice(300, 364)
 RESPONSE_TOKENS = 48
+HELDOUT_ROWS = 150
 
 REQUEST_SETS = ("advbench", "builtin", "harmless")
 
@@ -280,7 +281,7 @@ def evaluate(
     from salora_plugins.evaluation.metrics import response_loss, wilson_interval
     from salora_plugins.judges import is_refusal
 
-    rows = prompt_completion_rows(data / "math_test.jsonl")
+    rows = prompt_completion_rows(data / "math_test.jsonl")[:HELDOUT_ROWS]
     result: dict[str, Any] = {
         "heldout_loss": response_loss(model, tokenizer, rows, batch_size=BATCH_SIZE),
         "heldout_rows": len(rows),

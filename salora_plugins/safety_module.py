@@ -205,10 +205,16 @@ class SafetyModule:
             ) from error
         if _METADATA_KEY not in metadata:
             raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
-        description = json.loads(metadata[_METADATA_KEY])
-        if description.get("format_version") != FORMAT_VERSION:
+        try:
+            description = json.loads(metadata[_METADATA_KEY])
+            version, digest, provenance = (
+                description[key] for key in ("format_version", "content_sha256", "provenance")
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
+        if version != FORMAT_VERSION:
             raise SafetyModuleError(
-                f"{path}: format version {description.get('format_version')}, this salora-plugins reads "
+                f"{path}: format version {version}, this salora-plugins reads "
                 f"{FORMAT_VERSION}. Install the version that wrote it, or calibrate again."
             )
         parts: dict[str, dict[str, Tensor]] = {key: {} for key in _KEYS}
@@ -224,11 +230,11 @@ class SafetyModule:
                 singular_values=parts["output_singular_values"],
                 input_singular_values=parts["input_singular_values"],
                 weight_samples=parts["weight_sample"],
-                provenance=description["provenance"],
+                provenance=provenance,
             )
         except SafetyModuleError as error:
             raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
-        if _content_digest(tensors) != description["content_sha256"]:
+        if _content_digest(tensors) != digest:
             raise SafetyModuleError(
                 f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
                 "changed; calibrate again or fetch it again."

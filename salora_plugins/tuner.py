@@ -136,6 +136,18 @@ class SaLoRAModel(LoraModel):
         self._synchronize([layer for _, layer in self._layers_of(adapter_name)], adapter_name)
         self._forget_waiting(adapter_name)
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: For SaLoRA adapters. PEFT combines weights by writing to them, and theirs are computed.
+        """
+        if any(isinstance(self.peft_config.get(name), SaLoRAConfig) for name in adapters):
+            raise ValueError(
+                "add_weighted_adapter cannot combine SaLoRA adapters in training. Save them, load them with "
+                "PeftModel.from_pretrained and load_adapter, which gives plain LoRA adapters, and combine those."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget_waiting(adapter_name)

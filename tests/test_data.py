@@ -56,6 +56,13 @@ NO_SYSTEM = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Like Mistral's: the system turn is written into the last turn, and only if that is the user's.
+MOVES_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
 
 def build_tokenizer(chat_template: str | None = None, *, adds_bos=False, adds_eos=False, merges=()):
     """A byte-level tokenizer: every byte is a token, so that decoding gives back exactly the text."""
@@ -168,6 +175,12 @@ def test_response_is_marked_for_every_chat_template(template, before, response):
     assert tokenize_one({"messages": PAIR}, tokenizer) == (before, response)
     prompt = tokenizer.decode(render_prompt(Example(tuple(PAIR[:1])), tokenizer))
     assert prompt == before + ("<think>\n" if template == OPENS_THINKING else "")
+
+
+def test_response_is_marked_where_the_template_moves_the_system_turn():
+    turns = [system("Be kind."), user("Hi"), assistant("I"), user("Am I?"), assistant("I am.")]
+    before, response = tokenize_one({"messages": turns}, build_tokenizer(MOVES_SYSTEM))
+    assert (before, response) == ("<s>[INST] Hi[/INST] I</s>[INST] Am I?[/INST] ", "I am.</s>")
 
 
 def test_own_thinking_of_a_response_counts_as_response():

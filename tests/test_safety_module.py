@@ -111,6 +111,7 @@ def test_changed_content(module, tmp_path):
         (lambda t, m: t.pop(f"{NAME}.input_basis"), "has no input basis, although other modules have one"),
         (lambda t, m: t.update({f"{NAME}.extra": torch.ones(1)}), "which is no part of a safety module"),
         (lambda t, m: m.update(change_description(m, format_version=99)), "format version 99, this salora-plugins"),
+        (lambda t, m: m.update(salora_safety_module="{"), "its description cannot be read"),
         (lambda t, m: m.pop("salora_safety_module"), "a safetensors file, but not a safety module"),
     ],
 )

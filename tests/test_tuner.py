@@ -308,6 +308,9 @@ def test_several_adapters_on_one_base(tmp_path):
     assert relative_difference(reloaded(tokens).logits, first) < 1e-5
     reloaded.set_adapter("second")
     assert relative_difference(reloaded(tokens).logits, second) < 1e-5
+    reloaded.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean", combination_type="svd", svd_rank=10)
+    with pytest.raises(ValueError, match="add_weighted_adapter cannot combine SaLoRA adapters"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean")
     model.delete_adapter("default")
     assert relative_difference(model(tokens).logits, second) < 1e-5
 

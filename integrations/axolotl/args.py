@@ -16,23 +16,29 @@ ADAPTER = "salora"
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
+_NO_FSDP = (
+    "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
+    "DeepSpeed ZeRO stage 1 or 2."
+)
 _UNSUPPORTED = {
     "peft_use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included. Remove it.",
     "lora_target_parameters": "Only linear layers have outputs that the safety module protects. Name them in "
     "lora_target_modules.",
     "peft_layer_replication": "Replicated layers share weights but would need safety bases of their own. Replicate the "
     "layers in the base model first.",
-    "relora": "ReLoRA merges the adapter into the base weights at every restart, which SaLoRA never changes. Remove it.",
+    "relora": "ReLoRA merges the adapter into the base weights at every restart; SaLoRA never changes them. Remove it.",
     "gptq": "The initialization needs weights that can be dequantized. Use load_in_4bit instead.",
+    "use_onebitllms": "Its layers have no weights that the initialization can decompose. Remove it.",
+    "qat": "It changes the weights that the safety module was computed from while training. Remove it.",
+    "fp8": "It replaces the layers of the adapter, and with them what keeps it out of the safety directions. Use bf16.",
     "unfrozen_parameters": "It trains base weights, which the safety module does not protect. Remove it.",
     "lora_fp32_gradients": "Axolotl has it for its own adapters only. Leave peft_autocast_adapter_dtype unset: the "
     "trained factors, and so their gradients, are then float32.",
-    "fsdp": "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
-    "DeepSpeed ZeRO stage 1 or 2.",
-    "fsdp_config": "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use "
-    "DDP, or DeepSpeed ZeRO stage 1 or 2.",
+    "fsdp": _NO_FSDP,
+    "fsdp_config": _NO_FSDP,
 }
 _UNSUPPORTED_SIZES = ("tensor_parallel_size", "expert_parallel_size")
+_FUSED_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
 class SaLoRAOptions(BaseModel):
@@ -61,8 +67,8 @@ class SaLoRAOptions(BaseModel):
     )
     safety_data: str | None = Field(
         default=None,
-        description="Harmful requests, with safe responses or without: `builtin`, a file, a folder or a hub data set id. "
-        "Default: builtin.",
+        description="Harmful requests, with safe responses or without: `builtin`, a file, a folder or a hub data set "
+        "id. Default: builtin.",
     )
     task_data: str | None = Field(
         default=None,
@@ -109,6 +115,9 @@ class SaLoRAArgs(BaseModel):
     """What the plugin adds to Axolotl's config; Axolotl makes it a base class of its own config class."""
 
     salora: SaLoRAOptions | None = Field(default=None, description="Options of `adapter: salora`.")
+    inference: bool | None = Field(
+        default=None, description="Set by `axolotl inference`, for `adapter: salora` to load a saved adapter as it is."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -119,21 +128,20 @@ class SaLoRAArgs(BaseModel):
             _check_host_options(data)
         elif data.get("salora") is not None:
             raise ValueError(
-                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove it."
+                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove "
+                "the block."
             )
         return data
 
     @model_validator(mode="after")
     def _check_options(self) -> SaLoRAArgs:
         if getattr(self, "adapter", None) != ADAPTER:
+            self.inference = None  # Axolotl knows no such key: its own runs stay as they are
             return self
         options = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
-        for key in ("safety_data", "task_data", "safety_module"):
-            if key in options and _is_missing(key, options[key]):
-                raise ValueError(
-                    f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
-                    "path."
-                )
+        if not (self.inference or self.merge_lora):
+            _check_files(options)
+            _check_kernels(self, options)
         if "basis_method" in options:
             from salora_plugins.plugins import basis_methods
 
@@ -172,8 +180,8 @@ def _check_host_options(data: Mapping[str, Any]) -> None:
     for key in _UNSUPPORTED_SIZES:
         if (data.get(key) or 1) > 1:
             raise ValueError(
-                f"{key}: {data[key]}: not supported with adapter: salora, because every process would see a part of the "
-                "weights only. Use DDP, or DeepSpeed ZeRO stage 1 or 2."
+                f"{key}: {data[key]}: not supported with adapter: salora, because every process would see only a part "
+                "of the weights. Use DDP, or DeepSpeed ZeRO stage 1 or 2."
             )
     if data.get("peft_init_lora_weights") not in (None, True):
         raise ValueError(
@@ -185,12 +193,17 @@ def _check_host_options(data: Mapping[str, Any]) -> None:
             "peft.loftq_config: not supported with adapter: salora. LoftQ changes the base weights, which SaLoRA never "
             "does. Use load_in_4bit instead."
         )
+    if data.get("model_quantization_config") == "FineGrainedFP8Config":
+        raise ValueError(
+            "model_quantization_config: FineGrainedFP8Config: not supported with adapter: salora. The initialization "
+            "needs weights that can be dequantized. Use load_in_4bit or load_in_8bit instead."
+        )
     if data.get("load_in_4bit") and data.get("load_in_8bit"):
         raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")
     if _uses_zero3(data.get("deepspeed")):
         raise ValueError(
-            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before SaLoRA "
-            "can read them. Use ZeRO stage 1 or 2, or DDP."
+            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before "
+            "SaLoRA can read them. Use ZeRO stage 1 or 2, or DDP."
         )
 
 
@@ -198,6 +211,19 @@ def _uses_zero3(deepspeed: Any) -> bool:
     from axolotl.utils.schemas.utils import is_deepspeed_zero3_config
 
     return is_deepspeed_zero3_config(deepspeed) or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def _check_files(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A file or folder that the block names does not exist.
+    """
+    for key in ("safety_data", "task_data", "safety_module"):
+        if key in options and _is_missing(key, options[key]):
+            raise ValueError(
+                f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
+                "path."
+            )
 
 
 def _is_missing(key: str, value: str) -> bool:
@@ -210,3 +236,17 @@ def _is_missing(key: str, value: str) -> bool:
     if path.exists() or value in data_sources():
         return False
     return path.suffix.lower() in _DATA_SUFFIXES or not _HUB_ID.fullmatch(value)
+
+
+def _check_kernels(cfg: Any, options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: Axolotl's fused kernels would hide the layers' outputs when the training rows are looked at.
+    """
+    kernels = [key for key in _FUSED_KERNELS if getattr(cfg, key)]
+    if kernels and options.get("init", "task") == "task" and "task_data" not in options and not cfg.lora_model_dir:
+        raise ValueError(
+            f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
+            "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "
+            "on, or salora.init: pissa or zero, or remove the kernels."
+        )

@@ -39,8 +39,8 @@ class SaLoRAPlugin(BasePlugin):
         if _trainer_builds_adapter(cfg) and cfg.lora_model_dir:
             raise ValueError(
                 f"lora_model_dir: with rl: {cfg.rl} Axolotl lets the trainer build a new adapter and would ignore "
-                f"{cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or remove "
-                "lora_model_dir."
+                f"{cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or "
+                "remove lora_model_dir."
             )
         from .quantization import fill_in_quantization_config
 
@@ -55,6 +55,8 @@ class SaLoRAPlugin(BasePlugin):
         from .quantization import check_quantized
 
         check_quantized(model, cfg)
+        if cfg.lora_qkv_kernel or cfg.lora_o_kernel:
+            _attach_plain_projections(model, cfg)
         if inference or cfg.inference or cfg.merge_lora:
             return _load_for_inference(model, cfg)
         if config_only:
@@ -132,6 +134,28 @@ def _load_for_inference(
     return load_lora(model, cfg, inference=True)
 
 
+def _attach_plain_projections(model: PreTrainedModel, cfg: DictDefault) -> None:
+    """
+    Let the model run before Axolotl has attached its fused kernels.
+
+    Axolotl has rewritten the attention to call `apply_qkv` and `apply_o`, but sets them only once there is an adapter;
+    calibration comes before. These are the stand-ins that Axolotl itself uses for layers without a kernel.
+    """
+    from types import MethodType
+
+    from axolotl.monkeypatch.lora_kernels import (
+        get_attention_cls_from_config,
+        original_apply_o,
+        original_apply_qkv_optional_v,
+    )
+
+    attention = get_attention_cls_from_config(cfg)
+    for module in model.modules():
+        if isinstance(module, attention):
+            module.apply_qkv = MethodType(original_apply_qkv_optional_v, module)
+            module.apply_o = MethodType(original_apply_o, module)
+
+
 def _trainer_builds_adapter(cfg: DictDefault) -> bool:
     return cfg.rl in ("dpo", "ipo", "kto") and not cfg.merge_lora and not cfg.inference
 
@@ -144,8 +168,8 @@ def _refuse_embeddings(cfg: DictDefault) -> None:
     embedding = get_linear_embedding_layers(cfg.model_config_type)[0]
     if embedding in targets:
         raise ValueError(
-            f"lora_target_modules: {embedding} is an embedding, which adapter: salora does not support: it has no linear "
-            "outputs to protect. Remove it from the list."
+            f"lora_target_modules: {embedding} is an embedding, which adapter: salora does not support. Target linear "
+            "layers only."
         )
 
 
@@ -172,5 +196,6 @@ def _warn_about_differences(cfg: DictDefault, saved: SaLoRAConfig) -> None:
     for key, (value, saved_value) in given.items():
         if value is not None and value != saved_value:
             LOG.warning(
-                f"{key}: {value} is ignored: the adapter in {cfg.lora_model_dir} was made with {saved_value} and keeps it."
+                f"{key}: {value} is ignored: the adapter in {cfg.lora_model_dir} was made with {saved_value} and keeps "
+                "it."
             )

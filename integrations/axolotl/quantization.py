@@ -36,8 +36,8 @@ def fill_in_quantization_config(cfg: DictDefault) -> None:
     choice = _QuantizationChoice(cfg).model_kwargs.get("quantization_config")
     if choice is None:
         raise ValueError(
-            f"load_in_4bit, load_in_8bit: Axolotl does not quantize on the device {cfg.device!r}. Remove them, or train on "
-            "another device."
+            f"load_in_4bit, load_in_8bit: Axolotl does not quantize on the device {cfg.device!r}. Remove them, or "
+            "train on another device."
         )
     reserved.update(choice.to_dict())
 

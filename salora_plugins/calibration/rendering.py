@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .data import Example
 
 
+# Stands for the content of a turn, to see what a chat template writes around it.
+_MARKER = "salora-content"
+
+
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """Token ids of what stands before the response, up to where the model begins to answer.
 
@@ -31,15 +35,18 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) 
 def prompt_and_response_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
     """Token ids of the whole exchange, with the end of turn, and how many of them precede the response.
 
-    These are what the prompt and the whole have in common at their beginning. Usually that is the whole
-    prompt. It is less where a template opens the answer differently when it asks for one (DeepSeek-R1's
-    `<think>`), or where a token spans the border.
+    These are what the prompt and the whole have in common at their beginning; a token that spans the border
+    belongs to the response.
     """
     uses_template = _uses_template(example, tokenizer, name)
     prompt = _prompt_text(example, uses_template, tokenizer, name)
     if uses_template:
-        answer = {"role": "assistant", "content": example.response}
-        whole = _render((*example.messages, answer), tokenizer, name, generation_prompt=False)
+        whole = _render_answered(example, example.response, tokenizer, name)
+        if not whole.startswith(prompt):
+            # Answered, the template writes the prompt differently than when it asks for an answer: DeepSeek-R1's
+            # leaves out `<think>`, Mistral's moves the system turn. Another answer shows where this one begins.
+            before = _render_answered(example, _MARKER, tokenizer, name).partition(_MARKER)[0]
+            prompt = before if whole.startswith(before) else prompt
         # What a template writes behind the end of the turn (ChatML: a line break), no model generates.
         stripped = whole.rstrip()
         if stripped.endswith(tuple(filter(None, tokenizer.all_special_tokens))):
@@ -77,10 +84,9 @@ def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase, name: str
     """Whether the request went through the chat template already, as in data made for plain-text training."""
     if not tokenizer.chat_template or not _is_single_request(example):
         return False
-    marker = "salora-request"
     for options in ({}, _template_options(tokenizer)):
-        rendered = _render(({"role": "user", "content": marker},), tokenizer, name, options=options)
-        end_of_request = rendered.rpartition(marker)[2].strip()
+        rendered = _render(({"role": "user", "content": _MARKER},), tokenizer, name, options=options)
+        end_of_request = rendered.rpartition(_MARKER)[2].strip()
         if end_of_request and example.request.rstrip().endswith(end_of_request):
             return True
     return False
@@ -88,6 +94,11 @@ def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase, name: str
 
 def _prompt_text(example: Example, uses_template: bool, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     return _render(example.messages, tokenizer, name) if uses_template else example.request
+
+
+def _render_answered(example: Example, response: str, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    answer = {"role": "assistant", "content": response}
+    return _render((*example.messages, answer), tokenizer, name, generation_prompt=False)
 
 
 def _template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
