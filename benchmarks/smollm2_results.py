@@ -35,14 +35,14 @@ RANK = 16
 SAFETY_RANK = 32
 TASK_RANK = 32
 INPUT_SAFETY_RANK = 128
-BATCH_SIZE = 8
 MAX_LENGTH = 256
 WARMUP_STEPS = 5
 
 # Neither part of AdvBench is the built-in calibration set; the first is left for runs that calibrate on it.
 ADVBENCH_CALIBRATION = slice(0, 256)
 ADVBENCH_EVALUATION = slice(300, 364)
-RESPONSE_TOKENS = 48
+# A refusal shows in the first words; on the base model 24 tokens decide as 48 do.
+RESPONSE_TOKENS = 24
 HELDOUT_ROWS = 150
 
 REQUEST_SETS = ("advbench", "builtin", "harmless")
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate with --method")
     parser.add_argument("--trainer", choices=("trl", "axolotl"), default="trl")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--safety-data",
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace, method: str, learning_rate: float) -> Non
             "trainer": arguments.trainer,
             "learning_rate": learning_rate,
             "steps": arguments.steps,
+            "batch_size": arguments.batch_size,
             "seed": arguments.seed,
             "train_loss": train_losses,
             "minutes": round((time.monotonic() - started) / 60, 2),
@@ -132,6 +134,8 @@ def run_name(arguments: argparse.Namespace, method: str, learning_rate: float) -
     if method == "base":
         return "base"
     parts = [arguments.trainer, method, f"lr{learning_rate:.3g}", f"seed{arguments.seed}"]
+    if arguments.batch_size != 8:
+        parts.append(f"batch{arguments.batch_size}")
     if arguments.steps != 60:
         parts.append(f"steps{arguments.steps}")
     if arguments.safety_data != "builtin" and method != "lora":
@@ -158,9 +162,9 @@ def train_with_trl(
         config = SaLoRAConfig(
             **shared,
             safety_rank=SAFETY_RANK,
-            input_safety_rank=INPUT_SAFETY_RANK if method == "salora-two-sided" else 0,
+            input_safety_rank=input_safety_rank(method),
             task_rank=TASK_RANK,
-            safety_data=safety_data(arguments),
+            safety_module=safety_module(arguments, method),
             seed=arguments.seed,
         )
     trainer = SFTTrainer(
@@ -168,7 +172,8 @@ def train_with_trl(
         args=SFTConfig(
             output_dir=str(folder),
             max_steps=arguments.steps,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=arguments.batch_size,
+            train_sampling_strategy="group_by_length",
             max_length=MAX_LENGTH,
             completion_only_loss=True,
             learning_rate=learning_rate,
@@ -217,7 +222,8 @@ def train_with_axolotl(
         "sequence_len": MAX_LENGTH,
         "sample_packing": False,
         "pad_to_sequence_len": False,
-        "micro_batch_size": BATCH_SIZE,
+        "micro_batch_size": arguments.batch_size,
+        "group_by_length": True,
         "gradient_accumulation_steps": 1,
         "max_steps": arguments.steps,
         "learning_rate": learning_rate,
@@ -238,7 +244,7 @@ def train_with_axolotl(
     if method != "lora":
         options["salora"] = {
             "safety_rank": SAFETY_RANK,
-            "input_safety_rank": INPUT_SAFETY_RANK if method == "salora-two-sided" else 0,
+            "input_safety_rank": input_safety_rank(method),
             "task_rank": TASK_RANK,
             "safety_data": "builtin",
         }
@@ -258,11 +264,31 @@ def axolotl_losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def safety_data(arguments: argparse.Namespace) -> Any:
-    """What SaLoRA calibrates on: the built-in requests, or the calibration part of AdvBench."""
-    if arguments.safety_data == "builtin":
-        return "builtin"
-    return [{"prompt": request} for request in advbench(arguments.data)[ADVBENCH_CALIBRATION]]
+def input_safety_rank(method: str) -> int:
+    return INPUT_SAFETY_RANK if method == "salora-two-sided" else 0
+
+
+def safety_module(arguments: argparse.Namespace, method: str) -> Path:
+    """The calibrated safety module's file; it does not depend on training, so that runs share it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from salora_plugins import calibrate
+
+    path = arguments.out / "safety-modules" / f"{method}-{arguments.safety_data}.safetensors"
+    if not path.exists():
+        data: Any = "builtin"
+        if arguments.safety_data == "advbench":
+            data = [{"prompt": request} for request in advbench(arguments.data)[ADVBENCH_CALIBRATION]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibrate(
+            AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+            target_modules=TARGET_MODULES,
+            safety_data=data,
+            safety_rank=SAFETY_RANK,
+            input_safety_rank=input_safety_rank(method),
+        ).save(path)
+    return path
 
 
 def calibration_of(folder: Path) -> dict[str, Any]:
@@ -283,14 +309,14 @@ def evaluate(
 
     rows = prompt_completion_rows(data / "math_test.jsonl")[:HELDOUT_ROWS]
     result: dict[str, Any] = {
-        "heldout_loss": response_loss(model, tokenizer, rows, batch_size=BATCH_SIZE),
+        "heldout_loss": response_loss(model, tokenizer, rows, batch_size=8),
         "heldout_rows": len(rows),
         "refusals": {},
     }
     answers: dict[str, list[dict[str, Any]]] = {}
     for name, requests in request_sets(data).items():
         responses = generate_responses(
-            model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=32
+            model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64
         )
         refused = [is_refusal(response) for response in responses]
         result["refusals"][name] = {
