@@ -186,8 +186,8 @@ def test_response_is_marked_where_the_template_moves_the_system_turn():
 def test_own_thinking_of_a_response_counts_as_response():
     tokenizer = build_tokenizer(THINKING.replace("<think>\n\n</think>\n\n{% endif %}{{", "{% endif %}{{"))
     before, response = tokenize_one({"prompt": QUESTION, "response": "<think>\nHm.\n</think>\n\nNo."}, tokenizer)
-    assert before == ASKED + "<think>\n"
-    assert response == "Hm.\n</think>\n\nNo.<|im_end|>"
+    assert before == ASKED
+    assert response == "<think>\nHm.\n</think>\n\nNo.<|im_end|>"
 
 
 def test_a_token_across_the_border_belongs_to_the_response():
