@@ -27,6 +27,7 @@ from ..safety_module import SafetyModule
 from .batching import batches
 from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator
 from .data import (
+    MAX_ROWS,
     Example,
     TokenizedExample,
     data_digest,
@@ -136,7 +137,8 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
         positions.
     """
     names = target_module_names(model, config)
-    examples = load_examples(config.task_data if rows is None else rows, option="task_data")
+    source = config.task_data if rows is None else rows
+    examples = load_examples(source, option="task_data", max_rows=max(MAX_ROWS, config.num_task_samples))
     examples = select_examples(examples, config.num_task_samples, config.seed)
     with adapters_disabled(model), on_accelerator(model), evaluation_mode(model):
         examples = _tokenized(model, config, examples, "task_data")
@@ -162,7 +164,12 @@ def task_basis(statistics: ModuleStatistics, task_rank: int) -> Tensor:
 def _safety_examples(
     model: nn.Module, config: SaLoRAConfig
 ) -> tuple[list[TokenizedExample], dict[str, int]]:
-    examples = load_examples(config.safety_data, option="safety_data", allow_missing_response=True)
+    examples = load_examples(
+        config.safety_data,
+        option="safety_data",
+        allow_missing_response=True,
+        max_rows=max(MAX_ROWS, config.num_safety_samples),
+    )
     examples = select_examples(examples, len(examples), config.seed)
     counts: dict[str, int] = {}
     if any(isinstance(example, Example) and example.response is None for example in examples):

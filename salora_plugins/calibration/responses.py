@@ -63,7 +63,7 @@ def add_own_refusals(
             answers = _answer(model, tokenizer, waiting, max_length)
             counts["requests"] += len(answers)
             for request, (tokens, text) in zip(waiting, answers, strict=True):
-                if tokens is not None and is_refusal(_request_text(request), text):
+                if tokens is not None and is_refusal(request.request, text):
                     kept.append(tokens)
                     counts["refusals"] += 1
             waiting.clear()
@@ -139,8 +139,3 @@ def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     tokens = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return tokens - {None}
-
-
-def _request_text(example: Example) -> str:
-    """The last thing the user said, for the judge."""
-    return example.messages[-1]["content"] if example.messages else ""
