@@ -237,7 +237,7 @@ def train_with_axolotl(
         "fp16": False,
         "gradient_checkpointing": False,
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_steps": arguments.steps,
         "dataset_prepared_path": str(folder.resolve() / "prepared"),
         "output_dir": str(folder.resolve()),
     }
@@ -246,12 +246,14 @@ def train_with_axolotl(
             "safety_rank": SAFETY_RANK,
             "input_safety_rank": input_safety_rank(method),
             "task_rank": TASK_RANK,
-            "safety_data": "builtin",
+            "safety_module": str(safety_module(arguments, method).resolve()),
         }
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "axolotl.yaml"
     config.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "axolotl.cli.main", "train", str(config)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"], check=True
+    )
     return axolotl_losses(folder)
 
 
