@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from .calibration import calibrate_with, task_bases
-from .calibration.capture import cheap_forward_options, evaluation_mode, position_mask
+from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import RowStatistics
 from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
 from .distributed import broadcast_from_first_rank, gather_from_all_ranks
@@ -274,13 +274,12 @@ class SaLoRAModel(LoraModel):
 
             return hook
 
-        quiet = {key: value for key, value in kwargs.items() if key != "labels"}
-        quiet.update(cheap_forward_options(module))
         try:
             for name, layer in layers:
                 handles.append(base_layer(layer).register_forward_hook(capture(name)))
             with adapters_disabled(self.model), evaluation_mode(self.model):
-                module(*args, **quiet)
+                # The very same call: trainers replace the forward method by ones that need all of their arguments.
+                module(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
