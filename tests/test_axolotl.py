@@ -1,0 +1,361 @@
+"""Real Axolotl runs with `adapter: salora`, and what its config validation refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from certificate import largest_share_inside
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from salora_plugins import SafetyModule, SaLoRAConfig, load_for_training
+from salora_plugins.layers import weight_samples
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+REFUSALS = "refusals.jsonl"
+
+# Key -> value that `adapter: salora` refuses, each named in the message.
+UNSUPPORTED = {
+    "peft_use_dora": True,
+    "peft_init_lora_weights": "pissa",
+    "peft": {"loftq_config": {"loftq_bits": 4}},
+    "lora_target_parameters": ["mlp.experts.down_proj"],
+    "peft_layer_replication": [[0, 1], [0, 2]],
+    "relora": True,
+    "gptq": True,
+    "use_onebitllms": True,
+    "qat": {"weight_dtype": "int8"},
+    "fp8": True,
+    "unfrozen_parameters": ["^model.embed_tokens.weight$"],
+    "lora_fp32_gradients": True,
+    "model_quantization_config": "FineGrainedFP8Config",
+    "fsdp_config": {"reshard_after_forward": True},
+    "deepspeed": {"zero_optimization": {"stage": 3}},
+    "tensor_parallel_size": 2,
+    "expert_parallel_size": 2,
+    "lora_qkv_kernel": True,
+}
+
+# Name -> (change of the config, what the message must contain).
+REFUSED = {
+    "misspelled key": ({"salora": {"safty_rank": 8}}, ["salora.safty_rank", "Did you mean salora.safety_rank?"]),
+    "unknown key": ({"salora": {"colour": "red"}}, ["salora.colour", "safety_data"]),
+    "rank of zero": ({"salora": {"safety_rank": 0}}, ["salora.safety_rank"]),
+    "rank that is no number": ({"salora": {"input_safety_rank": "four"}}, ["salora.input_safety_rank"]),
+    "unknown init": ({"salora": {"init": "pisa"}}, ["salora.init", "pissa"]),
+    "no such safety data": (
+        {"salora": {"safety_data": "gone/refusals.jsonl"}},
+        ["salora.safety_data", "gone/refusals.jsonl", "no such file"],
+    ),
+    "no such task data": ({"salora": {"task_data": "gone.json"}}, ["salora.task_data", "gone.json", "no such file"]),
+    "no such safety module": ({"salora": {"safety_module": "gone"}}, ["salora.safety_module", "gone", "no such file"]),
+    "unknown basis method": ({"salora": {"basis_method": "magic"}}, ["salora.basis_method", "magic", "salora"]),
+    "no built-in task data": ({"salora": {"task_data": "builtin"}}, ["task_data", "builtin"]),
+    "another adapter": ({"adapter": "lora"}, ["salora: the block has no effect with adapter: lora"]),
+    "4 and 8 bits": ({"load_in_4bit": True, "load_in_8bit": True}, ["load_in_4bit", "load_in_8bit"]),
+    "an embedding": ({"lora_target_modules": ["q_proj", "embed_tokens"]}, ["lora_target_modules", "embed_tokens"]),
+    "going on with DPO": ({"rl": "dpo", "lora_model_dir": "somewhere"}, ["lora_model_dir", "somewhere", "merge-lora"]),
+    **{key: ({key: value}, [key]) for key, value in UNSUPPORTED.items()},
+}
+
+TRAINED = ("sft", "dpo", "more", "4bit", "8bit", "kernels")
+
+
+def _write_jsonl(file: Path, rows) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_workspace(folder: Path) -> dict[str, dict]:
+    """Models and data on disk; returns the configs of the runs."""
+    for name in ("llama", "qwen3"):
+        getattr(tiny, name)().save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    _write_jsonl(folder / REFUSALS, tiny.refusal_rows())
+    _write_jsonl(
+        folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()]
+    )
+    _write_jsonl(
+        folder / "preferences.jsonl",
+        [
+            {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
+            for row in tiny.preference_rows()
+        ],
+    )
+    shared = {
+        "base_model": str(folder / "llama"),
+        "adapter": "salora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+        "salora": {"safety_rank": 8, "safety_data": str(folder / REFUSALS)},
+        "datasets": [{"path": str(folder / "sums.jsonl"), "ds_type": "json", "type": "chat_template"}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "sequence_len": 128,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 4,
+        "num_epochs": 1,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "seed": 7,
+    }
+    # As little as a user would write: the rest has SaLoRAConfig's defaults.
+    preferences = {k: v for k, v in shared.items() if not k.startswith("lora_")} | {
+        "base_model": str(folder / "qwen3"),
+        "rl": "dpo",
+        "datasets": [
+            {"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}
+        ],
+    }
+    both_sides = {"salora": {**shared["salora"], "input_safety_rank": 4}}
+    changes = {
+        "sft": both_sides,
+        "resumed": {**both_sides, "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")},
+        "more": {"lora_model_dir": str(folder / "sft"), "lora_r": 2},
+        "4bit": {"load_in_4bit": True},
+        "8bit": {"load_in_8bit": True, "max_steps": 1, "save_steps": 1},
+        "lora": {"adapter": "lora", "salora": None},
+        "lora without plugin": {"adapter": "lora", "salora": None},
+        "kernels": {
+            "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "lora_qkv_kernel": True,
+            "lora_o_kernel": True,
+            "salora": {**shared["salora"], "init": "pissa"},
+        },
+    }
+    configs = {name: {**shared, **change} for name, change in changes.items()}
+    configs["dpo"] = preferences
+    for name, config in configs.items():
+        config["output_dir"] = str(folder / name)
+    return configs
+
+
+def _write_yaml(file: Path, config: dict) -> str:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict]:
+    """The folder with what every run left, and the answers of `axolotl_helpers`."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    configs = _write_workspace(folder)
+    files = {name: _write_yaml(folder / "configs" / f"{name}.yml", config) for name, config in configs.items()}
+    # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
+    with_kernels = ("lora", "lora without plugin", "kernels")
+    commands = {name: ["train", files[name], "--launcher", "python"] for name in configs if name not in with_kernels}
+    commands["merge sft"] = ["merge-lora", files["sft"]]
+    commands["merge dpo"] = ["merge-lora", files["dpo"], "--lora-model-dir", str(folder / "dpo")]
+    commands["inference"] = [
+        "inference", files["sft"], "--launcher", "python", "--lora-model-dir", str(folder / "sft")
+    ]  # fmt: skip
+    commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
+    refused = {
+        name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
+        for number, (name, (change, _)) in enumerate(REFUSED.items())
+    }
+    examples = {}
+    for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
+        config = yaml.safe_load(example.read_text())
+        config.update(base_model=str(folder / "llama"), output_dir=str(folder / "example"))
+        examples[example.name] = _write_yaml(folder / "examples" / example.name, config)
+    job = {
+        "result": str(folder / "result.json"),
+        "validate": {**refused, **examples, "lora": files["lora"]},
+        "commands": commands,
+        "without_plugin": ["lora without plugin"],
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("axolotl_helpers.py"), folder / "job.json"],
+            input=b"What is 2 plus 3?\n",
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={
+                **os.environ,
+                "AXOLOTL_DO_NOT_TRACK": "1",
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_CACHE": str(folder / "cache"),
+            },
+            check=False,
+        )
+    result = folder / "result.json"
+    assert result.is_file(), log.read_text()[-5000:]
+    return folder, json.loads(result.read_text())
+
+
+def _ran(runs: tuple[Path, dict], name: str) -> Path:
+    folder, answers = runs
+    assert name in answers["failed"], f"{name}: the runs stopped before it"
+    assert answers["failed"][name] is None, answers["failed"][name]
+    return folder / name
+
+
+def _base(folder: Path, name: str = "llama", **options):
+    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, **options)
+
+
+@torch.no_grad()
+def _logits(model) -> torch.Tensor:
+    return model.eval()(tiny.token_batch()).logits
+
+
+def _losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_adapter_stays_out_of_the_safety_directions(runs, name):
+    assert largest_share_inside(_ran(runs, name)) <= 1e-5
+
+
+def test_a_saved_adapter_loads_as_plain_lora_where_this_package_is_missing(runs):
+    folder, _ = runs
+    adapters = {"sft": "llama", "dpo": "qwen3", "kernels": "llama"}
+    for name in adapters:
+        _ran(runs, name)
+    torch.save(tiny.token_batch(), folder / "tokens.pt")
+    script = f"""
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "salora_plugins":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+for name, base in {adapters!r}.items():
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, name).eval()
+    with torch.no_grad():
+        torch.save(model(torch.load("tokens.pt")).logits, f"{{name}}.logits.pt")
+assert "salora_plugins" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+    for name, base in adapters.items():
+        trained = _logits(load_for_training(_base(folder, base), folder / name))
+        assert tiny.relative_difference(torch.load(folder / f"{name}.logits.pt"), trained) <= 1e-5
+        assert tiny.relative_difference(trained, _logits(_base(folder, base))) > 1e-2
+
+
+@pytest.mark.parametrize(("name", "base"), [("sft", "llama"), ("dpo", "qwen3")])
+def test_merge_lora(runs, name, base):
+    folder, _ = runs
+    _ran(runs, f"merge {name}")
+    merged = _logits(_base(folder / name, "merged"))
+    assert tiny.relative_difference(merged, _logits(PeftModel.from_pretrained(_base(folder, base), folder / name))) <= 1e-5
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(runs):
+    whole, resumed = _ran(runs, "sft"), _ran(runs, "resumed")
+    assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
+    weights = load_file(resumed / "adapter_model.safetensors")
+    for key, value in load_file(whole / "adapter_model.safetensors").items():
+        assert tiny.relative_difference(weights[key], value) <= 1e-4, key
+    assert (resumed / "salora.safetensors").read_bytes() == (whole / "salora.safetensors").read_bytes()
+
+
+def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):
+    folder, _ = runs
+    first, more = _ran(runs, "sft"), _ran(runs, "more")
+    assert SafetyModule.load(more).input_safety_rank == 4
+    for name, basis in SafetyModule.load(first).bases.items():
+        assert torch.equal(SafetyModule.load(more).bases[name], basis)
+    assert _losses(more / "checkpoint-4")[0] < _losses(first / "checkpoint-4")[0]
+    assert json.loads((more / "salora_config.json").read_text())["r"] == 4
+    assert "lora_r: 2 is ignored" in (folder / "log.txt").read_text()
+
+
+def test_dpo_starts_at_its_reference_and_uses_the_defaults(runs):
+    folder = _ran(runs, "dpo")
+    losses = _losses(folder / "checkpoint-4")
+    assert losses[0] == pytest.approx(0.6931, abs=2e-4)
+    assert losses[-1] < losses[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 32, 32)
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("4bit", 0.2), ("8bit", 0.02)])
+def test_training_on_a_quantized_base(runs, name, most):
+    """The safety module keeps samples of the weights that it was computed from: here, quantized ones."""
+    folder, _ = runs
+    module = SafetyModule.load(_ran(runs, name))
+    full_precision = weight_samples(_base(folder), module.weight_samples)
+    for layer, sample in module.weight_samples.items():
+        error = (sample - full_precision[layer]).norm() / full_precision[layer].norm()
+        assert 1e-4 < error < most
+
+
+def test_inference_loads_the_adapter(runs):
+    folder, _ = runs
+    _ran(runs, "inference")
+    assert "Give me an instruction" in (folder / "log.txt").read_text()
+
+
+def test_runs_with_another_adapter_are_unchanged(runs):
+    with_plugin, without = _ran(runs, "lora"), _ran(runs, "lora without plugin")
+    expected = load_file(without / "adapter_model.safetensors")
+    weights = load_file(with_plugin / "adapter_model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert not {"salora", "inference", "overrides_of_model_kwargs"} & runs[1]["loaded"]["lora"].keys()
+
+
+def test_importing_the_plugin_imports_nothing_heavy(runs):
+    imported = runs[1]["imported"]
+    assert "salora_plugins.integrations.axolotl.plugin" in imported
+    assert {name for name in imported if not name.startswith("salora_plugins.integrations")} <= {"salora_plugins"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_when_the_config_is_validated(runs, name):
+    message = runs[1]["errors"][name]
+    assert message is not None, "was accepted"
+    for part in REFUSED[name][1]:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
+def test_examples_are_valid(runs, name):
+    assert runs[1]["errors"][name] is None
+
+
+def test_every_option_has_a_key_and_the_documented_default():
+    from salora_plugins.integrations.axolotl.args import SaLoRAOptions
+
+    options = {field.name: field for field in dataclasses.fields(SaLoRAConfig)}
+    own = options.keys() - {field.name for field in dataclasses.fields(LoraConfig)} - {"tokenizer"}
+    assert SaLoRAOptions.model_fields.keys() == own
+    for name, field in SaLoRAOptions.model_fields.items():
+        default = options[name].default
+        if default is not None and name != "seed":
+            assert f"Default: {default}" in field.description
