@@ -256,7 +256,7 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} has shape {tuple(basis.shape)}; expected (dimension, rank).")
     if not basis.is_floating_point() or not torch.isfinite(basis).all():
         raise SafetyModuleError(f"{what} is not finite.")
-    error = (basis.T.double() @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device))
+    error = basis.T.double() @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
     if error.abs().max() > _ORTHONORMALITY_TOLERANCE:
         raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
 

@@ -208,9 +208,7 @@ class SaLoRAModel(LoraModel):
                     start = torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight)
                 else:
                     with linear_weight(layer) as weight:
-                        start = pissa_factors(
-                            weight, layer.r[adapter_name], layer.scaling[adapter_name], config.seed
-                        )
+                        start = pissa_factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], config.seed)
                 for linear, values in zip((lora_a, lora_b), start, strict=True):
                     linear.weight.copy_(values)
                 # Taken from the parameters: the frozen halves start with the very bits that the trained ones have.

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
-from certificate import largest_share_inside
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import tiny
+from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SaLoRAConfig, load_for_training
 from salora_plugins.layers import weight_samples
 

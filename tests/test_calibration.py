@@ -64,9 +64,7 @@ def test_default_positions():
 
 def test_batch_size_and_padding_do_not_matter():
     rows = token_rows(6, length=14) + token_rows(6, length=30, seed=1)
-    one, four = (
-        calibrate(llama(), safety_data=rows, calibration_batch_size=size, **OPTIONS) for size in (1, 4)
-    )
+    one, four = (calibrate(llama(), safety_data=rows, calibration_batch_size=size, **OPTIONS) for size in (1, 4))
     for name in one.bases:
         assert smallest_cosine(one.bases[name], four.bases[name]) > 1 - 1e-5
 
@@ -199,7 +197,7 @@ def test_layers_that_are_not_used_or_not_called_per_token():
 
 
 def test_unknown_options_and_data():
-    with pytest.raises(ValueError, match="basis_method='contrast' is not registered. Choose one of salora"):
+    with pytest.raises(ValueError, match=r"basis_method='contrast' is not registered\. Choose one of salora"):
         calibrate(llama(), safety_data=token_rows(16), basis_method="contrast", **OPTIONS)
     with pytest.raises(DataError, match="safety_data"):
         calibrate(llama(), safety_data="no/such/file.jsonl", **OPTIONS)

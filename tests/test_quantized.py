@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from certificate import largest_share_inside
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny import llama, relative_difference, token_batch, token_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, calibrate
+from tiny import llama, relative_difference, token_batch, token_rows
 
 pytest.importorskip("bitsandbytes")
 
@@ -33,7 +33,8 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
         target_modules=["q_proj", "v_proj"],
     )  # fmt: skip
     model = get_peft_model(prepare_model_for_kbit_training(load()), config)
-    assert type(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer).__module__.startswith("bitsandbytes")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__module__.startswith("bitsandbytes")
     # 8-bit layers quantize their activations, whose rounding differs in the last bits between two runs
     assert relative_difference(model.eval()(tokens).logits, expected) < (1e-4 if kind == "4-bit" else 1e-2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -63,9 +63,7 @@ def test_adapter_from_start_to_saved_file(architecture, init, input_safety_rank,
     expected = build()(tokens).logits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT switches fan_in_fan_out on for Conv1D
-        model = get_peft_model(
-            build(), config(init=init, input_safety_rank=input_safety_rank, target_modules=targets)
-        )
+        model = get_peft_model(build(), config(init=init, input_safety_rank=input_safety_rank, target_modules=targets))
     assert relative_difference(model(tokens).logits, expected) < 1e-4
     with model.disable_adapter():
         assert torch.equal(model(tokens).logits, expected)
@@ -109,9 +107,11 @@ def test_start_factors_reconstruct_the_weight():
     basis = task_bases(llama(), options)["model.layers.0.self_attn.v_proj"].double()
     model = get_peft_model(base, options)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    product = layer.scaling["default"] * trained_factor(layer.lora_B["default"]).double() @ trained_factor(
-        layer.lora_A["default"]
-    ).double()
+    product = (
+        layer.scaling["default"]
+        * trained_factor(layer.lora_B["default"]).double()
+        @ trained_factor(layer.lora_A["default"]).double()
+    )
     u, s, vh = torch.linalg.svd(weight)
     expected = basis @ basis.T @ (u[:, :4] * s[:4]) @ vh[:4]
     assert torch.allclose(product, expected, atol=1e-5)

@@ -161,9 +161,7 @@ def task_basis(statistics: ModuleStatistics, task_rank: int) -> Tensor:
     return rows.top(min(task_rank, rows.count, rows.dimension))[0]
 
 
-def _safety_examples(
-    model: nn.Module, config: SaLoRAConfig
-) -> tuple[list[TokenizedExample], dict[str, int]]:
+def _safety_examples(model: nn.Module, config: SaLoRAConfig) -> tuple[list[TokenizedExample], dict[str, int]]:
     examples = load_examples(
         config.safety_data,
         option="safety_data",
