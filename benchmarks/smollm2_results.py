@@ -17,6 +17,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 METHODS = ("base", "lora", "salora", "salora-two-sided")
@@ -368,15 +369,25 @@ def summarize(out: Path) -> None:
     if not runs:
         sys.exit(f"--out {out}: no run's JSON file there")
     runs.sort(key=lambda r: (r.get("trainer", ""), METHODS.index(r["method"]), r.get("learning_rate", 0.0)))
-    print("| trainer | method | learning rate | held-out loss | AdvBench | built-in | harmless look-alikes |")
-    print("|---|---|---|---|---|---|---|")
+    columns = [
+        "trainer",
+        "method",
+        "learning rate",
+        "training loss, last 10 steps",
+        "held-out loss",
+        "AdvBench",
+    ]
+    columns += ["built-in", "harmless look-alikes"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for entry in runs:
+        trained = entry["method"] != "base"
         cells = [
-            entry.get("trainer", "-"),
+            {"trl": "TRL", "axolotl": "Axolotl"}[entry["trainer"]] if trained else "-",
             label(entry),
-            f"{entry['learning_rate']:.3g}" if "learning_rate" in entry else "-",
+            f"{entry['learning_rate']:.3g}" if trained else "-",
+            f"{mean(entry['train_loss'][-10:]):.3f}" if trained else "-",
+            f"{entry['heldout_loss']:.3f}",
         ]
-        cells.append(f"{entry['heldout_loss']:.3f}")
         cells += [rate_cell(entry["refusals"][name]) for name in REQUEST_SETS]
         print("| " + " | ".join(cells) + " |")
     for entry in runs:
@@ -424,8 +435,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     titles = {
-        "advbench": "AdvBench, held out",
-        "builtin": "Built-in, held out",
+        "advbench": "AdvBench, not calibrated on",
+        "builtin": "Built-in, evaluation split",
         "harmless": "Harmless look-alikes",
     }
     colors = {"lora": "C3", "salora": "C0", "salora-two-sided": "C2"}
@@ -458,6 +469,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                 fontsize=8,
             )
         axis.set(title=title, xlabel="held-out loss (nats per response token)", ylim=(-0.03, 1.05))
+        axis.margins(x=0.2)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("refusal rate, 95 % Wilson interval")
     handles, labels = axes[0].get_legend_handles_labels()
