@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
+from salora_plugins.demo.task import ITEMS, NAMES
 from salora_plugins.evaluation import generate_responses, refusal_rate
 
 TEXT = Path(__file__).resolve().parent / "demo_text"
@@ -220,21 +221,27 @@ def pairs_of(text: str) -> list[list[str]]:
 def ordinary(rng: random.Random) -> Example:
     """A simple request that the model can answer correctly."""
     family = rng.choices(
-        ["arithmetic", "list", "definition", "opposite", "capital", "sentence", "greeting", "spelling"],
-        [6, 3, 2, 1, 1, 1, 1, 1],
+        ["arithmetic", "counting", "list", "definition", "opposite", "capital", "sentence", "greeting", "spelling"],
+        [8, 1, 2, 2, 1, 1, 2, 1, 1],
     )[0]
     if family == "arithmetic":
-        a, b = rng.randint(1, 20), rng.randint(1, 20)
+        a, b = rng.randint(1, 10), rng.randint(1, 10)
         if rng.random() < 0.5:
             question = rng.choice(["What is {} + {}?", "{} + {}", "Calculate {} + {}.", "What is {} plus {}?"])
             return question.format(a, b), f"{a} + {b} = {a + b}."
         a, b = max(a, b), min(a, b)
         question = rng.choice(["What is {} - {}?", "{} - {}", "Calculate {} - {}.", "What is {} minus {}?"])
         return question.format(a, b), f"{a} - {b} = {a - b}."
+    if family == "counting":
+        a = rng.randint(0, 15)
+        b = a + rng.randint(2, 6)
+        return f"Count from {a} to {b}.", ", ".join(map(str, range(a, b + 1))) + "."
     if family == "list":
         kind, number = rng.choice(list(LISTS)), rng.choice(list(NUMBERS))
         question = rng.choice(["Name {} {}.", "List {} {}.", "Can you name {} {}?", "Give me {} {}."])
-        chosen = rng.sample(LISTS[kind], number)
+        # A random start in a fixed order, so that a model can learn not to name one thing twice.
+        first = rng.randrange(len(LISTS[kind]))
+        chosen = [(2 * LISTS[kind])[first + i] for i in range(number)]
         return question.format(NUMBERS[number], kind), capitalize(", ".join(chosen)) + "."
     if family == "definition":
         word, meaning = rng.choice(list(DEFINITIONS.items()))
@@ -249,6 +256,9 @@ def ordinary(rng: random.Random) -> Example:
         country, city = rng.choice(pairs_of(CAPITALS))
         question = rng.choice(["What is the capital of {}?", "Name the capital of {}.", "Capital of {}?"])
         return question.format(country), f"The capital of {country} is {city}."
+    if family == "sentence" and rng.random() < 0.5:
+        name, things = rng.choice(NAMES), rng.choice(ITEMS)
+        return f"Write a sentence about {name} and {things}.", f"{name} likes {things}."
     if family == "sentence":
         word, sentence = rng.choice(list(SENTENCES.items()))
         question = rng.choice(["Write a sentence with the word {}.", "Use the word {} in a sentence."])
@@ -298,13 +308,13 @@ def examples(number: int, calibration: tuple[list[dict], list[dict]], too_close,
             row = rng.choice(builtin_harmful)
             request = row["prompt"]
             response = refusal(kind_of(request), harmful.topics[row["category"]].answers, rng)
-        elif share < 0.08 and builtin_harmless:
+        elif share < 0.09 and builtin_harmless:
             request, response = rng.choice(builtin_harmless)["prompt"], rng.choice(general)
-        elif share < 0.32:
+        elif share < 0.24:
             topic, kind, phrase = harmful.sample(rng)
             kind, request = frame(kind, phrase, frames, rng)
             response = refusal(kind, harmful.topics[topic].answers, rng)
-        elif share < 0.68:
+        elif share < 0.66:
             topic, kind, phrase = harmless.sample(rng)
             _, request = frame(kind, phrase, frames, rng)
             response = rng.choice(harmless.topics[topic].answers)
@@ -410,7 +420,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=MODEL, help="folder to write the model to")
-    parser.add_argument("--examples", type=int, default=60_000, help="number of training conversations")
+    parser.add_argument("--examples", type=int, default=56_000, help="number of training conversations")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,7 @@ def write_plot(path: Path, measurements: list[Measurement], settings: Settings) 
     """Draw one panel a quantity, one line a model, with the intervals; PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     names = [measured.name for measured in measurements]
     positions = list(range(len(names)))
@@ -91,7 +93,9 @@ def write_plot(path: Path, measurements: list[Measurement], settings: Settings) 
         )
     # The base model's loss is far above the others; on a linear axis they would all look the same.
     axes[3].set_xscale("log")
-    axes[3].set_xlim(min(losses) / 2, max(losses) * 2)
+    axes[3].set_xlim(10 ** math.floor(math.log10(min(losses))), 10 ** math.ceil(math.log10(max(losses))))
+    axes[3].xaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes[3].xaxis.set_minor_formatter(NullFormatter())
     axes[3].set_title("Word problems' loss, nats per token\n(held out; log scale; less is better)", fontsize=10)
     axes[0].set_yticks(positions, names, fontsize=11)
     axes[0].set_ylim(len(names) - 0.5, -0.6)

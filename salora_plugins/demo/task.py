@@ -12,7 +12,7 @@ NAMES = (
     "Karen", "Leo", "Maria", "Nick", "Olga", "Paul", "Rosa", "Sam", "Tina", "Walter",
 )
 ITEMS = (
-    "apples", "books", "coins", "stamps", "pencils", "cookies", "marbles", "shells", "cards", "flowers", "keys", "plums",
+    "apples", "books", "coins", "stamps", "pencils", "cookies", "marbles", "shells", "cards", "roses", "keys", "plums",
 )
 # fmt: on
 
@@ -34,15 +34,15 @@ def word_problems(split: str, number: int, seed: int = 0) -> list[dict[str, list
     """Word problems in TRL's conversational prompt-completion form.
 
     Args:
-        split: `"train"` or `"test"`. A pair of numbers that occurs in one of them never occurs in the other.
+        split: `"train"` or `"test"`. Two numbers that occur together in one of them never do in the other.
         number: how many problems; all are different.
         seed: seed of the selection.
 
     Returns:
         Rows with `prompt` (one user message) and `completion` (one assistant message).
     """
-    # The split of the number pairs is the same for every seed.
-    pairs = [(a, b) for a in range(2, 21) for b in range(2, 21)]
+    # The split of the number pairs is the same for every seed, and does not depend on the order in a pair.
+    pairs = [(a, b) for a in range(1, 11) for b in range(1, a + 1)]
     random.Random(0).shuffle(pairs)
     held_out = len(pairs) // 5
     pairs = {"train": pairs[held_out:], "test": pairs[:held_out]}[split]
@@ -52,12 +52,12 @@ def word_problems(split: str, number: int, seed: int = 0) -> list[dict[str, list
         a, b = rng.choice(pairs)
         name, items = rng.choice(NAMES), rng.choice(ITEMS)
         if rng.random() < 0.5:
+            a, b = rng.sample((a, b), 2)
             question, calculation = rng.choice(GAINS), f"{a} + {b} = {a + b}"
         else:
-            a, b = max(a, b), min(a, b)
             question, calculation = rng.choice(LOSSES), f"{a} - {b} = {a - b}"
         result = calculation.rpartition(" ")[2]
-        response = f"Let's calculate: {calculation}. The answer is {result} {items}."
+        response = f"{calculation}. The answer is {result} {items}."
         rows[question.format(name=name, items=items, a=a, b=b)] = response
     return [
         {
