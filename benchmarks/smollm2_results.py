@@ -61,7 +61,9 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the runs' JSON files and adapters"
     )
     parser.add_argument(
-        "--method", choices=METHODS, help="only this method (default: the runs of docs/results.md)"
+        "--method",
+        choices=METHODS,
+        help="only this method (default: base, LoRA and SaLoRA over a few learning rates)",
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate with --method")
     parser.add_argument("--trainer", choices=("trl", "axolotl"), default="trl")
