@@ -8,6 +8,7 @@ import enum
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig
 
 from .files import atomic_write
+from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import SafetyModule
 
 SAFETY_MODULE_FILE = "salora.safetensors"
@@ -85,12 +87,15 @@ class SaLoRAConfig(LoraConfig):
     https://arxiv.org/abs/2501.01765
 
     Args:
-        safety_rank (`int`, defaults to 32):
+        safety_rank (`int` or `float`, defaults to 32):
             Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
-            values protect more and leave less room to learn; must be smaller than the layer's output.
-        input_safety_rank (`int`, defaults to 0):
-            Number of input directions per layer that the update may not react to (columns of V_C). 0 is the paper's
-            form. Goes beyond the paper.
+            values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
+            0.95: as many as capture that share of the energy of the layer's outputs on the safety data.
+        input_safety_rank (`int` or `float`, defaults to 0):
+            Number of input directions per layer that the update may not react to (columns of V_C), or the share of
+            the energy of the layer's inputs that they capture. 0 is the paper's form. Goes beyond the paper.
+        safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
+            Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
         safety_positions (`"response"` or `"predicting"`, *optional*):
             Which positions of the safety data count: those whose input is a response token (the paper's code), or
             those that predict one, which include the last prompt token. `None` means "response" without an input
@@ -108,13 +113,20 @@ class SaLoRAConfig(LoraConfig):
         task_data (`str`, path, `datasets.Dataset` or list, *optional*):
             Training examples for `init="task"`. `None` takes the first batch that is trained on.
         safety_module (`str`, path or [`SafetyModule`], *optional*):
-            A safety module computed before; skips calibration.
+            A safety module computed before, as a file, a folder or a repository of the Hugging Face hub
+            ("organization/name", or "organization/name@revision"); skips calibration.
         basis_method (`str`, defaults to `"salora"`):
             Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
         num_safety_samples (`int`, defaults to 128): Safety examples to calibrate on.
         num_task_samples (`int`, defaults to 128): Task examples for `init="task"` where `task_data` is given.
         calibration_batch_size (`int`, defaults to 8): Examples per forward pass of a calibration.
         calibration_max_length (`int`, defaults to 512): Tokens per calibration example; longer ones are cut.
+        calibration_engine (`"auto"`, `"exact"` or `"sketched"`, defaults to `"auto"`):
+            How the layers' statistics are kept: Gram matrices (d^2 numbers a layer), or sketches (two to four times the
+            rank, times d). "auto" is exact while the matrices take at most 256 MiB together.
+        calibration_cache (`bool`, defaults to `True`):
+            Keep the calibrated safety module in the folder that the environment variable `SALORA_CACHE` names (default:
+            `~/.cache/salora-plugins`), and take it from there when model, data and settings are the same.
         seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` loads the one
@@ -123,9 +135,18 @@ class SaLoRAConfig(LoraConfig):
 
     r: int = field(default=16, metadata={"help": "Rank of the trained factors A and B."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the scaling is lora_alpha / r."})
-    safety_rank: int = field(default=32, metadata={"help": "Output directions per layer that are protected."})
-    input_safety_rank: int = field(
-        default=0, metadata={"help": "Input directions per layer that are protected; 0 is the paper's form."}
+    safety_rank: Rank = field(
+        default=32, metadata={"help": "Output directions per layer that are protected, or a share such as 0.95."}
+    )
+    input_safety_rank: Rank = field(
+        default=0,
+        metadata={"help": "Input directions per layer that are protected, or a share; 0 is the paper's form."},
+    )
+    safety_rank_pattern: dict[str, Rank] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> safety_rank."}
+    )
+    input_safety_rank_pattern: dict[str, Rank] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> input_safety_rank."}
     )
     safety_positions: Literal["response", "predicting"] | None = field(
         default=None, metadata={"help": "Positions of the safety data that count: 'response' or 'predicting'."}
@@ -136,12 +157,20 @@ class SaLoRAConfig(LoraConfig):
     )
     safety_data: Any = field(default="builtin", metadata={"help": "Harmful requests to calibrate on."})
     task_data: Any = field(default=None, metadata={"help": "Task examples; None: the first training batch."})
-    safety_module: Any = field(default=None, metadata={"help": "A safety module computed before, or its path."})
+    safety_module: Any = field(
+        default=None, metadata={"help": "A safety module computed before: a file, folder or hub repository."}
+    )
     basis_method: str = field(default="salora", metadata={"help": "Method that computes the safety bases."})
     num_safety_samples: int = field(default=128, metadata={"help": "Safety examples to calibrate on."})
     num_task_samples: int = field(default=128, metadata={"help": "Task examples for init='task'."})
     calibration_batch_size: int = field(default=8, metadata={"help": "Examples per calibration forward."})
     calibration_max_length: int = field(default=512, metadata={"help": "Tokens per calibration example."})
+    calibration_engine: Literal["auto", "exact", "sketched"] = field(
+        default="auto", metadata={"help": "Statistics as Gram matrices ('exact') or sketches; 'auto': by size."}
+    )
+    calibration_cache: bool = field(
+        default=True, metadata={"help": "Reuse a calibration of the same model, data and settings."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data selection and decompositions."})
     tokenizer: Any = field(default=None, repr=False, metadata={"help": "Tokenizer; run time only, never saved."})
 
@@ -161,13 +190,13 @@ class SaLoRAConfig(LoraConfig):
         for name, choices in (
             ("init", ("task", "pissa", "zero")),
             ("safety_positions", ("response", "predicting", None)),
+            ("calibration_engine", ("auto", "exact", "sketched")),
+            ("calibration_cache", (True, False)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
         for name, least in (
             ("r", 1),
-            ("safety_rank", 1),
-            ("input_safety_rank", 0),
             ("task_rank", 1),
             ("num_safety_samples", 1),
             ("num_task_samples", 1),
@@ -177,6 +206,15 @@ class SaLoRAConfig(LoraConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+        check_rank("safety_rank", self.safety_rank, 1)
+        check_rank("input_safety_rank", self.input_safety_rank, 0)
+        check_pattern("safety_rank_pattern", self.safety_rank_pattern)
+        check_pattern("input_safety_rank_pattern", self.input_safety_rank_pattern)
+        if self.input_safety_rank_pattern and not self.input_safety_rank:
+            raise ValueError(
+                "input_safety_rank_pattern has no effect without an input side: set input_safety_rank for the modules "
+                "that it does not name, too."
+            )
         if isinstance(self.task_data, str) and self.task_data == "builtin":
             raise ValueError(
                 "task_data='builtin': there is no built-in task data. Name the data that you train on, or leave "
@@ -221,6 +259,15 @@ class SaLoRAConfig(LoraConfig):
         if self.safety_positions is not None:
             return self.safety_positions
         return "predicting" if self.input_safety_rank else "response"
+
+    def safety_ranks(self, names: Iterable[str]) -> dict[str, dict[str, Rank]]:
+        """Side ("output" and, if there is one, "input") -> module name -> rank."""
+        names = list(names)
+        ranks = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        if self.input_safety_rank:
+            pattern = self.input_safety_rank_pattern
+            ranks["input"] = ranks_of(names, self.input_safety_rank, pattern, option="input_safety_rank_pattern")
+        return ranks
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values; data and modules given as objects are named by their type."""

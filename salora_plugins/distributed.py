@@ -1,8 +1,10 @@
-"""The little of torch.distributed that is needed to give every rank the same bits."""
+"""The little of torch.distributed that is needed to share calibration and to give every rank the same bits."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +16,18 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def broadcast_from_first_rank(tensors: Sequence[Tensor]) -> None:
-    """Overwrite every tensor by the first rank's, in place; all ranks must call it with the same shapes."""
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) where this process is the only one."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
+    """Overwrite every tensor by that of the rank `source`, in place; all ranks must call it with the same shapes."""
     if not is_distributed():
         return
     for tensor in tensors:
-        buffer = tensor.detach().to(_communication_device())
-        buffer = buffer.contiguous()
-        dist.broadcast(buffer, src=0)
+        buffer = _buffer(tensor)
+        dist.broadcast(buffer, src=source)
         tensor.data.copy_(buffer)
 
 
@@ -29,10 +35,40 @@ def gather_from_all_ranks(tensor: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks, which must have one shape, along the first dimension."""
     if not is_distributed():
         return tensor
-    buffer = tensor.detach().to(_communication_device()).contiguous()
+    buffer = _buffer(tensor)
     parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, buffer)
     return torch.cat(parts).to(tensor.device)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks, which must have one shape."""
+    if not is_distributed():
+        return tensor
+    buffer = _buffer(tensor).clone()
+    dist.all_reduce(buffer)
+    return buffer.to(tensor.device)
+
+
+def maximum_over_ranks(value: int) -> int:
+    """The largest of all ranks' values."""
+    return int(gather_from_all_ranks(torch.tensor([value])).max())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value, which must be JSON-serializable, in the order of the ranks."""
+    if not is_distributed():
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = gather_from_all_ranks(torch.tensor([content.numel()])).tolist()
+    padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
+    padded[0, : content.numel()] = content
+    rows = gather_from_all_ranks(padded).cpu()
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(_communication_device()).contiguous()
 
 
 def _communication_device() -> torch.device:

@@ -1,8 +1,9 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and files of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,3 +40,35 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form of a hub repository: "organization/name", with "@revision" or without."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+
+
+def hub_file(name: str, file: str, *, option: str) -> Path:
+    """
+    A file of a hub repository, downloaded or from the hub's cache.
+
+    Args:
+        name: "organization/name" or "organization/name@revision".
+        file: The file in the repository.
+        option: What the user calls the repository, for messages.
+
+    Raises:
+        FileNotFoundError: It cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:  # dozens of types, from the library's own to those of the HTTP client
+        raise FileNotFoundError(
+            f"{option}={name!r} is neither a file nor a folder here, and {file} could not be had from a hub repository "
+            f"of that name: {type(error).__name__}: {error}"
+        ) from error

@@ -5,37 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below this size an exact SVD takes milliseconds.
-_EXACT_SVD_DIMENSION = 512
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 4
-
-
-def truncated_svd(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    The top singular triples of a matrix; randomized with a fixed seed where it is large (Halko, Martinsson, Tropp
-    2011), without touching the global random state.
-
-    Args:
-        weight: (d_out, d_in), any floating dtype.
-        rank: Number of triples, at most min(d_out, d_in).
-        seed: Seed of the random projection.
-
-    Returns:
-        U (d_out, rank), S (rank,) and V^T (rank, d_in) in float32 on the weight's device.
-    """
-    weight = weight.float()
-    if min(weight.shape) <= max(_EXACT_SVD_DIMENSION, 2 * rank):
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
-    generator = torch.Generator().manual_seed(seed)
-    width = min(rank + _OVERSAMPLING, *weight.shape)
-    sketch = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ sketch).Q
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
-    u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    return (basis @ u)[:, :rank], s[:rank], vh[:rank]
+from .linear_algebra import truncated_svd
 
 
 def pissa_factors(weight: Tensor, rank: int, scaling: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from .ranks import Rank
 from .safety_module import SafetyModule, SafetyModuleError
 
 _SAMPLES_PER_WEIGHT = 64
+_SAMPLES_PER_PARAMETER = 1024
 _QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 
 
@@ -110,19 +115,41 @@ def is_quantized(module: nn.Module) -> bool:
     return type(base_layer(module).weight).__name__ in _QUANTIZED_PARAMETERS
 
 
+def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A target weight is not in this process: sharded by DeepSpeed ZeRO-3 or FSDP, or on the meta device.
+            It says how to calibrate first.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(_calibrate_first(model, "The model is sharded by FSDP"))
+    for name in names:
+        layer = base_layer(model.get_submodule(name))
+        for parameter in layer.parameters(recurse=False):
+            if hasattr(parameter, "ds_id"):
+                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"))
+            if isinstance(parameter, DTensor):
+                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is sharded by FSDP"))
+            if parameter.is_meta and not has_offloaded_params(layer):
+                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is on the meta device"))
+
+
+def _calibrate_first(model: nn.Module, found: str) -> str:
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
+    return (
+        f"{found}, so there is nothing to calibrate on. Calibrate first, in one process, and use the result: run "
+        f"`salora calibrate --model {source} --out safety.safetensors` with your target modules, and set "
+        "safety_module='safety.safetensors'."
+    )
+
+
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:
     """
     Raises:
-        ValueError: A target weight holds NaN or infinity, or has no values (meta device); it names the module.
+        ValueError: A target weight holds NaN or infinity; it names the module.
     """
     for name in names:
-        module = model.get_submodule(name)
-        with linear_weight(module) as weight:
-            if weight.is_meta:
-                raise ValueError(
-                    f"The weight of {name!r} is on the meta device, so there is nothing to calibrate on. Load the "
-                    "model with its weights first, or pass a safety_module computed before (calibrate(...).save(file))."
-                )
+        with linear_weight(model.get_submodule(name)) as weight:
             if not torch.isfinite(weight).all():
                 raise ValueError(
                     f"The weight of {name!r} contains NaN or infinity: the base model is broken, or was loaded in a "
@@ -130,12 +157,38 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
                 )
 
 
+def model_fingerprint(model: nn.Module) -> str:
+    """
+    Hex digest of a model from a few elements of every parameter, as they are stored: a different one for another dtype
+    or quantization of the same checkpoint.
+    """
+    digest = hashlib.sha256()
+    for module_name, module in model.named_modules():
+        offloaded = has_offloaded_params(module)
+        with align_module_device(module, torch.device("cpu")) if offloaded else nullcontext():
+            for name, parameter in module.named_parameters(recurse=False):
+                digest.update(f"{module_name}.{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
+                digest.update(_samples(parameter.detach().flatten()).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples(values: Tensor) -> Tensor:
+    """Evenly spaced elements of a vector, on the CPU."""
+    index = _evenly_spaced(values.numel(), _SAMPLES_PER_PARAMETER)
+    return values[index.to(values.device)].cpu().contiguous()
+
+
+def _evenly_spaced(size: int, most: int) -> Tensor:
+    """Indices into a vector of `size` elements; in float64, since float32 would round beyond the end of large ones."""
+    return torch.linspace(0, size - 1, min(most, size), dtype=torch.float64).long()
+
+
 def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Module name -> evenly spaced elements of its weight, (up to 64,) float32 on the CPU: the fingerprint."""
     samples = {}
     for name in names:
         with linear_weight(model.get_submodule(name)) as weight:
-            index = torch.linspace(0, weight.numel() - 1, min(_SAMPLES_PER_WEIGHT, weight.numel())).long()
+            index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
             rows, columns = index // weight.shape[1], index % weight.shape[1]
             samples[name] = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
     return samples
@@ -183,20 +236,21 @@ def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable
             )
 
 
-def check_ranks(model: nn.Module, names: Iterable[str], safety_rank: int, input_safety_rank: int) -> None:
+def check_ranks(model: nn.Module, ranks: Mapping[str, Mapping[str, Rank]]) -> None:
     """
+    Args:
+        ranks: Side ("output", "input") -> module name -> rank.
+
     Raises:
         ValueError: A rank leaves a layer nothing to train.
     """
-    for name in names:
-        d_in, d_out = layer_features(model.get_submodule(name))
-        for option, rank, dimension, kind in (
-            ("safety_rank", safety_rank, d_out, "outputs"),
-            ("input_safety_rank", input_safety_rank, d_in, "inputs"),
-        ):
+    for side, by_name in ranks.items():
+        option = "safety_rank" if side == "output" else "input_safety_rank"
+        for name, rank in by_name.items():
+            dimension = layer_features(model.get_submodule(name))[1 if side == "output" else 0]
             if rank >= dimension:
                 raise ValueError(
-                    f"{option}={rank} is not smaller than the {dimension} {kind} of {name!r}, which would leave its "
+                    f"{option}={rank} is not smaller than the {dimension} {side}s of {name!r}, which would leave its "
                     f"update no direction at all. Set {option} to at most {dimension - 1}, or leave the layer out."
                 )
 

@@ -14,7 +14,7 @@ import pluggy
 from . import hookspecs
 from .hookspecs import PROJECT, BasisMethod, DataSource, Judge
 
-COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.demo.command",)
+COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.demo.command")
 """Modules of the built-in commands; they import nothing heavy, so that `salora --help` is quick."""
 
 BUILTIN_PLUGINS: tuple[str, ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import atomic_write
+from .files import atomic_write, hub_file, is_hub_id
+from .ranks import Rank, rank_for_share
 
 FORMAT_VERSION = 1
 DEFAULT_FILE = "salora.safetensors"
@@ -101,51 +102,88 @@ class SafetyModule:
             digest.update(self.weight_samples[name].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
-    def restricted_to(self, names: Iterable[str], safety_rank: int, input_safety_rank: int) -> SafetyModule:
+    @property
+    def captured_energy(self) -> dict[str, float]:
+        """Module name -> share of the energy of its outputs on the safety data that U_C captures, from 0 to 1."""
+        return _captured(self.singular_values, self.provenance.get("energy", {}))
+
+    @property
+    def captured_input_energy(self) -> dict[str, float]:
+        """The same for its inputs and V_C."""
+        return _captured(self.input_singular_values, self.provenance.get("input_energy", {}))
+
+    def restricted_to(self, ranks: Mapping[str, Mapping[str, Rank]]) -> SafetyModule:
         """
         The part of this safety module for some modules, with the first columns of every basis.
+
+        Args:
+            ranks: Side ("output" and, where there is to be one, "input") -> module name -> number of directions, or
+                share of the energy. Where this module was calibrated by shares or patterns, it has the numbers of
+                directions that were needed, and a larger number means all of them.
 
         Raises:
             SafetyModuleError: A module or a rank that it does not have.
         """
-        names = list(names)
+        names = list(ranks["output"])
         if absent := [name for name in names if name not in self.bases]:
             raise SafetyModuleError(
                 f"The safety module has no basis for {len(absent)} of {len(names)} target modules, the first of them "
                 f"{absent[0]!r} (it has, for example, {next(iter(self.bases))!r}). Calibrate again with these "
                 "target_modules, or target only modules that it covers."
             )
-        for option, wanted, bases in (
-            ("safety_rank", safety_rank, self.bases),
-            ("input_safety_rank", input_safety_rank, self.input_bases),
-        ):
-            for name in names if wanted else ():
-                available = bases[name].shape[1] if name in bases else 0
-                if available < wanted:
-                    raise SafetyModuleError(
-                        f"{option}={wanted}, but the safety module has only {available} such directions for {name!r}. "
-                        f"Set {option}={available}, or calibrate again with the higher rank."
-                    )
+        chosen = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
 
         def leading(tensor: Tensor, rank: int) -> Tensor:
             # The tensor itself where all of it is wanted: layers with one input share theirs.
             return tensor if tensor.shape[-1] == rank else tensor[..., :rank].contiguous()
 
-        def first(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-            return {n: leading(values[n], rank) for n in names if n in values} if rank else {}
+        def first(values: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+            return {n: leading(values[n], rank) for n, rank in chosen.get(side, {}).items() if n in values}
 
+        energies = {
+            key: {n: energy for n, energy in self.provenance[key].items() if n in chosen.get(side, {})}
+            for key, side in (("energy", "output"), ("input_energy", "input"))
+            if key in self.provenance
+        }
         return SafetyModule(
-            bases=first(self.bases, safety_rank),
-            input_bases=first(self.input_bases, input_safety_rank),
-            singular_values=first(self.singular_values, safety_rank),
-            input_singular_values=first(self.input_singular_values, input_safety_rank),
+            bases=first(self.bases, "output"),
+            input_bases=first(self.input_bases, "input"),
+            singular_values=first(self.singular_values, "output"),
+            input_singular_values=first(self.input_singular_values, "input"),
             weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
-            provenance={
-                **self.provenance,
-                "safety_rank": safety_rank,
-                "input_safety_rank": input_safety_rank,
-            },
+            provenance={**self.provenance, **energies},
         )
+
+    def _directions(self, side: str, ranks: Mapping[str, Rank]) -> dict[str, int]:
+        """Module name -> how many of its directions are wanted."""
+        if side == "output":
+            option, bases, values, energies = "safety_rank", self.bases, self.singular_values, "energy"
+        else:
+            option, bases, values, energies = (
+                "input_safety_rank", self.input_bases, self.input_singular_values, "input_energy",
+            )  # fmt: skip
+        by_need = isinstance(self.provenance.get(option), float) or bool(self.provenance.get(f"{option}_pattern"))
+        directions = {}
+        for name, wanted in ranks.items():
+            available = bases[name].shape[1] if name in bases else 0
+            if isinstance(wanted, float):
+                energy = self.provenance.get(energies, {}).get(name)
+                found = rank_for_share(values[name], energy, wanted) if energy and name in values else None
+                if found is None:
+                    raise SafetyModuleError(
+                        f"{option}={wanted}, but the safety module's {available} directions for {name!r} capture less "
+                        f"than that share of the energy, or it does not say how much. Lower {option}, or calibrate "
+                        "again with it."
+                    )
+                directions[name] = found
+            elif available >= wanted or (by_need and available):
+                directions[name] = min(available, wanted)
+            else:
+                raise SafetyModuleError(
+                    f"{option}={wanted}, but the safety module has only {available} such directions for {name!r}. "
+                    f"Set {option}={available}, or calibrate again with the higher rank."
+                )
+        return directions
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -180,19 +218,22 @@ class SafetyModule:
         was written.
 
         Args:
-            path: A file, or a folder that holds `salora.safetensors` (a saved adapter, for example).
+            path: A file, a folder that holds `salora.safetensors` (a saved adapter, for example), or a repository of
+                the Hugging Face hub that does: "organization/name", or "organization/name@revision".
 
         Raises:
             FileNotFoundError: There is no such file.
             SafetyModuleError: The file is damaged, was changed, or is not a safety module; it says which module.
         """
-        path = Path(path)
+        given, path = path, Path(path).expanduser()
         if path.is_dir():
             path = path / DEFAULT_FILE
+        elif not path.exists() and isinstance(given, str) and is_hub_id(given):
+            path = hub_file(given, DEFAULT_FILE, option="safety_module")
         if not path.is_file():
             raise FileNotFoundError(
-                f"safety_module: there is no file {str(path)!r}. Give a safety module file or a folder that holds "
-                f"{DEFAULT_FILE}."
+                f"safety_module: there is no file {str(path)!r}. Give a safety module file, a folder that holds "
+                f"{DEFAULT_FILE}, or a hub repository (organization/name)."
             )
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -249,6 +290,14 @@ class SafetyModule:
             self.input_singular_values,
             self.weight_samples,
         )
+
+
+def _captured(singular_values: Mapping[str, Tensor], energies: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: values.double().square().sum().item() / energies[name]
+        for name, values in singular_values.items()
+        if energies.get(name)
+    }
 
 
 def _check_basis(basis: Tensor, what: str) -> None:

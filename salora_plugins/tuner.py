@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from .calibration import calibrate_with, task_bases
 from .calibration.capture import evaluation_mode, position_mask
-from .calibration.statistics import RowStatistics
+from .calibration.statistics import ExactStatistics
 from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
-from .distributed import broadcast_from_first_rank, gather_from_all_ranks
+from .distributed import broadcast, gather_from_all_ranks
 from .initialization import pissa_factors, restrict_to_task
 from .layers import (
     adapters_disabled,
@@ -171,7 +171,8 @@ class SaLoRAModel(LoraModel):
         return self.__dict__.setdefault("_task_hooks", {})
 
     def _safety_module(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
-        check_ranks(model, names, config.safety_rank, config.input_safety_rank)
+        ranks = config.safety_ranks(names)
+        check_ranks(model, ranks)
         given = config.safety_module
         if given is not None:
             safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
@@ -185,7 +186,7 @@ class SaLoRAModel(LoraModel):
             return config._calibrated
         else:
             safety_module = calibrate_with(model, config)
-        safety_module = safety_module.restricted_to(names, config.safety_rank, config.input_safety_rank)
+        safety_module = safety_module.restricted_to(ranks)
         check_belongs(safety_module, model, names)
         return safety_module
 
@@ -227,7 +228,7 @@ class SaLoRAModel(LoraModel):
         for layer in layers:
             for linear in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
                 factor, parameter = safe_factor(linear), trained_factor(linear)
-                broadcast_from_first_rank([t for t in (parameter, factor.offset) if t is not None])
+                broadcast([t for t in (parameter, factor.offset) if t is not None])
 
     def _initialize_at_first_training_batch(self, adapter_name: str) -> None:
         """
@@ -446,11 +447,11 @@ def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
     width = min(2 * task_rank, dimension)
     summary = rows.new_zeros(width, dimension)
     if rows.shape[0]:
-        local = RowStatistics(dimension)
+        local = ExactStatistics(dimension)
         local.update(rows)
         basis, values = local.top(min(width, rows.shape[0], dimension))
         summary[: values.shape[0]] = (basis * values).T
-    statistics = RowStatistics(dimension)
+    statistics = ExactStatistics(dimension)
     statistics.update(gather_from_all_ranks(summary))
     basis, values = statistics.top(min(task_rank, dimension, statistics.count))
     return basis[:, values > values[0] * 1e-6]
@@ -459,7 +460,7 @@ def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
 def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
     """Whether the safety module that this configuration led to before was for this very model."""
     try:
-        safety_module.restricted_to(names, config.safety_rank, config.input_safety_rank)
+        safety_module.restricted_to(config.safety_ranks(names))
         check_belongs(safety_module, model, names)
     except ValueError:
         return False

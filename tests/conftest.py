@@ -1,8 +1,21 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Fixtures of modules and sessions run before the one below.
+os.environ["SALORA_CACHE"] = tempfile.mkdtemp(prefix="salora-cache-")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory) -> Path:
+    """No test takes a calibration from another, nor from the user."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SALORA_CACHE", str(folder))
+    return folder

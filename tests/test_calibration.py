@@ -10,7 +10,7 @@ from torch import nn
 from salora_plugins import SaLoRAConfig, calibrate
 from salora_plugins.calibration import CalibrationError, DataError
 from salora_plugins.calibration.capture import collect_statistics, position_mask
-from salora_plugins.calibration.statistics import RowStatistics
+from salora_plugins.calibration.statistics import Engine, ExactStatistics
 from tiny import (
     gpt2,
     llama,
@@ -20,7 +20,8 @@ from tiny import (
     tokenizer,
 )
 
-OPTIONS = {"target_modules": ["q_proj", "v_proj"], "safety_rank": 8}
+# Without the cache, since many tests calibrate twice and compare.
+OPTIONS = {"target_modules": ["q_proj", "v_proj"], "safety_rank": 8, "calibration_cache": False}
 
 
 def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -82,13 +83,13 @@ def test_model_is_left_as_it_was():
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     state = torch.get_rng_state()
-    first = calibrate(model, safety_data=token_rows(16), target_modules=["c_attn"], safety_rank=8)
+    first = calibrate(model, safety_data=token_rows(16), target_modules=["c_attn"], safety_rank=8, calibration_cache=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert model.is_gradient_checkpointing and model.config.use_cache
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
-    quiet = calibrate(gpt2(), safety_data=token_rows(16), target_modules=["c_attn"], safety_rank=8)
+    quiet = calibrate(gpt2(), safety_data=token_rows(16), target_modules=["c_attn"], safety_rank=8, calibration_cache=False)
     assert all(torch.equal(first.bases[name], quiet.bases[name]) for name in first.bases)
 
 
@@ -126,7 +127,7 @@ def test_streamed_statistics_equal_a_float64_svd(dimension, sizes, seed, data):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -3, dimension)
     rows = torch.randn(count, dimension, generator=generator) * scale
-    statistics = RowStatistics(dimension)
+    statistics = ExactStatistics(dimension)
     for part in rows.split(sizes):
         statistics.update(part)
     rank = data.draw(st.integers(1, min(count, dimension)))
@@ -193,7 +194,7 @@ def test_layers_that_are_not_used_or_not_called_per_token():
     pooled = Pooled()
     row = {key: torch.ones(2, 5, dtype=torch.long) for key in ("input_ids", "labels", "attention_mask")}
     with pytest.raises(CalibrationError, match="not with one vector per token"):
-        collect_statistics(pooled, {"linear": pooled.linear}, [row])
+        collect_statistics(pooled, {"linear": pooled.linear}, [row], Engine("exact"))
 
 
 def test_unknown_options_and_data():

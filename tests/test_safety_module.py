@@ -62,19 +62,19 @@ def test_shapes_ranks_and_provenance(module):
     assert (module.safety_rank, module.input_safety_rank) == (8, 4)
     assert module.provenance["safety_positions"] == "predicting"
     assert module.provenance["positions_counted"] == 16 * 12
-    assert 0 < module.provenance["captured_energy"][NAME] < 1
+    assert 0 < module.captured_energy[NAME] < 1
 
 
 def test_restriction_takes_the_leading_directions(module):
-    part = module.restricted_to([NAME], 3, 0)
+    part = module.restricted_to({"output": {NAME: 3}})
     assert list(part.bases) == [NAME] and not part.input_bases
     assert torch.equal(part.bases[NAME], module.bases[NAME][:, :3])
     with pytest.raises(SafetyModuleError, match="safety_rank=9, but the safety module has only 8"):
-        module.restricted_to([NAME], 9, 0)
+        module.restricted_to({"output": {NAME: 9}})
     with pytest.raises(SafetyModuleError, match="input_safety_rank=5, but the safety module has only 4"):
-        module.restricted_to([NAME], 8, 5)
+        module.restricted_to({"output": {NAME: 8}, "input": {NAME: 5}})
     with pytest.raises(SafetyModuleError, match="no basis for 1 of 1 target modules, the first of them 'lm_head'"):
-        module.restricted_to(["lm_head"], 8, 0)
+        module.restricted_to({"output": {"lm_head": 8}})
 
 
 def test_truncated_file(module, tmp_path):
@@ -152,7 +152,7 @@ def test_model_of_other_architecture_is_refused_by_get_peft_model(module):
 
 
 def test_fingerprint_is_that_of_the_checkpoint():
-    options = {"safety_data": token_rows(16), "target_modules": ["q_proj"], "safety_rank": 8}
+    options = {"safety_data": token_rows(16), "target_modules": ["q_proj"], "safety_rank": 8, "calibration_cache": False}
     first = calibrate(llama(), **options).fingerprint
     assert calibrate(llama().to(torch.bfloat16), **options).fingerprint == first
     assert calibrate(llama(seed=1), **options).fingerprint != first

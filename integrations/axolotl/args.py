@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -41,17 +41,29 @@ _UNSUPPORTED_SIZES = ("tensor_parallel_size", "expert_parallel_size")
 _FUSED_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class SaLoRAOptions(BaseModel):
     """The `salora:` block. Every key is optional; one that is left out has the default of `SaLoRAConfig`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    safety_rank: PositiveInt | None = Field(
-        default=None, description="Output directions per layer that the update may not write into. Default: 32."
-    )
-    input_safety_rank: NonNegativeInt | None = Field(
+    safety_rank: PositiveInt | Share | None = Field(
         default=None,
-        description="Input directions per layer that the update may not react to. Default: 0, the paper's form.",
+        description="Output directions per layer that the update may not write into, or the share of the energy that "
+        "they capture, such as 0.95. Default: 32.",
+    )
+    input_safety_rank: NonNegativeInt | Share | None = Field(
+        default=None,
+        description="Input directions per layer that the update may not react to, or a share of the energy. Default: "
+        "0, the paper's form.",
+    )
+    safety_rank_pattern: dict[str, PositiveInt | Share] | None = Field(
+        default=None, description="Module name or regular expression -> safety_rank. Default: {}."
+    )
+    input_safety_rank_pattern: dict[str, PositiveInt | Share] | None = Field(
+        default=None, description="Module name or regular expression -> input_safety_rank. Default: {}."
     )
     safety_positions: Literal["response", "predicting"] | None = Field(
         default=None,
@@ -76,7 +88,8 @@ class SaLoRAOptions(BaseModel):
     )
     safety_module: str | None = Field(
         default=None,
-        description="A safety module computed before (a file, or a folder that holds one); skips calibration.",
+        description="A safety module computed before (a file, a folder that holds one, or a hub repository); skips "
+        "calibration.",
     )
     basis_method: str | None = Field(
         default=None, description="Method that computes the safety bases; plugins can add some. Default: salora."
@@ -92,6 +105,12 @@ class SaLoRAOptions(BaseModel):
     )
     calibration_max_length: PositiveInt | None = Field(
         default=None, description="Tokens per calibration example; longer ones are cut. Default: 512."
+    )
+    calibration_engine: Literal["auto", "exact", "sketched"] | None = Field(
+        default=None, description="Statistics as Gram matrices, as sketches, or by size. Default: auto."
+    )
+    calibration_cache: bool | None = Field(
+        default=None, description="Reuse a calibration of the same model, data and settings. Default: True."
     )
     seed: NonNegativeInt | None = Field(
         default=None,
@@ -226,11 +245,24 @@ def _check_files(options: Mapping[str, Any]) -> None:
             )
 
 
+    module = options.get("safety_module")
+    if module is not None and not Path(module).expanduser().exists():
+        from salora_plugins.files import hub_file
+        from salora_plugins.safety_module import DEFAULT_FILE
+
+        try:
+            hub_file(module, DEFAULT_FILE, option="salora.safety_module")
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+
+
 def _is_missing(key: str, value: str) -> bool:
     """Whether a value can only be meant as a file or folder, and there is none."""
+    from salora_plugins.files import is_hub_id
+
     path = Path(value).expanduser()
     if key == "safety_module":
-        return not path.exists()
+        return not path.exists() and not is_hub_id(value)
     from salora_plugins.plugins import data_sources
 
     if path.exists() or value in data_sources():

@@ -25,8 +25,8 @@ class SaLoRAArguments:
     """
 
     use_salora: bool = field(default=False, metadata={"help": "Train a SaLoRA adapter."})
-    safety_rank: int | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
-    input_safety_rank: int | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
+    safety_rank: float | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
+    input_safety_rank: float | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
     safety_positions: Literal["response", "predicting"] | None = field(
         default=None, metadata={"help": _HELP["safety_positions"]}
     )
@@ -40,6 +40,10 @@ class SaLoRAArguments:
     num_task_samples: int | None = field(default=None, metadata={"help": _HELP["num_task_samples"]})
     calibration_batch_size: int | None = field(default=None, metadata={"help": _HELP["calibration_batch_size"]})
     calibration_max_length: int | None = field(default=None, metadata={"help": _HELP["calibration_max_length"]})
+    calibration_engine: Literal["auto", "exact", "sketched"] | None = field(
+        default=None, metadata={"help": _HELP["calibration_engine"]}
+    )
+    calibration_cache: bool | None = field(default=None, metadata={"help": _HELP["calibration_cache"]})
 
 
 def get_peft_config(
@@ -66,6 +70,10 @@ def get_peft_config(
         if given:
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
+    for name in ("safety_rank", "input_safety_rank"):
+        # One field holds both: whole numbers are numbers of directions, fractions are shares.
+        if name in given and float(given[name]).is_integer():
+            given[name] = int(given[name])
     if "salora_init" in given:
         given["init"] = given.pop("salora_init")
     options = {

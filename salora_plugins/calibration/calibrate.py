@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import SaLoRAConfig
-from ..distributed import broadcast_from_first_rank
+from ..distributed import broadcast, rank_and_world_size
 from ..layers import (
     adapters_disabled,
     base_layer,
     check_ranks,
+    check_reachable,
     check_weights,
+    model_fingerprint,
     target_module_names,
     weight_samples,
 )
 from ..plugins import basis_methods, judges
+from ..ranks import Rank
 from ..safety_module import SafetyModule
+from .basis import compute_bases
 from .batching import batches
-from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator
+from .cache import cache_key, load_cached, store
+from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator, statistics_dimensions
 from .data import (
+    IGNORED,
     MAX_ROWS,
     Example,
     TokenizedExample,
     data_digest,
     load_examples,
+    render_prompt,
     select_examples,
     tokenize_examples,
 )
 from .responses import add_own_refusals
-from .statistics import ModuleStatistics
+from .statistics import Engine, ModuleStatistics, choose_engine
 
-logger = logging.getLogger(__name__)
+SHARE_DIRECTIONS = 256
+"""How many directions a sketch must be good for where ranks are shares of the energy, and so not known before."""
 
 
 def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> SafetyModule:
@@ -50,7 +57,7 @@ def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> Safety
             was: device, training mode, gradient checkpointing, hooks.
         tokenizer: Its tokenizer. None loads the one in the model's own folder or repository, where data needs one.
         options: As in [`SaLoRAConfig`]: safety_data, target_modules, safety_rank, input_safety_rank,
-            safety_positions, basis_method, num_safety_samples, calibration_batch_size, ...
+            safety_positions, basis_method, num_safety_samples, calibration_batch_size, calibration_engine, ...
 
     Returns:
         The safety module, its tensors on the CPU.
@@ -68,32 +75,48 @@ def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> Safety
 
 
 def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
-    """`calibrate` with the options of a configuration; under torch.distributed every rank ends with the same bits."""
+    """
+    `calibrate` with the options of a configuration.
+
+    Under torch.distributed, where every rank must call it, each takes its share of the samples, and all end with the
+    same bits.
+    """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     names = target_module_names(model, config)
-    check_ranks(model, names, config.safety_rank, config.input_safety_rank)
+    ranks = config.safety_ranks(names)
+    check_ranks(model, ranks)
     method = _registered("basis_method", config.basis_method, basis_methods())
-    check_weights(model, names)
-    with adapters_disabled(model), on_accelerator(model), evaluation_mode(model):
-        examples, counts = _safety_examples(model, config)
-        statistics = collect_statistics(
-            model,
-            {name: base_layer(model.get_submodule(name)) for name in names},
-            batches(examples, config.calibration_batch_size, pad_token_id=_pad_token_id(config.tokenizer)),
-            positions=config.resolved_safety_positions,
-            with_inputs=config.input_safety_rank > 0,
-            description="calibrating the safety module",
-        )
-    bases, singular_values = _bases(statistics, config.safety_rank, "output", method, config)
-    input_bases, input_singular_values = {}, {}
-    if config.input_safety_rank:
-        input_bases, input_singular_values = _bases(statistics, config.input_safety_rank, "input", method, config)
+    check_reachable(model, names)
+    layers = {name: base_layer(model.get_submodule(name)) for name in names}
+    engine = _engine(model, layers, config, [rank for by_name in ranks.values() for rank in by_name.values()])
+    with adapters_disabled(model):
+        requests = _selected(model, config)
+        key = _cache_key(model, config, requests, ranks, engine)
+        if key is not None and (safety_module := load_cached(key)) is not None:
+            return safety_module
+        check_weights(model, names)
+        with on_accelerator(model), evaluation_mode(model):
+            examples, counts = _with_responses(model, config, requests)
+            statistics = collect_statistics(
+                model,
+                layers,
+                _batches(examples, config),
+                engine,
+                positions=config.resolved_safety_positions,
+                with_inputs="input" in ranks,
+                description="calibrating the safety module",
+            )
+            positions_counted = statistics[names[0]].output.count
+            energies = {
+                side: {name: getattr(entry, side).energy for name, entry in statistics.items()} for side in ranks
+            }
+            bases = compute_bases(statistics, ranks, method, config.basis_method)
     safety_module = SafetyModule(
-        bases=bases,
-        input_bases=input_bases,
-        singular_values=singular_values,
-        input_singular_values=input_singular_values,
+        bases={name: basis.vectors for name, basis in bases["output"].items()},
+        input_bases={name: basis.vectors for name, basis in bases.get("input", {}).items()},
+        singular_values={name: basis.singular_values for name, basis in bases["output"].items()},
+        input_singular_values={name: basis.singular_values for name, basis in bases.get("input", {}).items()},
         weight_samples=weight_samples(model, names),
         provenance={
             "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
@@ -101,25 +124,26 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "safety_data_sha256": data_digest(examples),
             "safety_samples": len(examples),
             "safety_positions": config.resolved_safety_positions,
-            "positions_counted": next(iter(statistics.values())).output.count,
+            "positions_counted": positions_counted,
             **counts,
             "safety_rank": config.safety_rank,
+            "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank,
+            "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
             "basis_method": config.basis_method,
+            "engine": engine.kind,
+            **({"sketch_width": engine.width} if engine.kind == "sketched" else {}),
             "seed": config.seed,
-            "captured_energy": {
-                name: _share(values, statistics[name].output.energy) for name, values in singular_values.items()
-            },
-            "captured_input_energy": {
-                name: _share(values, statistics[name].input.energy) for name, values in input_singular_values.items()
-            },
+            "energy": energies["output"],
+            "input_energy": energies.get("input", {}),
             "versions": {
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("salora-plugins", "torch", "transformers", "peft")},
             },
         },
     )
-    broadcast_from_first_rank([*bases.values(), *input_bases.values()])
+    if key is not None:
+        store(key, safety_module)
     return safety_module
 
 
@@ -137,31 +161,33 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
         positions.
     """
     names = target_module_names(model, config)
+    layers = {name: base_layer(model.get_submodule(name)) for name in names}
     source = config.task_data if rows is None else rows
     examples = load_examples(source, option="task_data", max_rows=max(MAX_ROWS, config.num_task_samples))
     examples = select_examples(examples, config.num_task_samples, config.seed)
     with adapters_disabled(model), on_accelerator(model), evaluation_mode(model):
-        examples = _tokenized(model, config, examples, "task_data")
         statistics = collect_statistics(
             model,
-            {name: base_layer(model.get_submodule(name)) for name in names},
-            batches(examples, config.calibration_batch_size, pad_token_id=_pad_token_id(config.tokenizer)),
+            layers,
+            _batches(_tokenized(model, config, examples, "task_data"), config),
+            _engine(model, layers, config, [config.task_rank]),
             description="calibrating the task initialization",
         )
-    bases = {name: task_basis(entry, config.task_rank) for name, entry in statistics.items()}
-    broadcast_from_first_rank(list(bases.values()))
+        bases = {name: task_basis(statistics.pop(name), config.task_rank) for name in names}
+    broadcast(list(bases.values()))
     return bases
 
 
 def task_basis(statistics: ModuleStatistics, task_rank: int) -> Tensor:
-    """U_T (d_out, r_t) of one layer, r_t being cut to the number of positions and outputs there are."""
+    """U_T (d_out, r_t) of one layer, r_t being cut to the number of positions and directions there are."""
     rows = statistics.output
     if rows.count == 0:
         raise CalibrationError("task_data: no response token in the data, so there is nothing to initialize from.")
-    return rows.top(min(task_rank, rows.count, rows.dimension))[0]
+    return rows.top(min(task_rank, rows.most_directions))[0]
 
 
-def _safety_examples(model: nn.Module, config: SaLoRAConfig) -> tuple[list[TokenizedExample], dict[str, int]]:
+def _selected(model: nn.Module, config: SaLoRAConfig) -> list[Example | TokenizedExample]:
+    """The safety data in the order in which it is to be used; rows without a response among them."""
     examples = load_examples(
         config.safety_data,
         option="safety_data",
@@ -169,8 +195,20 @@ def _safety_examples(model: nn.Module, config: SaLoRAConfig) -> tuple[list[Token
         max_rows=max(MAX_ROWS, config.num_safety_samples),
     )
     examples = select_examples(examples, len(examples), config.seed)
+    if any(_needs_response(example) for example in examples):
+        return examples
+    return _tokenized(model, config, examples[: config.num_safety_samples], "safety_data")
+
+
+def _needs_response(example: Example | TokenizedExample) -> bool:
+    return isinstance(example, Example) and example.response is None
+
+
+def _with_responses(
+    model: nn.Module, config: SaLoRAConfig, examples: list[Example | TokenizedExample]
+) -> tuple[list[TokenizedExample], dict[str, int]]:
     counts: dict[str, int] = {}
-    if any(isinstance(example, Example) and example.response is None for example in examples):
+    if any(_needs_response(example) for example in examples):
         judge = _registered("judge", "keyword", judges())
         examples, counts = add_own_refusals(
             model,
@@ -181,9 +219,66 @@ def _safety_examples(model: nn.Module, config: SaLoRAConfig) -> tuple[list[Token
             batch_size=max(config.calibration_batch_size, 16),
             max_length=config.calibration_max_length,
         )
-    else:
-        examples = examples[: config.num_safety_samples]
     return _tokenized(model, config, examples, "safety_data"), counts
+
+
+def _cache_key(
+    model: nn.Module,
+    config: SaLoRAConfig,
+    examples: list[Example | TokenizedExample],
+    ranks: dict[str, dict[str, Rank]],
+    engine: Engine,
+) -> str | None:
+    """What the safety module depends on; None where it is not to be kept."""
+    if not config.calibration_cache or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return None
+    if config.basis_method != "salora":
+        return None  # code of a plugin, which may change from run to run
+    if any(isinstance(example, Example) for example in examples):
+        # Rendered, so that another tokenizer or chat template is another calibration.
+        tokenizer = _tokenizer(model, config, "safety_data")
+        requests = [example for example in examples if _needs_response(example)]
+        prompts = [tuple(render_prompt(request, tokenizer)) for request in requests]
+        answered = [example for example in examples if not _needs_response(example)]
+        digest = data_digest(
+            [TokenizedExample(prompt, (IGNORED,) * len(prompt)) for prompt in prompts]
+            + _tokenized(model, config, answered, "safety_data")
+        )
+    else:
+        digest = data_digest(examples)
+    return cache_key(
+        {
+            "version": version("salora-plugins"),
+            "model": model_fingerprint(model),
+            "examples": digest,
+            "ranks": ranks,
+            "positions": config.resolved_safety_positions,
+            "engine": [engine.kind, engine.width, engine.seed],
+            "num_safety_samples": config.num_safety_samples,
+            "batch_size": config.calibration_batch_size,
+            "max_length": config.calibration_max_length,
+        }
+    )
+
+
+def _engine(model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig, ranks: list[Rank]) -> Engine:
+    most = max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in ranks)
+    return choose_engine(
+        config.calibration_engine,
+        statistics_dimensions(layers, with_inputs=config.input_safety_rank > 0),
+        most,
+        sum(parameter.numel() for parameter in model.parameters()),
+        config.seed,
+    )
+
+
+def _batches(examples: list[TokenizedExample], config: SaLoRAConfig) -> list[dict[str, Tensor]]:
+    """The batches of this rank of torch.distributed."""
+    rank, world_size = rank_and_world_size()
+    share = examples[rank::world_size]
+    if not share:  # more ranks than examples: one whose positions do not count, since every rank must run the model
+        share = [TokenizedExample(examples[0].input_ids, (IGNORED,) * len(examples[0].input_ids))]
+    return list(batches(share, config.calibration_batch_size, pad_token_id=_pad_token_id(config.tokenizer)))
 
 
 def _tokenized(
@@ -216,43 +311,7 @@ def _pad_token_id(tokenizer: Any) -> int:
     return getattr(tokenizer, "pad_token_id", None) or 0
 
 
-def _bases(
-    statistics: dict[str, ModuleStatistics], rank: int, side: str, method: Any, config: SaLoRAConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    option = "safety_rank" if side == "output" else "input_safety_rank"
-    bases, singular_values = {}, {}
-    for name, entry in statistics.items():
-        count = getattr(entry, side).count
-        if count < rank:
-            raise CalibrationError(
-                f"{option}={rank}, but the safety data has only {count} positions to find directions in. Give more "
-                f"safety data (num_safety_samples, safety_data), or lower {option}."
-            )
-        basis, values = method(entry, rank, side)
-        bases[name] = _checked_basis(basis, getattr(entry, side).dimension, rank, name, config.basis_method)
-        singular_values[name] = values.float().cpu()
-    return bases, singular_values
-
-
-def _checked_basis(basis: Tensor, dimension: int, rank: int, name: str, method: str) -> Tensor:
-    if basis.shape != (dimension, rank):
-        raise CalibrationError(
-            f"basis_method={method!r} returned shape {tuple(basis.shape)} for {name!r}; expected {(dimension, rank)}."
-        )
-    error = (basis.T.double() @ basis.double() - torch.eye(rank, dtype=torch.float64, device=basis.device)).abs().max()
-    if not error < 1e-4:
-        raise CalibrationError(
-            f"basis_method={method!r} returned a basis for {name!r} whose columns are not orthonormal."
-        )
-    return basis.float().cpu().contiguous()
-
-
 def _registered(option: str, name: str, registered: dict[str, Any]) -> Any:
     if name not in registered:
         raise ValueError(f"{option}={name!r} is not registered. Choose one of {', '.join(sorted(registered))}.")
     return registered[name]
-
-
-def _share(singular_values: Tensor, energy: float) -> float:
-    """The part of the data's energy that the basis captures, from 0 to 1."""
-    return singular_values.double().square().sum().item() / energy if energy else 0.0

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..distributed import gather_json, rank_and_world_size
 from .capture import CalibrationError, input_device
-from .data import Example, TokenizedExample, render_prompt
+from .data import IGNORED, Example, TokenizedExample, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +53,28 @@ def add_own_refusals(
     """
     kept: list[Example | TokenizedExample] = []
     counts = {"requests": 0, "refusals": 0}
-    waiting: list[Example] = []
-    progress = tqdm(total=min(num, len(examples)), desc="collecting refusals", unit="row", leave=False)
-    for index, example in enumerate(examples):
-        if isinstance(example, Example) and example.response is None:
-            waiting.append(example)
-        else:
-            kept.append(example)
-        if len(waiting) == batch_size or (waiting and index == len(examples) - 1):
-            answers = _answer(model, tokenizer, waiting, max_length)
-            counts["requests"] += len(answers)
-            for request, (tokens, text) in zip(waiting, answers, strict=True):
-                if tokens is not None and is_refusal(request.request, text):
-                    kept.append(tokens)
-                    counts["refusals"] += 1
-            waiting.clear()
-        progress.n = min(len(kept), num)
+    rank, world_size = rank_and_world_size()
+    progress = tqdm(
+        total=min(num, len(examples)), desc="collecting refusals", unit="row", leave=False, disable=rank != 0
+    )
+    for batch in _batches(examples, batch_size, world_size, num):
+        mine = [request for request, owner in batch if owner == rank]
+        # The shares of the ranks come back in the order of the requests.
+        answers = iter(
+            [answer for share in gather_json(_answer(model, tokenizer, mine, max_length)) for answer in share]
+        )
+        for example, owner in batch:
+            if len(kept) >= num:
+                break
+            if owner is None:
+                kept.append(example)
+                continue
+            tokens, text = next(answers)
+            counts["requests"] += 1
+            if tokens is not None and is_refusal(example.request, text):
+                kept.append(TokenizedExample(*(tuple(column) for column in tokens)))
+                counts["refusals"] += 1
+        progress.n = len(kept)
         progress.refresh()
         if len(kept) >= num:
             break
@@ -86,14 +93,39 @@ def add_own_refusals(
             counts["refusals"],
             counts["requests"],
         )
-    return kept[:num], counts
+    return kept, counts
+
+
+def _batches(
+    examples: Sequence[Example | TokenizedExample], batch_size: int, world_size: int, num: int
+) -> Iterator[list[tuple[Example | TokenizedExample, int | None]]]:
+    """
+    Examples up to `batch_size` requests per rank, each with the rank that is to answer it; None: it has a response.
+
+    A rank's requests follow one another, so that several ranks generate the very batches that one would.
+    """
+    batch: list[tuple[Example | TokenizedExample, int | None]] = []
+    requests = 0
+    for example in examples:
+        if isinstance(example, Example) and example.response is None:
+            batch.append((example, requests // batch_size))
+            requests += 1
+        else:
+            batch.append((example, None))
+        if requests == batch_size * world_size or len(batch) - requests >= num:
+            yield batch
+            batch, requests = [], 0
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
 def _answer(
     model: nn.Module, tokenizer: Any, requests: Sequence[Example], max_length: int
-) -> list[tuple[TokenizedExample | None, str]]:
-    """Greedy responses as tokenized examples and as text; None where the prompt leaves no room for one."""
+) -> list[tuple[tuple[list[int], list[int]] | None, str]]:
+    """Greedy responses as token ids with labels, and as text; None where the prompt leaves no room for one."""
+    if not requests:
+        return []
     if not hasattr(model, "generate"):
         raise CalibrationError(
             f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give "
@@ -101,7 +133,7 @@ def _answer(
         )
     prompts = [render_prompt(request, tokenizer) for request in requests]
     fitting = [index for index, prompt in enumerate(prompts) if len(prompt) < max_length]
-    answers: list[tuple[TokenizedExample | None, str]] = [(None, "")] * len(prompts)
+    answers: list[tuple[tuple[list[int], list[int]] | None, str]] = [(None, "")] * len(prompts)
     if not fitting:
         return answers
     width = max(len(prompts[index]) for index in fitting)
@@ -129,8 +161,8 @@ def _answer(
         response = tokens if end is None else tokens[: end + 1]
         prompt = prompts[index]
         response = response[: max_length - len(prompt)]
-        example = TokenizedExample(tuple(prompt + response), tuple([-100] * len(prompt) + response))
-        answers[index] = (example, tokenizer.decode(response, skip_special_tokens=True))
+        labels = [IGNORED] * len(prompt) + response
+        answers[index] = ((prompt + response, labels), tokenizer.decode(response, skip_special_tokens=True))
     return answers
 
 

@@ -1,72 +1,70 @@
-"""Statistics of the vectors that pass a layer, updated batch by batch."""
+"""Statistics of the vectors that pass a layer, updated batch by batch, from which their top directions are found."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
+from ..linear_algebra import fix_signs, top_eigenpairs, top_right_singular_vectors
 
-@dataclass
-class RowStatistics:
+# A sketch of twice the rank finds 99.9 % of what the exact top directions capture, of four times 99.98 %
+# (docs/how-it-works.md), where the singular values decay like 1/sqrt(i); faster decay leaves less to miss.
+LEAST_WIDTH, WIDTH = 2, 4
+
+# What the exact engine may keep in memory where the engine is chosen by size.
+_EXACT_BYTES = 256 * 2**20
+# The share of the weights (in bf16) that sketches may take where they can be narrower than WIDTH times the rank.
+_SKETCH_SHARE = 0.1
+
+
+class VectorStatistics(ABC):
     """
     What is needed of a stream of vectors to find its top directions.
 
-    The vectors themselves are kept while they are fewer than their dimension, and their Gram matrix from then on, so
-    that memory is bounded by dimension^2 however long the stream is. Sums are in float64, because a Gram matrix
-    squares the singular values' range; devices without float64 (MPS) sum on the CPU.
+    Args:
+        dimension: Length d of the vectors.
     """
 
-    dimension: int
-    """Length d of the vectors."""
+    def __init__(self, dimension: int) -> None:
+        self.dimension = dimension
+        self.count = 0
+        """Number n of vectors seen."""
+        self._energy: Tensor | None = None
+        self._tops: dict[int, tuple[Tensor, Tensor]] = {}
 
-    count: int = 0
-    """Number n of vectors seen."""
+    @property
+    def energy(self) -> float:
+        """Sum of the squared norms of the vectors."""
+        return self.energy_tensor.item()
 
-    energy: float = 0.0
-    """Sum of their squared norms."""
-
-    _rows: list[Tensor] = field(default_factory=list, repr=False)
-    _gram: Tensor | None = field(default=None, repr=False)
-    _tops: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    @property
+    def energy_tensor(self) -> Tensor:
+        """The same without waiting for the device: float64 scalar."""
+        return torch.zeros((), dtype=torch.float64) if self._energy is None else self._energy
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
         """
         Args:
-            rows: (n, d), any floating dtype.
-
-        Raises:
-            FloatingPointError: A vector is not finite.
+            rows: (n, d), any floating dtype. NaN or infinity among them show in `energy`.
         """
-        rows = rows.detach()
-        rows = rows.cpu().double() if rows.device.type == "mps" else rows.float()
-        energy = rows.double().square().sum().item()
-        if energy != energy or energy in (float("inf"), float("-inf")):
-            raise FloatingPointError("a vector holds NaN or infinity")
-        self._tops.clear()
-        self.count += rows.shape[0]
-        self.energy += energy
-        if self._gram is None:
-            self._rows.append(rows)
-            if self.count > self.dimension:
-                self._gram = self._gram_of(torch.cat(self._rows))
-                self._rows.clear()
-        else:
-            self._gram += self._gram_of(rows)
-
-    def gram(self) -> Tensor:
-        """The sum of the outer products, (d, d) float64."""
-        if self._gram is not None:
-            return self._gram
-        return self._gram_of(self.rows())
-
-    def rows(self) -> Tensor | None:
-        """The vectors, (n, d), while they are kept; None once there is only the Gram matrix."""
-        if self._gram is not None:
-            return None
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
+        # Under autocast the products would be computed in half precision.
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.detach().float()
+            if rows.device.type == "mps":
+                rows = rows.cpu()  # no float64 there
+            self._tops.clear()
+            self.count += rows.shape[0]
+            energy = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+            self._energy = energy if self._energy is None else self._energy + energy
+            self._update(rows)
 
     @torch.no_grad()
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -74,34 +72,206 @@ class RowStatistics:
         The top right singular vectors of the (n, d) matrix of all vectors; computed once for layers that share them.
 
         Args:
-            rank: At most min(n, d).
+            rank: At most `most_directions`.
 
         Returns:
             Basis (d, rank) with orthonormal columns and singular values (rank,), descending, both float32.
         """
-        if not 0 < rank <= min(self.count, self.dimension):
+        if not 0 < rank <= self.most_directions:
             raise ValueError(f"rank={rank} of {self.count} vectors of dimension {self.dimension}")
         if rank not in self._tops:
-            self._tops[rank] = self._compute_top(rank)
+            rows = self.factor()
+            with torch.autocast(self.device.type, enabled=False):
+                if rows is not None and rows.shape[0] < self.dimension:
+                    basis, values = top_right_singular_vectors(rows, rank)
+                else:
+                    squares, basis = top_eigenpairs(self._multiply, self.dimension, rank, device=self.device)
+                    values = squares.clamp(min=0).sqrt()
+            self._tops[rank] = fix_signs(basis).float().contiguous(), values.float()
         return self._tops[rank]
 
-    def _compute_top(self, rank: int) -> tuple[Tensor, Tensor]:
-        if self._gram is not None:
-            values, vectors = torch.linalg.eigh(self._gram)
-            basis, squares = vectors[:, -rank:].flip(1), values[-rank:].flip(0)
-        else:
-            rows = self.rows().double()
-            # n < d: decompose the (n, n) matrix of inner products; QR restores what that loses in orthogonality.
-            values, vectors = torch.linalg.eigh(rows @ rows.T)
-            squares = values[-rank:].flip(0)
-            basis, r = torch.linalg.qr(rows.T @ vectors[:, -rank:].flip(1))
-            basis = basis * torch.where(r.diagonal() < 0, -1.0, 1.0)
-        return _fix_signs(basis).float().contiguous(), squares.clamp(min=0).sqrt().float()
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics are."""
+        return self.energy_tensor.device
 
-    @staticmethod
-    def _gram_of(rows: Tensor) -> Tensor:
-        rows = rows.double()
-        return rows.T @ rows
+    def reduce(self) -> None:
+        """Let every rank of torch.distributed end with the statistics of all ranks' vectors."""
+        if is_distributed():
+            totals = torch.tensor([float(self.count), self.energy], dtype=torch.float64)
+            count, energy = sum_over_ranks(totals).tolist()
+            self._reduce(int(count))
+            self.count, self._energy = int(count), torch.tensor(energy, dtype=torch.float64, device=self.device)
+            self._tops.clear()
+
+    def gram(self) -> Tensor:
+        """The sum of the vectors' outer products, or what the sketch holds of it: (d, d) float64."""
+        return self._multiply(torch.eye(self.dimension, dtype=torch.float64, device=self.device))
+
+    @property
+    def most_directions(self) -> int:
+        """How many directions can be trusted."""
+        return min(self.count, self.dimension)
+
+    @abstractmethod
+    def factor(self) -> Tensor | None:
+        """R (m, d) with R^T R = the Gram matrix, where one with few rows is at hand; else None."""
+
+    @abstractmethod
+    def _update(self, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def _reduce(self, count: int) -> None: ...
+
+    def _multiply(self, block: Tensor) -> Tensor:
+        """The Gram matrix times a (d, k) float64 block."""
+        rows = self.factor().double()
+        return rows.T @ (rows @ block)
+
+
+class ExactStatistics(VectorStatistics):
+    """
+    The vectors themselves while they are no more than their dimension, and their Gram matrix from then on, so that
+    memory is bounded by d^2 however long the stream is.
+
+    The Gram matrix is summed in float64, from float32 products of one batch each.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__(dimension)
+        self._rows: list[Tensor] = []
+        self._gram: Tensor | None = None
+
+    def factor(self) -> Tensor | None:
+        if self._gram is not None:
+            return None
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
+
+    def _update(self, rows: Tensor) -> None:
+        if self._gram is None:
+            self._rows.append(rows)
+            if self.count > self.dimension:
+                self._sum_up()
+        else:
+            self._gram += rows.T @ rows
+
+    def _sum_up(self) -> None:
+        self._gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64, device=self.device)
+        while self._rows:
+            rows = self._rows.pop()
+            self._gram += rows.T @ rows
+
+    def _multiply(self, block: Tensor) -> Tensor:
+        return super()._multiply(block) if self._gram is None else self._gram @ block
+
+    def _reduce(self, count: int) -> None:
+        if count > self.dimension:
+            if self._gram is None:
+                self._sum_up()
+            self._gram = sum_over_ranks(self._gram)
+        else:
+            self._rows = [_gather_rows(self.factor())]
+
+
+class SketchedStatistics(VectorStatistics):
+    """
+    A factor F with `width` rows and F^T F close to the Gram matrix G, so that memory is bounded by d * width.
+
+    The vectors themselves are kept until they are more than `width`. From then on every batch X renews the factor: with
+    Q an orthonormal basis of F's rows, and Y = (F^T F + X^T X) Q, the new F is the Nystrom approximation of F^T F +
+    X^T X from Y (Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix
+    from streaming data"). A fixed random test matrix Q gives their single-pass sketch; renewing it from the factor
+    makes each batch a step of power iteration, too, at no further pass over the data.
+
+    Args:
+        dimension: Length d of the vectors.
+        width: Rows of the factor.
+        seed: Seed of the first test matrix.
+    """
+
+    def __init__(self, dimension: int, width: int, seed: int = 0) -> None:
+        super().__init__(dimension)
+        self.width = width
+        self._seed = seed
+        self._factor: Tensor | None = None
+
+    @property
+    def most_directions(self) -> int:
+        return min(super().most_directions, self.width // LEAST_WIDTH)
+
+    def factor(self) -> Tensor:
+        return torch.zeros(0, self.dimension) if self._factor is None else self._factor
+
+    def _update(self, rows: Tensor) -> None:
+        if self._factor is None:
+            self._factor = rows.new_zeros(0, self.dimension)
+        if self._factor.shape[0] + rows.shape[0] <= self.width:
+            self._factor = torch.cat([self._factor, rows])
+        else:
+            self._factor = self._compress(self._factor, rows)
+
+    def _compress(self, factor: Tensor, rows: Tensor) -> Tensor:
+        test = factor.T
+        if missing := self.width - factor.shape[0]:
+            generator = torch.Generator().manual_seed(self._seed)
+            random = torch.randn(self.dimension, missing, generator=generator).to(rows)
+            # The batch is at hand, so that its own power iteration costs no pass over the data.
+            test = torch.cat([test, rows.T @ (rows @ random)], dim=1)
+        basis = torch.linalg.qr(test).Q
+        image = factor.T @ (factor @ basis) + rows.T @ (rows @ basis)
+        core = (basis.T @ image).double()
+        core = (core + core.T) / 2
+        # The shift keeps directions of rounding errors from being blown up (the paper's section 4.3).
+        shift = torch.finfo(torch.float32).eps * core.diagonal().sum() + torch.finfo(torch.float32).tiny
+        core.diagonal().add_(shift)
+        # Not `cholesky`, which waits for the device to look for errors; NaN shows in the energy.
+        triangle = torch.linalg.cholesky_ex(core).L
+        return torch.linalg.solve_triangular(triangle.float(), image.T, upper=False)
+
+    def _reduce(self, count: int) -> None:
+        self._factor = _gather_rows(self.factor())
+
+
+class OutputStatistics(VectorStatistics):
+    """
+    Of the outputs W x of a linear layer, by way of the statistics of its inputs: the Gram matrix is W G W^T.
+
+    Args:
+        inputs: Statistics of x, which other layers may share.
+        dimension: d_out.
+        weight: Gives W (d_out, d_in), valid inside its `with` block.
+    """
+
+    def __init__(
+        self, inputs: VectorStatistics, dimension: int, weight: Callable[[], AbstractContextManager[Tensor]]
+    ) -> None:
+        super().__init__(dimension)
+        self.inputs = inputs
+        self._weight = weight
+
+    @property
+    def most_directions(self) -> int:
+        return min(super().most_directions, self.inputs.most_directions)
+
+    @torch.no_grad()
+    def factor(self) -> Tensor | None:
+        rows = self.inputs.factor()
+        if rows is None:
+            return None
+        with self._weight() as weight:
+            return rows.double() @ weight.to(device=rows.device, dtype=torch.float64).T
+
+    @torch.no_grad()
+    def _multiply(self, block: Tensor) -> Tensor:
+        with self._weight() as weight:
+            weight = weight.to(block)
+            return weight @ self.inputs._multiply(weight.T @ block)
+
+    def _update(self, rows: Tensor) -> None:
+        """The vectors are in the statistics of the inputs; here they count for the energy."""
+
+    def _reduce(self, count: int) -> None:
+        """The statistics of the inputs are reduced on their own."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +281,55 @@ class ModuleStatistics:
     name: str
     """The module's name in the base model."""
 
-    output: RowStatistics
+    output: VectorStatistics
     """Of W x over the chosen positions, without the bias."""
 
-    input: RowStatistics | None = None
+    input: VectorStatistics | None = None
     """Of x over the chosen positions; None where no input side was asked for."""
 
 
-def _fix_signs(basis: Tensor) -> Tensor:
-    """Singular vectors are unique up to sign; make the largest element of each positive."""
-    largest = basis.abs().argmax(dim=0)
-    signs = basis.gather(0, largest[None]).sign()
-    return basis * torch.where(signs == 0, 1.0, signs)
+@dataclass(frozen=True)
+class Engine:
+    """How the statistics of a calibration are kept."""
+
+    kind: Literal["exact", "sketched"]
+    width: int = 0
+    """Rows of a sketch."""
+
+    seed: int = 0
+
+    def statistics(self, dimension: int) -> VectorStatistics:
+        """New statistics of vectors of this length; exact where a sketch would be no smaller."""
+        if self.kind == "exact" or self.width >= dimension:
+            return ExactStatistics(dimension)
+        return SketchedStatistics(dimension, self.width, self.seed)
+
+
+def choose_engine(
+    kind: Literal["auto", "exact", "sketched"], dimensions: list[int], rank: int, num_weights: int, seed: int = 0
+) -> Engine:
+    """
+    The engine for vectors of these lengths.
+
+    "auto" is exact while the Gram matrices take at most 256 MiB together. Sketches are four times as wide as the rank,
+    or narrower (down to twice the rank), so that they take at most a tenth of the weights in bf16.
+
+    Args:
+        kind: As in [`SaLoRAConfig`].
+        dimensions: Lengths of the vectors of all statistics.
+        rank: The most directions that will be asked for.
+        num_weights: Number of parameters of the model.
+        seed: Seed of the sketches.
+    """
+    if kind == "exact" or (kind == "auto" and 8 * sum(d * d for d in dimensions) <= _EXACT_BYTES):
+        return Engine("exact")
+    affordable = int(_SKETCH_SHARE * 2 * num_weights / (4 * sum(dimensions)))
+    return Engine("sketched", max(LEAST_WIDTH * rank, min(WIDTH * rank, affordable)), seed)
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, (n, d); ranks may have different numbers of them."""
+    longest = maximum_over_ranks(rows.shape[0])
+    padded = rows.new_zeros(longest, rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    return gather_from_all_ranks(padded)

@@ -1,0 +1,46 @@
+"""`axolotl salora-calibrate`: the safety module that a training config would calibrate, computed beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("salora-calibrate")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The safety module to write. Default: safety_module.safetensors in the config's output_dir.",
+)
+def salora_calibrate(config: str, out: Path | None) -> None:
+    """Compute the safety module for a config with `adapter: salora`, without training."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.loaders import ModelLoader, load_tokenizer
+
+    from salora_plugins.calibration import calibrate_with
+    from salora_plugins.inspection import summary
+
+    from .args import ADAPTER
+    from .plugin import salora_config
+
+    cfg = load_cfg(config)
+    if cfg.adapter != ADAPTER:
+        raise click.ClickException(f"{config}: adapter: {cfg.adapter}. Set adapter: salora to calibrate for it.")
+    if (cfg.salora or {}).get("safety_module"):
+        raise click.ClickException(
+            f"{config}: salora.safety_module: {cfg.salora['safety_module']} is set, so that nothing would be calibrated. "
+            "Remove it."
+        )
+    out = out or Path(cfg.output_dir) / "safety_module.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The base model as Axolotl prepares it for training, quantized if the config says so, but without an adapter.
+    model, _ = ModelLoader(cfg, load_tokenizer(cfg), reference_model=True).load()
+    try:
+        safety_module = calibrate_with(model, salora_config(model, cfg))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    safety_module.save(out)
+    click.echo(summary(safety_module))
+    click.echo(f"Wrote {out}. Train with it: salora.safety_module: {out}")

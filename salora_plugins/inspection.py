@@ -1,0 +1,160 @@
+"""What a safety module holds, as a text, a table, JSON values and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from .files import atomic_write
+from .safety_module import SafetyModule
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def describe(safety_module: SafetyModule) -> dict[str, Any]:
+    """Everything but the bases themselves, as JSON values."""
+    modules = {}
+    for name in safety_module.bases:
+        modules[name] = {side: values for side, values in _sides(safety_module, name).items() if values is not None}
+    return {
+        "fingerprint": safety_module.fingerprint,
+        "modules": modules,
+        "provenance": {
+            key: value for key, value in safety_module.provenance.items() if key not in ("energy", "input_energy")
+        },
+    }
+
+
+def summary(safety_module: SafetyModule) -> str:
+    """A few lines: how many modules and directions, how much they capture, and where they come from."""
+    provenance = safety_module.provenance
+    lines = [
+        _extent("output", [basis.shape[1] for basis in safety_module.bases.values()], safety_module.captured_energy)
+    ]
+    if safety_module.input_bases:
+        ranks = [basis.shape[1] for basis in safety_module.input_bases.values()]
+        lines.append(_extent("input", ranks, safety_module.captured_input_energy))
+    lines.append(
+        f"Base model: {provenance.get('base_model') or 'unnamed'} (fingerprint {safety_module.fingerprint[:16]})"
+    )
+    data = f"Safety data: {provenance.get('safety_data', 'unknown')}, {provenance.get('safety_samples', '?')} examples"
+    if "requests" in provenance:
+        data += f" ({provenance['refusals']} refusals to {provenance['requests']} requests)"
+    lines.append(
+        f"{data}, {provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions"
+    )
+    engine = provenance.get("engine", "unknown")
+    if "sketch_width" in provenance:
+        engine += f" (width {provenance['sketch_width']})"
+    lines.append(f"Method: {provenance.get('basis_method', 'unknown')}, engine: {engine}")
+    versions = provenance.get("versions", {})
+    lines.append("Versions: " + ", ".join(f"{package} {number}" for package, number in versions.items()))
+    return "\n".join(lines)
+
+
+def table(safety_module: SafetyModule) -> Table:
+    """One row a module."""
+    from rich.table import Table
+
+    two_sided = bool(safety_module.input_bases)
+    result = Table(caption="Captured: share of the energy on the safety data. Values: singular values, first and last.")
+    result.add_column("Module", overflow="fold")
+    for side in ("output", "input") if two_sided else ("output",):
+        result.add_column(f"{side} rank", justify="right")
+        result.add_column("captured", justify="right")
+        result.add_column("values", justify="right")
+    for name in safety_module.bases:
+        cells = []
+        for side in _sides(safety_module, name).values():
+            if side is not None:
+                share = side["captured_energy"]
+                values = side["singular_values"]
+                cells += [
+                    str(side["rank"]),
+                    "?" if share is None else f"{share:.1%}",
+                    f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
+                ]
+        result.add_row(name, *cells)
+    return result
+
+
+def write_plot(path: Path, safety_module: SafetyModule) -> None:
+    """
+    Draw how the singular values decay in every module, and what share of the energy the directions capture; PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
+
+    sides = [("output", "outputs", safety_module.singular_values, safety_module.captured_energy)]
+    if safety_module.input_bases:
+        sides.append(("input", "inputs", safety_module.input_singular_values, safety_module.captured_input_energy))
+    figure = Figure(figsize=(13, 4.2 * len(sides)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(sides), 2, squeeze=False)
+    for (spectrum_axis, share_axis), (side, kind, spectra, shares) in zip(rows, sides, strict=True):
+        groups = _by_last_name(spectra)
+        for number, (group, names) in enumerate(groups.items()):
+            color = colormaps["tab10"](number % 10)
+            for index, name in enumerate(names):
+                values = spectra[name]
+                label = group if index == 0 else None
+                spectrum_axis.semilogy(
+                    range(1, len(values) + 1), (values / values[0]).clamp(min=1e-8), color=color, alpha=0.4, label=label
+                )
+            known = [(index, shares[name]) for index, name in enumerate(names) if name in shares]
+            if known:
+                share_axis.plot(*zip(*known, strict=True), ".-", color=color, label=group)
+        spectrum_axis.set_title(f"Singular values of the layers' {kind} on the safety data", fontsize=10)
+        spectrum_axis.set_xlabel(f"{side} direction")
+        spectrum_axis.set_ylabel("relative to the largest")
+        spectrum_axis.legend(fontsize=8)
+        share_axis.set_title(f"Share of the energy of the {kind} that the directions capture", fontsize=10)
+        share_axis.set_xlabel("layer, in the model's order")
+        share_axis.set_ylim(0, 1.02)
+        for axis in (spectrum_axis, share_axis):
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _sides(safety_module: SafetyModule, name: str) -> dict[str, dict[str, Any] | None]:
+    result: dict[str, dict[str, Any] | None] = {}
+    for side, bases, values, shares in (
+        ("output", safety_module.bases, safety_module.singular_values, safety_module.captured_energy),
+        ("input", safety_module.input_bases, safety_module.input_singular_values, safety_module.captured_input_energy),
+    ):
+        result[side] = None
+        if name in bases:
+            result[side] = {
+                "dimension": bases[name].shape[0],
+                "rank": bases[name].shape[1],
+                "captured_energy": shares.get(name),
+                "singular_values": values[name].tolist() if name in values else [],
+            }
+    return result
+
+
+def _extent(side: str, ranks: list[int], shares: dict[str, float]) -> str:
+    number = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)} (mean {mean(ranks):.1f})"
+    text = f"{len(ranks)} modules, {number} {side} directions each"
+    if shares:
+        values = list(shares.values())
+        text += f", which capture {min(values):.1%} to {max(values):.1%} of the energy (mean {mean(values):.1%})"
+    return text
+
+
+def _by_last_name(values: dict[str, Any]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in values:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    return groups

@@ -1,0 +1,86 @@
+"""How many directions a layer gets: a number, or as many as capture a share of the energy, by module if wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Rank = int | float
+"""A number of directions, or (a float between 0 and 1) the share of the energy that they must capture."""
+
+
+def check_rank(option: str, value: object, least: int) -> None:
+    """
+    Raises:
+        ValueError: `value` is neither a whole number of at least `least` nor a float between 0 and 1.
+    """
+    if isinstance(value, float) and 0 < value < 1:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"{option}={value!r}: give a whole number of at least {least}, or a share of the energy between 0 and 1 "
+            "such as 0.95."
+        )
+
+
+def check_pattern(option: str, pattern: object) -> None:
+    """
+    Raises:
+        ValueError: `pattern` is not a mapping of regular expressions to ranks.
+    """
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"{option}={pattern!r}: give a mapping of module names or regular expressions to ranks.")
+    for key, value in pattern.items():
+        try:
+            re.compile(str(key))
+        except re.error as error:
+            raise ValueError(f"{option}: {key!r} is not a valid regular expression ({error}).") from error
+        check_rank(f"{option}[{key!r}]", value, 1)
+
+
+def ranks_of(
+    names: Iterable[str], rank: Rank, pattern: Mapping[str, Rank] | None = None, *, option: str = "safety_rank_pattern"
+) -> dict[str, Rank]:
+    """
+    The rank of every module. A pattern matches the end of a module's name, as in PEFT's `rank_pattern`.
+
+    Args:
+        names: Module names.
+        rank: For the modules that no pattern matches.
+        pattern: Regular expression -> rank; the first match counts.
+        option: What the user calls the pattern, for messages.
+
+    Raises:
+        ValueError: A pattern matches no module, so that it would have no effect.
+    """
+    pattern = pattern or {}
+    used = set()
+    ranks = {}
+    for name in names:
+        key = next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", name)), None)
+        used.add(key)
+        ranks[name] = rank if key is None else pattern[key]
+    if unused := [key for key in pattern if key not in used]:
+        raise ValueError(
+            f"{option}: {unused[0]!r} decides the rank of no target module. Check it against the target modules, for "
+            f"example {next(iter(ranks), 'none')!r}, and against the patterns before it."
+        )
+    return ranks
+
+
+def rank_for_share(singular_values: Tensor, energy: float, share: float) -> int | None:
+    """
+    The smallest number of directions that capture a share of the energy; None where all of them capture less.
+
+    Args:
+        singular_values: (r,), descending.
+        energy: Sum of all squared singular values, of which these are the largest.
+        share: Between 0 and 1.
+    """
+    captured = singular_values.double().square().cumsum(0)
+    # A little slack, since float32 values of a complete decomposition need not add up to all of the energy.
+    enough = captured >= share * (1 - 1e-6) * energy
+    return int(torch.argmax(enough.int())) + 1 if enough.any() else None
