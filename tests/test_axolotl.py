@@ -169,6 +169,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     commands["inference"] = [
         "inference", files["sft"], "--launcher", "python", "--lora-model-dir", str(folder / "sft")
     ]  # fmt: skip
+    commands["calibrate"] = ["salora-calibrate", files["sft"]]
+    commands["calibrate elsewhere"] = ["salora-calibrate", files["dpo"], "--out", str(folder / "dpo.safetensors")]
+    commands["calibrate for LoRA"] = ["salora-calibrate", files["lora"]]
     commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
     refused = {
         name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
@@ -313,6 +316,18 @@ def test_training_on_a_quantized_base(runs, name, most):
     for layer, sample in module.weight_samples.items():
         error = (sample - full_precision[layer]).norm() / full_precision[layer].norm()
         assert 1e-4 < error < most
+
+
+def test_the_safety_module_can_be_computed_beforehand(runs):
+    """`axolotl salora-calibrate` finds what training with the same config does."""
+    folder, _ = runs
+    _ran(runs, "calibrate")
+    _ran(runs, "calibrate elsewhere")
+    for file, trained in ((folder / "sft" / "safety_module.safetensors", "sft"), (folder / "dpo.safetensors", "dpo")):
+        module, expected = SafetyModule.load(file), SafetyModule.load(folder / trained)
+        assert module.bases.keys() == expected.bases.keys()
+        assert all(torch.equal(module.bases[name], basis) for name, basis in expected.bases.items())
+    assert "adapter: lora. Set adapter: salora" in runs[1]["failed"]["calibrate for LoRA"]
 
 
 def test_inference_loads_the_adapter(runs):

@@ -1,10 +1,16 @@
-"""Two processes: every rank ends with the same factors and bases, whatever its own batch."""
+"""Two processes: every rank ends with the same factors and bases, whatever its own batch and share of the samples."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
+import pytest
+import torch
+
+from salora_plugins import SafetyModule, calibrate
+from tiny import llama, token_rows
+
+TRAINING = """
 import sys
 import torch
 import torch.distributed as dist
@@ -50,8 +56,119 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_end_with_the_same_bits(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PROGRAM}")
+CALIBRATION = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tiny import llama, token_rows, tokenizer
+from salora_plugins import SaLoRAConfig, calibrate
+from salora_plugins.calibration import calibrate_with, responses, task_bases
+from salora_plugins.calibration.data import Example
+
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+options = {"safety_rank": 8, "input_safety_rank": 4, "calibration_cache": False, "target_modules": "all-linear"}
+for engine in ("exact", "sketched"):
+    for count in (40, 1):
+        data = token_rows(count, length=40)
+        module = calibrate(llama(), safety_data=data, calibration_engine=engine, **options)
+        module.save(folder / f"{engine}-{count}-{rank}.safetensors")
+shares = {**options, "safety_rank": 0.6, "input_safety_rank": 0.3}
+calibrate(llama(), safety_data=token_rows(40, length=40), **shares).save(folder / f"shares-{rank}.safetensors")
+
+bases = task_bases(llama(), SaLoRAConfig(task_rank=8, target_modules=["q_proj"]), token_rows(40, length=40))
+torch.save(bases, folder / f"task-{rank}.pt")
+
+# Who refuses does not matter here, but that both ranks keep the same answers, and each generated its share.
+generated = []
+answer = responses._answer
+def counting(model, tokenizer, requests, max_length):
+    generated.extend(requests)
+    return answer(model, tokenizer, requests, max_length)
+responses._answer = counting
+requests = [Example(messages=({"role": "user", "content": f"Request {i}"},)) for i in range(20)]
+kept, counts = responses.add_own_refusals(
+    llama(), tokenizer(), requests, 12, is_refusal=lambda request, text: not request.endswith("3"), batch_size=4,
+    max_length=128,
+)
+assert len(kept) == 12 and counts == {"requests": 13, "refusals": 12}, counts
+assert len(generated) == 8, len(generated)
+torch.save([(example.input_ids, example.labels) for example in kept], folder / f"kept-{rank}.pt")
+
+# The second time every rank takes it from the cache, and no rank runs the model.
+cached = {**options, "calibration_cache": True, "safety_data": token_rows(40, length=40)}
+first = calibrate(llama(), **cached)
+dist.barrier()
+model = llama()
+model.forward = None
+second = calibrate(model, **cached)
+assert all(torch.equal(first.bases[name], second.bases[name]) for name in first.bases)
+dist.destroy_process_group()
+"""
+
+
+def run_twice(program: str, folder: Path) -> None:
+    """The program in two processes that know each other."""
+    file = folder / "program.py"
+    file.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{program}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*launcher, str(program)], check=True, timeout=600)
+    subprocess.run([*launcher, str(file), str(folder)], check=True, timeout=600)
+
+
+def test_two_ranks_end_with_the_same_bits(tmp_path):
+    run_twice(TRAINING, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    run_twice(CALIBRATION, folder)
+    return folder
+
+
+OPTIONS = {"safety_rank": 8, "input_safety_rank": 4, "calibration_cache": False, "target_modules": "all-linear"}
+
+
+def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketched"])
+@pytest.mark.parametrize("count", [40, 1])  # with one sample a rank has none of its own
+def test_two_ranks_calibrate_as_one(calibrated, engine, count):
+    first, second = (calibrated / f"{engine}-{count}-{rank}.safetensors" for rank in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    found = SafetyModule.load(first)
+    alone = calibrate(llama(), safety_data=token_rows(count, length=40), calibration_engine=engine, **OPTIONS)
+    assert found.provenance["positions_counted"] == alone.provenance["positions_counted"]
+    for name, energy in alone.provenance["energy"].items():
+        assert found.provenance["energy"][name] == pytest.approx(energy, rel=1e-5)
+    for ours, theirs in ((found.bases, alone.bases), (found.input_bases, alone.input_bases)):
+        for name, basis in theirs.items():
+            if engine == "exact":
+                assert smallest_cosine(ours[name], basis) > 1 - 1e-5
+    for ours, theirs in (
+        (found.captured_energy, alone.captured_energy),
+        (found.captured_input_energy, alone.captured_input_energy),
+    ):
+        for name, share in theirs.items():
+            assert ours[name] == pytest.approx(share, rel=1e-5 if engine == "exact" else 5e-3)
+
+
+def test_two_ranks_agree_on_ranks_by_need(calibrated):
+    first, second = (calibrated / f"shares-{rank}.safetensors" for rank in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    options = {**OPTIONS, "safety_rank": 0.6, "input_safety_rank": 0.3}
+    alone = calibrate(llama(), safety_data=token_rows(40, length=40), **options)
+    for name, basis in SafetyModule.load(first).bases.items():
+        assert basis.shape == alone.bases[name].shape
+
+
+def test_two_ranks_find_the_same_task_directions_and_refusals(calibrated):
+    for kind in ("task", "kept"):
+        first, second = (torch.load(calibrated / f"{kind}-{rank}.pt") for rank in range(2))
+        if kind == "task":
+            assert all(torch.equal(first[name], basis) for name, basis in second.items())
+        else:
+            assert first == second

@@ -152,7 +152,24 @@ def test_model_of_other_architecture_is_refused_by_get_peft_model(module):
 
 
 def test_fingerprint_is_that_of_the_checkpoint():
-    options = {"safety_data": token_rows(16), "target_modules": ["q_proj"], "safety_rank": 8, "calibration_cache": False}
+    options = {"safety_data": token_rows(16), "target_modules": ["q_proj"], "safety_rank": 8}
     first = calibrate(llama(), **options).fingerprint
     assert calibrate(llama().to(torch.bfloat16), **options).fingerprint == first
     assert calibrate(llama(seed=1), **options).fingerprint != first
+
+
+def test_a_hub_repository_stands_for_the_file_in_it(module, tmp_path, monkeypatch):
+    """From the hub's cache on disk, as it is after a download."""
+    import huggingface_hub.constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some-team--llama-safety"
+    module.save(repository / "snapshots" / revision / "salora.safetensors")
+    for name in ("main", "v1"):
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("some-team/llama-safety", "some-team/llama-safety@v1"):
+        assert SafetyModule.load(name).fingerprint == module.fingerprint
+    with pytest.raises(FileNotFoundError, match="safety_module='some-team/other' is neither a file nor a folder here"):
+        SafetyModule.load("some-team/other")

@@ -30,8 +30,8 @@ def salora_calibrate(config: str, out: Path | None) -> None:
         raise click.ClickException(f"{config}: adapter: {cfg.adapter}. Set adapter: salora to calibrate for it.")
     if (cfg.salora or {}).get("safety_module"):
         raise click.ClickException(
-            f"{config}: salora.safety_module: {cfg.salora['safety_module']} is set, so that nothing would be calibrated. "
-            "Remove it."
+            f"{config}: salora.safety_module: {cfg.salora['safety_module']} is set, so that nothing would be "
+            "calibrated. Remove it."
         )
     out = out or Path(cfg.output_dir) / "safety_module.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)

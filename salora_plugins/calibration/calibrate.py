@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -253,7 +254,7 @@ def _cache_key(
             "examples": digest,
             "ranks": ranks,
             "positions": config.resolved_safety_positions,
-            "engine": [engine.kind, engine.width, engine.seed],
+            "engine": dataclasses.astuple(engine),
             "num_safety_samples": config.num_safety_samples,
             "batch_size": config.calibration_batch_size,
             "max_length": config.calibration_max_length,

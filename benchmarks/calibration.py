@@ -1,0 +1,402 @@
+"""What calibration costs over the forward passes that it cannot do without (docs/benchmarks.md).
+
+    python benchmarks/calibration.py time --model DIR --data ../shared/data [--target-modules all-linear]
+    python benchmarks/calibration.py reference --model DIR --data ../shared/data
+    python benchmarks/calibration.py memory --model DIR --data ../shared/data --target-modules all-linear \\
+        --engine sketched
+    python benchmarks/calibration.py initialization --model DIR
+    python benchmarks/calibration.py sketch --model DIR --data ../shared/data --target-modules all-linear
+    python benchmarks/calibration.py spectra
+    python benchmarks/calibration.py table
+
+Ratios are of medians of runs that take turns, since times on a shared machine drift. `--model random-8b` is a randomly
+initialized Llama of 8B shape, for a GPU; `--data` may then be left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from salora_plugins import SaLoRAConfig
+from salora_plugins.calibration import calibrate_with, task_bases
+from salora_plugins.calibration.batching import batches
+from salora_plugins.calibration.capture import cheap_forward_options, input_device, statistics_dimensions
+from salora_plugins.calibration.data import TokenizedExample, load_examples, tokenize_examples
+from salora_plugins.calibration.statistics import SketchedStatistics, choose_engine
+from salora_plugins.data.builtin import builtin_prompts
+from salora_plugins.initialization import pissa_factors
+from salora_plugins.layers import base_layer, linear_weight, target_module_names
+
+SAMPLES = 128
+BATCH_SIZE = 8
+RANK = 32
+# Generation is not part of what is compared, so that every request gets the same refusal.
+REFUSAL = (
+    "I'm sorry, but I can't help with that. It could cause serious harm to you or to other people. If you are going "
+    "through something difficult, please talk to someone you trust, and I am glad to help with anything that is safe."
+)
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("time", "reference", "memory", "initialization", "sketch", "spectra", "table"))
+    parser.add_argument("--model", help="folder of a model, or random-8b")
+    parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
+    parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
+    parser.add_argument("--engine", choices=("auto", "exact", "sketched"), default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference-layers", type=int, default=2, help="layers that the reference really runs for")
+    arguments = parser.parse_args()
+    if arguments.what == "table":
+        memory_table()
+        return
+    if arguments.what == "spectra":
+        spectra_table()
+        return
+    if arguments.model is None:
+        parser.error("--model is needed")
+    model, tokenizer = load_model(arguments.model)
+    config = SaLoRAConfig(
+        target_modules=target_modules(arguments.target_modules),
+        safety_rank=RANK,
+        task_rank=RANK,
+        calibration_batch_size=BATCH_SIZE,
+        calibration_engine=arguments.engine,
+        calibration_cache=False,
+        num_safety_samples=SAMPLES,
+        num_task_samples=SAMPLES,
+    )
+    result: dict[str, Any] = {"model": arguments.model, "target_modules": arguments.target_modules}
+    if arguments.what == "initialization":
+        result |= measure_initialization(model, config, arguments.repeats)
+    else:
+        config.safety_data, config.task_data = tokenized_data(tokenizer, arguments.data, model)
+        measure = {
+            "time": measure_time,
+            "reference": measure_reference,
+            "memory": measure_memory,
+            "sketch": measure_sketch,
+        }
+        result |= measure[arguments.what](model, config, arguments)
+    on_gpu = torch.cuda.is_available()
+    result["machine"] = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result, indent=1))
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "random-8b":
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, dtype="bfloat16")).to(torch.bfloat16)
+        return model.eval(), None
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def target_modules(text: str) -> str | list[str]:
+    return text if text == "all-linear" else text.split(",")
+
+
+def tokenized_data(
+    tokenizer: Any, data: Path | None, model: Any
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """128 safety examples and 128 task examples; random tokens of like lengths where there is no tokenizer."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+
+        def example() -> TokenizedExample:
+            ids = torch.randint(0, model.config.vocab_size, (100,), generator=generator).tolist()
+            return TokenizedExample(tuple(ids), (-100,) * 40 + tuple(ids[40:]))
+
+        return [example() for _ in range(SAMPLES)], [example() for _ in range(SAMPLES)]
+    safety = [{"prompt": row["prompt"], "response": REFUSAL} for row in builtin_prompts("calibration")[:SAMPLES]]
+    task = [json.loads(line) for line in (data / "math_train.jsonl").read_text().splitlines()[:SAMPLES]]
+    result = []
+    for option, rows in (("safety_data", safety), ("task_data", task)):
+        examples = load_examples(rows, option=option)
+        result.append(tokenize_examples(examples, tokenizer, max_length=512, option=option))
+    return result[0], result[1]
+
+
+@torch.no_grad()
+def bare_forward(model: Any, *data: list[TokenizedExample]) -> None:
+    """The forward passes alone, as calibration makes them."""
+    options, device = cheap_forward_options(model), input_device(model)
+    for examples in data:
+        for batch in batches(examples, BATCH_SIZE, pad_token_id=0):
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            model(input_ids=ids, attention_mask=mask, **options)
+
+
+def calibrate(model: Any, config: SaLoRAConfig) -> None:
+    """Everything: the pass over the safety data and its bases, the pass over the task data and its bases."""
+    calibrate_with(model, config)
+    task_bases(model, config)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Times of functions that take turns, after one turn for warming up."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
+        for name, function in functions.items():
+            taken = seconds(function)
+            if repeat:
+                times[name].append(round(taken, 3))
+    return times
+
+
+def measure_time(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    times = interleaved(
+        {
+            "bare forward": lambda: bare_forward(model, config.safety_data, config.task_data),
+            "calibration": lambda: calibrate(model, config),
+        },
+        arguments.repeats,
+    )
+    medians = {name: median(values) for name, values in times.items()}
+    return {
+        "engine": arguments.engine,
+        "seconds": times,
+        "ratio": round(medians["calibration"] / medians["bare forward"], 3),
+    }
+
+
+def measure_reference(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    The paper's procedure: for every target layer and data set one pass of the whole model that keeps the layer's
+    inputs, then a low-rank SVD of its outputs with 30 iterations. It runs for some layers; all cost about the same.
+    """
+    names = target_module_names(model, config)
+    some = names[:: max(1, len(names) // arguments.reference_layers)][: arguments.reference_layers]
+    options, device = cheap_forward_options(model), input_device(model)
+
+    @torch.no_grad()
+    def reference() -> None:
+        for name in some:
+            layer = model.get_submodule(name)
+            for data in (config.safety_data, config.task_data):
+                kept: list[torch.Tensor] = []
+                handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(args[0]))
+                rows = []
+                for batch in batches(data, BATCH_SIZE, pad_token_id=0):
+                    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+                    model(input_ids=ids, attention_mask=mask, **options)
+                    rows.append(kept.pop()[batch["labels"].to(device) != -100])
+                handle.remove()
+                outputs = (torch.cat(rows) @ layer.weight.T).float()
+                basis = torch.svd_lowrank(outputs.T, q=RANK, niter=30)[0]
+                dense = torch.eye(outputs.shape[1], device=device) - basis @ basis.T
+                del dense
+
+    times = interleaved({"calibration": lambda: calibrate(model, config), "reference": reference}, arguments.repeats)
+    ours, some_layers = median(times["calibration"]), median(times["reference"])
+    whole = some_layers / len(some) * len(names)
+    return {
+        "engine": arguments.engine,
+        "seconds": times,
+        "reference_layers_run": len(some),
+        "layers": len(names),
+        "reference_seconds_extrapolated": round(whole, 1),
+        "times_faster": round(whole / ours, 1),
+    }
+
+
+def measure_memory(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of tensors in the safety calibration beyond the peak of its forward passes alone."""
+    bare = peak_tensor_bytes(lambda: bare_forward(model, config.safety_data))
+    gc.collect()
+    ours = peak_tensor_bytes(lambda: calibrate_with(model, config))
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "engine": arguments.engine,
+        "bare_forward_peak_MB": round(bare / 1e6, 1),
+        "calibration_peak_MB": round(ours / 1e6, 1),
+        "weights_in_bf16_MB": round(weights / 1e6, 1),
+        "extra_share_of_weights": round((ours - bare) / weights, 4),
+    }
+
+
+def peak_tensor_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes of tensors that were alive at once, beyond those before the call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()  # kept until the events are read, so that the result counts
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    del result
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the sketched bases of a model capture of what the exact ones do, the least over all layers."""
+    shares = {}
+    for engine in ("exact", "sketched"):
+        config.calibration_engine = engine
+        module = calibrate_with(model, config)
+        shares[engine] = module.captured_energy
+    ratios = {name: share / shares["exact"][name] for name, share in shares["sketched"].items()}
+    worst = min(ratios, key=ratios.get)
+    return {
+        "sketch_width": module.provenance["sketch_width"],
+        "layers": len(ratios),
+        "least_ratio": round(ratios[worst], 5),
+        "in": worst,
+        "median_ratio": round(median(ratios.values()), 5),
+    }
+
+
+def spectra_table() -> None:
+    """The same for vectors with given singular values, with the test matrix renewed or drawn once; prints Markdown."""
+    dimension, count, rank, batch = 768, 6000, 32, 384
+    index = torch.arange(1, dimension + 1, dtype=torch.float64)
+    spectra = {
+        "0.9^i": 0.9**index,
+        "1/i": 1 / index,
+        "1/sqrt(i)": index**-0.5,
+        "i^(-1/4)": index**-0.25,
+        "all equal": torch.ones_like(index),
+    }
+    widths = (2 * rank, 4 * rank)
+    generator = torch.Generator().manual_seed(0)
+    titles = [f"{kind} Q, w = {width}" for kind in ("fixed", "renewed") for width in widths]
+    print("| singular values | " + " | ".join(titles) + " |\n|---" + "|---" * len(titles) + "|")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    data = {
+        name: torch.linalg.qr(normal(count, dimension)).Q * values @ torch.linalg.qr(normal(dimension, dimension)).Q
+        for name, values in spectra.items()
+    }
+    data["independent Gaussian vectors"] = normal(count, dimension)
+    for name, rows in data.items():
+        best = torch.linalg.svdvals(rows)[:rank].square().sum()
+        cells = []
+        for width in widths:
+            test = normal(dimension, width)
+            image = rows.T @ (rows @ test)
+            core = test.T @ image
+            factor = torch.linalg.solve_triangular(torch.linalg.cholesky((core + core.T) / 2), image.T, upper=False)
+            basis = torch.linalg.svd(factor, full_matrices=False).Vh[:rank].T
+            cells.append(torch.linalg.norm(rows @ basis).square() / best)
+        for width in widths:
+            statistics = SketchedStatistics(dimension, width)
+            for part in rows.float().split(batch):
+                statistics.update(part)
+            cells.append(torch.linalg.norm(rows @ statistics.top(rank)[0].double()).square() / best)
+        print(f"| {name} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
+
+
+def measure_initialization(model: Any, config: SaLoRAConfig, repeats: int) -> dict[str, Any]:
+    """The truncated SVDs of all target weights, r = 16."""
+    names = target_module_names(model, config)
+
+    def initialize() -> None:
+        for name in names:
+            with linear_weight(model.get_submodule(name)) as weight:
+                pissa_factors(weight, 16, 1.0)
+
+    times = interleaved({"initialization": initialize}, repeats)
+    return {"layers": len(names), "seconds": times}
+
+
+def memory_table() -> None:
+    """What the statistics of all linear layers take in large models, from their shapes; prints Markdown."""
+    print("| model | side | engine | statistics | safety module | share of the weights in bf16 |")
+    print("|---|---|---|---|---|---|")
+    for title, shape in (("8B", LLAMA_8B), ("70B", LLAMA_70B)):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+        names = target_module_names(model, SaLoRAConfig(target_modules="all-linear"))
+        layers = {name: base_layer(model.get_submodule(name)) for name in names}
+        num_weights = sum(parameter.numel() for parameter in model.parameters())
+        for with_inputs in (False, True):
+            dimensions = statistics_dimensions(layers, with_inputs=with_inputs)
+            kept = shared_dimensions(layers, with_inputs=with_inputs)
+            bases = 4 * RANK * sum(layer.out_features for layer in layers.values())
+            if with_inputs:
+                bases += 4 * RANK * sum(shared_inputs(layers))
+            for kind in ("exact", "sketched"):
+                engine = choose_engine(kind, dimensions, RANK, num_weights)
+                size = sum(8 * d * d if kind == "exact" else 4 * d * engine.width for d in kept)
+                label = kind if kind == "exact" else f"{kind}, width {engine.width}"
+                sides = "both, r = 32" if with_inputs else "output, r = 32"
+                share = size / (2 * num_weights)
+                print(f"| {title} | {sides} | {label} | {size / 1e9:.2f} GB | {bases / 1e9:.2f} GB | {share:.1%} |")
+
+
+def shared_inputs(layers: dict[str, torch.nn.Module], only: Iterable[str] | None = None) -> list[int]:
+    """Lengths of the inputs of a Llama's layers, those that several layers read counted once."""
+    leaders = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    seen: dict[tuple[str, str], int] = {}
+    for name, layer in layers.items():
+        if only is None or name in only:
+            block, _, last = name.rpartition(".")
+            seen[block, leaders.get(last, last)] = layer.in_features
+    return list(seen.values())
+
+
+def shared_dimensions(layers: dict[str, torch.nn.Module], *, with_inputs: bool) -> list[int]:
+    """Lengths of the vectors that statistics are kept of, shared inputs counted once."""
+    by_inputs = [name for name, layer in layers.items() if layer.in_features < layer.out_features]
+    outputs = [layer.out_features for name, layer in layers.items() if name not in by_inputs]
+    return shared_inputs(layers, None if with_inputs else by_inputs) + outputs
+
+
+if __name__ == "__main__":
+    main()

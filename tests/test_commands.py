@@ -1,0 +1,139 @@
+"""`salora calibrate` and `salora inspect` on a small model on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from salora_plugins import SafetyModule, calibrate
+from salora_plugins.cli import create_cli
+from tiny import llama, refusal_rows, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    llama().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusal_rows()))
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(create_cli(), [str(argument) for argument in arguments])
+
+
+def calibration(folder, out, *more):
+    data = folder / "refusals.jsonl"
+    return ["calibrate", "--model", folder / "model", "--safety-data", data, "--out", out, *more]
+
+
+def test_calibrate_writes_what_the_function_computes(folder, tmp_path):
+    options = ("--target-modules", "q_proj,v_proj", "--safety-rank", "8", "--input-safety-rank", "0.4")
+    options += ("--safety-rank-pattern", "v_proj=4")
+    result = run(*calibration(folder, tmp_path / "new" / "a.safetensors", *options))
+    assert result.exit_code == 0, result.output
+    assert "4 modules, 4 to 8 (mean 6.0) output directions each, which capture" in result.output
+    found = SafetyModule.load(tmp_path / "new" / "a.safetensors")
+    expected = calibrate(
+        llama(),
+        tokenizer(),
+        safety_data=str(folder / "refusals.jsonl"),
+        target_modules=["q_proj", "v_proj"],
+        safety_rank=8,
+        input_safety_rank=0.4,
+        safety_rank_pattern={"v_proj": 4},
+        calibration_cache=False,
+    )
+    assert all(torch.equal(found.bases[name], basis) for name, basis in expected.bases.items())
+    assert all(torch.equal(found.input_bases[name], basis) for name, basis in expected.input_bases.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [(("--target-modules", "all-linear"), 14), (("--target-modules", r".*\.1\.self_attn\.[qk]_proj"), 2), ((), 4)],
+)
+def test_target_modules(folder, tmp_path, given, count):
+    assert run(*calibration(folder, tmp_path / "a.safetensors", "--safety-rank", "8", *given)).exit_code == 0
+    assert len(SafetyModule.load(tmp_path / "a.safetensors").bases) == count
+
+
+def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
+    for name in ("a", "b"):
+        assert run(*calibration(folder, tmp_path / f"{name}.safetensors", "--safety-rank", "8")).exit_code == 0
+    assert caplog.text.count("Using the safety module that was calibrated before") == 1
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--safety-rank", "many"), "--safety-rank many: give a whole number, or a share between 0 and 1"),
+        (("--safety-rank", "1.5"), "safety_rank=1.5: give a whole number of at least 1, or a share"),
+        (("--safety-rank-pattern", "v_proj"), "--safety-rank-pattern v_proj: give MODULE=RANK"),
+        (("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit are both given"),
+        (("--target-modules", "nothing"), "matches no module of LlamaForCausalLM"),
+        (("--engine", "fast"), "calibration_engine='fast': choose one of"),
+    ],
+)
+def test_wrong_options(folder, tmp_path, more, message):
+    result = run(*calibration(folder, tmp_path / "a.safetensors", *more))
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
+    file, plot = tmp_path / "a.safetensors", tmp_path / "plots" / "a.png"
+    assert run(*calibration(folder, file, "--safety-rank", "8", "--input-safety-rank", "4")).exit_code == 0
+    result = run("inspect", file, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    for part in ("captured", "4 modules, 8 output directions each", "4 input directions each", "16 examples"):
+        assert part in result.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    described = json.loads(run("inspect", file, "--json").output)
+    side = described["modules"]["model.layers.1.self_attn.v_proj"]["input"]
+    assert (side["dimension"], side["rank"], len(side["singular_values"])) == (64, 4, 4)
+    assert 0 < side["captured_energy"] < 1
+    assert described["provenance"]["safety_samples"] == 16
+    missing = run("inspect", tmp_path / "none.safetensors")
+    assert isinstance(missing.exception, FileNotFoundError)
+
+
+# Every batch takes a while, for the signal to fall into one.
+SLOWLY = """
+import time
+from salora_plugins.calibration import batching
+from salora_plugins.cli import main
+
+collate = batching.collate
+
+def slow_collate(*arguments):
+    print("batch", flush=True)
+    time.sleep(0.5)
+    return collate(*arguments)
+
+batching.collate = slow_collate
+main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_cleanly(folder, tmp_path):
+    out = tmp_path / "a.safetensors"
+    arguments = calibration(folder, out, "--batch-size", "1", "--safety-rank", "8", "--target-modules", "all-linear")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "batch\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (1, 130)
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,208 @@
+"""The streaming statistics find what a float64 SVD of all vectors finds, exactly or by a sketch."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from salora_plugins.calibration.statistics import (
+    Engine,
+    ExactStatistics,
+    OutputStatistics,
+    SketchedStatistics,
+    choose_engine,
+)
+from salora_plugins.linear_algebra import top_eigenpairs, truncated_svd
+from salora_plugins.ranks import rank_for_share, ranks_of
+
+SPECTRA = {
+    "fast": lambda d: 0.9 ** torch.arange(d, dtype=torch.float64),
+    "like 1/i": lambda d: 1 / torch.arange(1, d + 1, dtype=torch.float64),
+    "slow, like 1/sqrt(i)": lambda d: torch.arange(1, d + 1, dtype=torch.float64) ** -0.5,
+    "flat": lambda d: torch.ones(d, dtype=torch.float64),
+}
+
+
+def vectors(count: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """(count, d) with these very singular values, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(count, spectrum.shape[0])
+    left = torch.linalg.qr(torch.randn(count, size, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(spectrum.shape[0], size, generator=generator, dtype=torch.float64)).Q
+    return (left * spectrum[:size]) @ right.T
+
+
+def captured(rows: torch.Tensor, basis: torch.Tensor) -> float:
+    return torch.linalg.norm(rows @ basis.double()).square().item()
+
+
+def stream(statistics, rows: torch.Tensor, batch: int = 300):
+    for part in rows.split(batch):
+        statistics.update(part)
+    return statistics
+
+
+def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of the largest principal angle between two subspaces."""
+    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_sketch_captures_what_the_exact_directions_capture(spectrum, width):
+    """At least 99.9 % of it; in float32, as vectors come from a model."""
+    dimension, rank = 640, 32
+    rows = vectors(4000, SPECTRA[spectrum](dimension))
+    statistics = stream(SketchedStatistics(dimension, width * rank), rows.float())
+    basis, values = statistics.top(rank)
+    best = SPECTRA[spectrum](dimension)[:rank].square().sum().item()
+    assert captured(rows, basis) >= 0.999 * best
+    assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=1e-5)
+    assert statistics.energy == pytest.approx(rows.square().sum().item(), rel=1e-5)
+    # What it says of itself is a little less than what it is: it never sees energy that is not there.
+    assert 0.95 * captured(rows, basis) <= values.double().square().sum().item() <= 1.00001 * captured(rows, basis)
+
+
+def test_a_sketch_keeps_few_vectors_as_they_are_and_no_more_than_its_width():
+    rows = vectors(1000, SPECTRA["slow, like 1/sqrt(i)"](200)).float()
+    statistics = SketchedStatistics(200, 64)
+    statistics.update(rows[:40])
+    assert torch.equal(statistics.factor(), rows[:40])
+    for part in rows[40:].split(100):
+        statistics.update(part)
+        assert statistics.factor().shape == (64, 200)
+    same = stream(SketchedStatistics(200, 64), rows[:40])
+    stream(same, rows[40:], 100)
+    assert torch.equal(same.factor(), statistics.factor())
+
+
+def test_a_sketch_of_vectors_without_variety():
+    """Few directions, or none at all: no NaN, and the directions that there are."""
+    rows = vectors(500, SPECTRA["flat"](3)) @ torch.linalg.qr(torch.randn(100, 3, dtype=torch.float64)).Q.T
+    basis, values = stream(SketchedStatistics(100, 16), rows.float()).top(8)
+    assert captured(rows, basis[:, :3]) >= 0.999 * rows.square().sum()
+    assert values[3:].max() <= 1e-2 * values[0]
+    zeros = stream(SketchedStatistics(100, 16), torch.zeros(500, 100))
+    basis, values = zeros.top(8)
+    assert torch.isfinite(basis).all() and not values.any() and zeros.energy == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "dimension", "rank"), [(50, 400, 8), (900, 400, 32), (700, 24, 6), (390, 400, 1)])
+def test_exact_directions_equal_a_float64_svd(count, dimension, rank, dtype):
+    rows = vectors(count, SPECTRA["like 1/i"](dimension)).to(dtype)
+    statistics = stream(ExactStatistics(dimension), rows, 128)
+    basis, values = statistics.top(rank)
+    _, reference, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    assert smallest_cosine(basis, right[:rank].T) > 1 - 1e-6
+    assert torch.allclose(values.double(), reference[:rank], rtol=1e-4)
+    assert torch.allclose(statistics.gram(), rows.double().T @ rows.double(), atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dimension=st.integers(2, 24),
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_however_the_stream_is_cut(dimension, sizes, seed, data):
+    count = sum(sizes)
+    if count == 0:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, dimension, generator=generator) * torch.logspace(0, -2, dimension)
+    statistics = ExactStatistics(dimension)
+    for part in rows.split(sizes):
+        statistics.update(part)
+    rank = data.draw(st.integers(1, min(count, dimension)))
+    basis, values = statistics.top(rank)
+    reference = torch.linalg.svdvals(rows.double())[:rank]
+    assert torch.allclose(values.double(), reference, rtol=1e-3, atol=1e-5)
+    assert captured(rows.double(), basis) >= reference.square().sum() * (1 - 1e-5)
+    assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=1e-5)
+    assert statistics.count == count
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketched"])
+@pytest.mark.parametrize(("d_in", "d_out"), [(96, 400), (400, 96), (320, 320), (300, 2000)])
+def test_outputs_by_way_of_the_inputs(d_in, d_out, kind):
+    """The directions of W x from statistics of x alone; sketched ones lose little."""
+    inputs = vectors(1500, SPECTRA["like 1/i"](d_in))
+    weight = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(1)) / d_in**0.5
+    base = stream(Engine(kind, width=64).statistics(d_in), inputs.float())
+    outputs = OutputStatistics(base, d_out, lambda: nullcontext(weight))
+    rows = inputs @ weight.double().T
+    stream(outputs, rows.float())
+    basis, values = outputs.top(16)
+    _, reference, right = torch.linalg.svd(rows, full_matrices=False)
+    best = reference[:16].square().sum().item()
+    assert captured(rows, basis) >= (1 - 1e-6 if kind == "exact" else 0.999) * best
+    if kind == "exact":
+        assert smallest_cosine(basis, right[:16].T) > 1 - 1e-4
+        assert torch.allclose(values.double(), reference[:16], rtol=1e-3)
+    assert outputs.energy == pytest.approx(rows.square().sum().item(), rel=1e-5)
+    assert outputs.most_directions == min(1500, d_out, base.most_directions)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_top_eigenpairs_of_a_large_matrix(spectrum):
+    values = SPECTRA[spectrum](1200)
+    vectors = torch.linalg.qr(torch.randn(1200, 1200, dtype=torch.float64)).Q
+    matrix = (vectors * values.square()) @ vectors.T
+    found, basis = top_eigenpairs(lambda block: matrix @ block, 1200, 20, device=torch.device("cpu"))
+    assert torch.allclose(found, values[:20].square(), rtol=1e-5)
+    assert torch.allclose(basis.T @ basis, torch.eye(20, dtype=torch.float64), atol=1e-10)
+    if spectrum != "flat":
+        assert smallest_cosine(basis, vectors[:, :20]) > 1 - 1e-4
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (600, 1500), (2, 800, 640)])
+def test_truncated_svd_of_large_matrices(shape):
+    generator = torch.Generator().manual_seed(0)
+    size = min(shape[-2:])
+    # Singular values that fall by a tenth from one to the next, down to a thousandth of the largest.
+    spectrum = 0.9 ** torch.arange(size) + 1e-3
+    matrix = torch.randn(*shape[:-1], size, generator=generator) @ (
+        spectrum[:, None] * torch.randn(size, shape[-1], generator=generator)
+    )
+    state = torch.get_rng_state()
+    u, s, vh = truncated_svd(matrix, 12)
+    assert torch.equal(torch.get_rng_state(), state)
+    reference = torch.linalg.svdvals(matrix.double())[..., :12]
+    assert torch.allclose(s.double(), reference, rtol=1e-3)
+    assert torch.allclose(u.mT @ u, torch.eye(12).expand(*shape[:-2], 12, 12), atol=1e-4)
+    approximation = (u * s[..., None, :]) @ vh
+    full = torch.linalg.svd(matrix.double(), full_matrices=False)
+    best = (full.U[..., :12] * full.S[..., None, :12]) @ full.Vh[..., :12, :]
+    assert torch.linalg.norm(matrix - approximation) <= 1.001 * torch.linalg.norm(matrix - best)
+    if len(shape) == 3:
+        assert torch.allclose(truncated_svd(matrix[1], 12)[1], s[1], rtol=1e-4)
+
+
+def test_the_engine_is_chosen_by_size():
+    assert choose_engine("auto", [4096] * 2, 32, 10**9).kind == "exact"
+    assert choose_engine("auto", [8192] * 4, 32, 10**10) == Engine("sketched", 128, 256)
+    assert choose_engine("exact", [8192] * 4, 32, 10**10) == Engine("exact")
+    # 10**6 weights allow 200 kB of sketches: 50 numbers for each of 1,000 dimensions, but never less than 2 * rank.
+    assert choose_engine("sketched", [1000], 20, 10**6).width == 50
+    assert choose_engine("sketched", [1000], 32, 10**6).width == 64
+    engine = choose_engine("sketched", [4096] * 100, 32, 10**10)
+    assert isinstance(engine.statistics(128), ExactStatistics)
+    assert isinstance(engine.statistics(129), SketchedStatistics)
+    automatic = choose_engine("auto", [4096] * 100, 32, 10**10)
+    assert isinstance(automatic.statistics(256), ExactStatistics)
+    assert isinstance(automatic.statistics(257), SketchedStatistics)
+
+
+def test_rank_by_need():
+    values = torch.tensor([3.0, 2.0, 1.0])
+    assert [rank_for_share(values, 14, share) for share in (0.5, 0.65, 0.9, 0.93, 0.999)] == [1, 2, 2, 3, 3]
+    assert rank_for_share(values, 20, 0.9) is None
+    names = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"]
+    assert list(ranks_of(names, 8, {"layers.1.v_proj": 2, "v_proj": 0.5}).values()) == [8, 0.5, 2]
+    assert list(ranks_of(names, 8, {r".*\.1\..*": 3}).values()) == [8, 8, 3]
+    with pytest.raises(ValueError, match=r"safety_rank_pattern: 'k_proj' decides the rank of no target module"):
+        ranks_of(names, 8, {"k_proj": 2})
