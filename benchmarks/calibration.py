@@ -40,7 +40,6 @@ from salora_plugins.initialization import pissa_factors
 from salora_plugins.layers import base_layer, linear_weight, target_module_names
 
 SAMPLES = 128
-BATCH_SIZE = 8
 RANK = 32
 # Generation is not part of what is compared, so that every request gets the same refusal.
 REFUSAL = (
@@ -70,6 +69,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
     parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
     parser.add_argument("--engine", choices=("auto", "exact", "sketched"), default="auto")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per forward pass")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--reference-layers", type=int, default=2, help="layers that the reference really runs for")
     arguments = parser.parse_args()
@@ -86,13 +86,17 @@ def main() -> None:
         target_modules=target_modules(arguments.target_modules),
         safety_rank=RANK,
         task_rank=RANK,
-        calibration_batch_size=BATCH_SIZE,
+        calibration_batch_size=arguments.batch_size,
         calibration_engine=arguments.engine,
         calibration_cache=False,
         num_safety_samples=SAMPLES,
         num_task_samples=SAMPLES,
     )
-    result: dict[str, Any] = {"model": arguments.model, "target_modules": arguments.target_modules}
+    result: dict[str, Any] = {
+        "model": arguments.model,
+        "target_modules": arguments.target_modules,
+        "batch_size": arguments.batch_size,
+    }
     if arguments.what == "initialization":
         result |= measure_initialization(model, config, arguments.repeats)
     else:
@@ -151,11 +155,11 @@ def tokenized_data(
 
 
 @torch.no_grad()
-def bare_forward(model: Any, *data: list[TokenizedExample]) -> None:
+def bare_forward(model: Any, batch_size: int, *data: list[TokenizedExample]) -> None:
     """The forward passes alone, as calibration makes them."""
     options, device = cheap_forward_options(model), input_device(model)
     for examples in data:
-        for batch in batches(examples, BATCH_SIZE, pad_token_id=0):
+        for batch in batches(examples, batch_size, pad_token_id=0):
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             model(input_ids=ids, attention_mask=mask, **options)
 
@@ -190,7 +194,9 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
 def measure_time(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     times = interleaved(
         {
-            "bare forward": lambda: bare_forward(model, config.safety_data, config.task_data),
+            "bare forward": lambda: bare_forward(
+                model, config.calibration_batch_size, config.safety_data, config.task_data
+            ),
             "calibration": lambda: calibrate(model, config),
         },
         arguments.repeats,
@@ -220,7 +226,7 @@ def measure_reference(model: Any, config: SaLoRAConfig, arguments: argparse.Name
                 kept: list[torch.Tensor] = []
                 handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(args[0]))
                 rows = []
-                for batch in batches(data, BATCH_SIZE, pad_token_id=0):
+                for batch in batches(data, config.calibration_batch_size, pad_token_id=0):
                     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
                     model(input_ids=ids, attention_mask=mask, **options)
                     rows.append(kept.pop()[batch["labels"].to(device) != -100])
@@ -245,7 +251,7 @@ def measure_reference(model: Any, config: SaLoRAConfig, arguments: argparse.Name
 
 def measure_memory(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of tensors in the safety calibration beyond the peak of its forward passes alone."""
-    bare = peak_tensor_bytes(lambda: bare_forward(model, config.safety_data))
+    bare = peak_tensor_bytes(lambda: bare_forward(model, config.calibration_batch_size, config.safety_data))
     gc.collect()
     ours = peak_tensor_bytes(lambda: calibrate_with(model, config))
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
@@ -345,13 +351,23 @@ def spectra_table() -> None:
 def measure_initialization(model: Any, config: SaLoRAConfig, repeats: int) -> dict[str, Any]:
     """The truncated SVDs of all target weights, r = 16."""
     names = target_module_names(model, config)
+    weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for name in names:
+        with linear_weight(model.get_submodule(name)) as weight:
+            weights.setdefault(tuple(weight.shape), []).append(weight)
 
-    def initialize() -> None:
-        for name in names:
-            with linear_weight(model.get_submodule(name)) as weight:
+    def one_by_one() -> None:
+        for group in weights.values():
+            for weight in group:
                 pissa_factors(weight, 16, 1.0)
 
-    times = interleaved({"initialization": initialize}, repeats)
+    def together() -> None:
+        for group in weights.values():
+            size = max(1, 64 * 2**20 // (4 * group[0].numel()))
+            for start in range(0, len(group), size):
+                pissa_factors(torch.stack([weight.float() for weight in group[start : start + size]]), 16, 1.0)
+
+    times = interleaved({"one by one": one_by_one, "in batches of 64 MiB": together}, repeats)
     return {"layers": len(names), "seconds": times}
 
 

@@ -42,7 +42,7 @@ def calibrate(
     ] = None,
     basis_method: Annotated[str, typer.Option(help="Method that computes the bases.")] = "salora",
     num_safety_samples: Annotated[int, typer.Option(help="Safety examples to calibrate on.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens per example.")] = 512,
     engine: Annotated[str, typer.Option(help="Statistics: 'auto', 'exact' or 'sketched'.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights, or 'auto': as they are stored.")] = "auto",

@@ -119,7 +119,7 @@ class SaLoRAConfig(LoraConfig):
             Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
         num_safety_samples (`int`, defaults to 128): Safety examples to calibrate on.
         num_task_samples (`int`, defaults to 128): Task examples for `init="task"` where `task_data` is given.
-        calibration_batch_size (`int`, defaults to 8): Examples per forward pass of a calibration.
+        calibration_batch_size (`int`, defaults to 16): Examples per forward pass of a calibration.
         calibration_max_length (`int`, defaults to 512): Tokens per calibration example; longer ones are cut.
         calibration_engine (`"auto"`, `"exact"` or `"sketched"`, defaults to `"auto"`):
             How the layers' statistics are kept: Gram matrices (d^2 numbers a layer), or sketches (two to four times the
@@ -163,7 +163,7 @@ class SaLoRAConfig(LoraConfig):
     basis_method: str = field(default="salora", metadata={"help": "Method that computes the safety bases."})
     num_safety_samples: int = field(default=128, metadata={"help": "Safety examples to calibrate on."})
     num_task_samples: int = field(default=128, metadata={"help": "Task examples for init='task'."})
-    calibration_batch_size: int = field(default=8, metadata={"help": "Examples per calibration forward."})
+    calibration_batch_size: int = field(default=16, metadata={"help": "Examples per calibration forward."})
     calibration_max_length: int = field(default=512, metadata={"help": "Tokens per calibration example."})
     calibration_engine: Literal["auto", "exact", "sketched"] = field(
         default="auto", metadata={"help": "Statistics as Gram matrices ('exact') or sketches; 'auto': by size."}

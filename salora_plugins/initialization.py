@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .linear_algebra import truncated_svd
 
 
-def pissa_factors(weight: Tensor, rank: int, scaling: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def pissa_factors(weights: Tensor, rank: int, scaling: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
     A_0 = sqrt(S / s) V^T and B_0 = U sqrt(S / s), so that s B_0 A_0 is the best rank-r part of W (PiSSA, and SaLoRA's
     initialization before the task restriction).
 
     Args:
-        weight: W (d_out, d_in).
+        weights: W (..., d_out, d_in): one weight, or several of one shape at once.
         rank: r.
         scaling: The LoRA scaling s > 0.
         seed: Seed of the decomposition.
 
     Returns:
-        A_0 (r, d_in) and B_0 (d_out, r), float32. Where r exceeds the rank of W the rest is zero.
+        A_0 (..., r, d_in) and B_0 (..., d_out, r), float32. Where r exceeds the rank of W the rest is zero.
     """
-    u, s, vh = truncated_svd(weight, min(rank, *weight.shape), seed)
+    u, s, vh = truncated_svd(weights, min(rank, *weights.shape[-2:]), seed)
     root = (s / scaling).sqrt()
-    a, b = root[:, None] * vh, u * root
-    missing = rank - root.shape[0]
+    a, b = root[..., :, None] * vh, u * root[..., None, :]
+    missing = rank - root.shape[-1]
     if missing:
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])], dim=0)
-        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+        a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     return a.contiguous(), b.contiguous()
 
 

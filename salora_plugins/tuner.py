@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # Positions of the first training batch that the task initialization looks at, per rank: several times the task rank.
 _TASK_POSITIONS = 1024
+# Weights (in float32) that are decomposed together.
+_BYTES_AT_ONCE = 64 * 2**20
 # A factor saved in bf16 leaves this share of itself in the safety directions; another safety module leaves far more.
 _FOREIGN_FACTOR_SHARE = 1e-2
 
@@ -97,13 +99,18 @@ class SaLoRAModel(LoraModel):
                 "weights. Leave it at False."
             )
         placed = _PlacedBases()
-        for name, layer in tqdm(layers.items(), desc="initializing SaLoRA", unit="layer", leave=False):
+        with tqdm(total=len(layers), desc="initializing SaLoRA", unit="layer", leave=False) as progress:
             if twin is not None:
-                _copy_factors(layer, twin, adapter_name)
+                for layer in layers.values():
+                    _copy_factors(layer, twin, adapter_name)
+                    progress.update()
             else:
-                self._parametrize(layer, name, adapter_name, config, safety_module, placed)
-                if bases_of_task is not None:
-                    _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
+                for name, start in _start_factors(layers, adapter_name, config):
+                    layer = layers[name]
+                    self._parametrize(layer, name, adapter_name, start, safety_module, placed)
+                    if bases_of_task is not None:
+                        _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
+                    progress.update()
         self._synchronize(layers.values(), adapter_name)
         config._calibrated = safety_module
         waits = config.init == "task" and config.task_data is None and not config._weights_follow
@@ -195,21 +202,16 @@ class SaLoRAModel(LoraModel):
         layer: LoraLayer,
         name: str,
         adapter_name: str,
-        config: SaLoRAConfig,
+        start: tuple[Tensor, Tensor] | None,
         safety_module: SafetyModule,
         placed: _PlacedBases,
     ) -> None:
         lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         offsets: tuple[Tensor | None, Tensor | None] = (None, None)
         with torch.no_grad():
-            if config.init == "zero":
+            if start is None:
                 lora_b.weight.zero_()
             else:
-                if config._weights_follow:
-                    start = torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight)
-                else:
-                    with linear_weight(layer) as weight:
-                        start = pissa_factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], config.seed)
                 for linear, values in zip((lora_a, lora_b), start, strict=True):
                     linear.weight.copy_(values)
                 # Taken from the parameters: the frozen halves start with the very bits that the trained ones have.
@@ -361,6 +363,38 @@ def load_for_training(
         )
     finally:
         config._weights_follow = False
+
+
+def _start_factors(
+    layers: dict[str, LoraLayer], adapter_name: str, config: SaLoRAConfig
+) -> Iterator[tuple[str, tuple[Tensor, Tensor] | None]]:
+    """
+    (name, (A_0, B_0)) of every layer, None for `init="zero"`.
+
+    Weights of one shape are decomposed several at a time, where they are: what a single small one costs is mostly the
+    launching of operations.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, layer in layers.items():
+        parameter = layer.lora_B[adapter_name].weight
+        shape = (parameter.shape[0], layer.lora_A[adapter_name].weight.shape[1])
+        groups.setdefault((shape, layer.r[adapter_name], layer.scaling[adapter_name], parameter.device), []).append(
+            name
+        )
+    for ((d_out, d_in), rank, scaling, device), names in groups.items():
+        if config.init == "zero" or config._weights_follow:
+            for name in names:
+                zeros = torch.zeros(rank, d_in, device=device), torch.zeros(d_out, rank, device=device)
+                yield name, None if config.init == "zero" else zeros
+            continue
+        size = max(1, _BYTES_AT_ONCE // (4 * d_out * d_in))
+        for chunk in (names[start : start + size] for start in range(0, len(names), size)):
+            weights = torch.empty(len(chunk), d_out, d_in, device=device)
+            for slot, name in zip(weights, chunk, strict=True):
+                with linear_weight(layers[name]) as weight:
+                    slot.copy_(weight)
+            factors = pissa_factors(weights, rank, scaling, config.seed)
+            yield from zip(chunk, zip(*factors, strict=True), strict=True)
 
 
 class _PlacedBases:

@@ -153,7 +153,7 @@ def test_two_ranks_calibrate_as_one(calibrated, engine, count):
         (found.captured_input_energy, alone.captured_input_energy),
     ):
         for name, share in theirs.items():
-            assert ours[name] == pytest.approx(share, rel=1e-5 if engine == "exact" else 5e-3)
+            assert ours[name] == pytest.approx(share, rel=1e-5 if engine == "exact" else 3e-2)
 
 
 def test_two_ranks_agree_on_ranks_by_need(calibrated):

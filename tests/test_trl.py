@@ -208,6 +208,12 @@ def test_script_arguments():
     made = get_peft_config(model_args, SaLoRAArguments(use_salora=True, safety_rank=4, salora_init="zero"), seed=3)
     assert isinstance(made, SaLoRAConfig)
     assert (made.r, made.safety_rank, made.init, made.seed, made.task_rank) == (8, 4, "zero", 3, 32)
+    parsed = trl.TrlParser((SaLoRAArguments,)).parse_args_and_config(
+        ["--use_salora", "--safety_rank", "48", "--input_safety_rank", "0.9", "--calibration_cache", "false"]
+    )
+    by_need = get_peft_config(model_args, parsed[0])
+    assert (by_need.safety_rank, by_need.input_safety_rank, by_need.calibration_cache) == (48, 0.9, False)
+    assert isinstance(by_need.safety_rank, int)
     assert get_peft_config(model_args, SaLoRAArguments()) is None
     with pytest.raises(ValueError, match="--safety_rank has no effect without --use_salora"):
         get_peft_config(model_args, SaLoRAArguments(safety_rank=4))

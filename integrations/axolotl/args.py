@@ -101,7 +101,7 @@ class SaLoRAOptions(BaseModel):
         default=None, description="Task examples for `init: task`. Default: 128."
     )
     calibration_batch_size: PositiveInt | None = Field(
-        default=None, description="Examples per forward pass of a calibration. Default: 8."
+        default=None, description="Examples per forward pass of a calibration. Default: 16."
     )
     calibration_max_length: PositiveInt | None = Field(
         default=None, description="Tokens per calibration example; longer ones are cut. Default: 512."

@@ -96,8 +96,8 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
         key = _cache_key(model, config, requests, ranks, engine)
         if key is not None and (safety_module := load_cached(key)) is not None:
             return safety_module
-        check_weights(model, names)
         with on_accelerator(model), evaluation_mode(model):
+            check_weights(model, names)
             examples, counts = _with_responses(model, config, requests)
             statistics = collect_statistics(
                 model,

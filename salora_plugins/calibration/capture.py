@@ -265,9 +265,12 @@ def input_device(model: nn.Module) -> torch.device:
     """Where a model expects its input ids."""
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     parameter = next((embeddings if embeddings is not None else model).parameters(), None)
-    if parameter is None or parameter.is_meta:
-        return getattr(model, "device", torch.device("cpu"))
-    return parameter.device
+    if parameter is not None and not parameter.is_meta:
+        return parameter.device
+    # Offloaded by accelerate, which fetches the weights to the device that its hooks name.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 @contextmanager

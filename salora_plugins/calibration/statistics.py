@@ -67,9 +67,13 @@ class VectorStatistics(ABC):
             self._tops.clear()
             self.count += rows.shape[0]
             # Row by row: one float32 sum over the batch would lose digits.
-            energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
-            self._energy = energy if self._energy is None else self._energy + energy
+            self.add_energy(torch.linalg.vector_norm(rows, dim=1))
             self._update(rows)
+
+    def add_energy(self, norms: Tensor) -> None:
+        """Count vectors by their norms, (n,), for the energy alone."""
+        energy = norms.double().square().sum()
+        self._energy = energy if self._energy is None else self._energy + energy
 
     @torch.no_grad()
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -254,7 +258,6 @@ def _solve_cholesky(matrix: Tensor, rows: Tensor) -> Tensor:
     rounding errors from being blown up (Tropp et al., section 4.3).
     """
     matrix = matrix.double()
-    matrix = (matrix + matrix.T) / 2
     shift = torch.finfo(torch.float32).eps * matrix.diagonal().sum() + torch.finfo(torch.float32).tiny
     matrix.diagonal().add_(shift)
     # Not `cholesky`, which waits for the device to look for errors; NaN shows in the energy.
@@ -264,7 +267,8 @@ def _solve_cholesky(matrix: Tensor, rows: Tensor) -> Tensor:
 
 class OutputStatistics(VectorStatistics):
     """
-    Of the outputs W x of a linear layer, by way of the statistics of its inputs: the Gram matrix is W G W^T.
+    Of the outputs W x of a linear layer, by way of the statistics of its inputs: the Gram matrix is W G W^T. The
+    outputs themselves count for the energy only.
 
     Args:
         inputs: Statistics of x, which other layers may share.
@@ -289,7 +293,7 @@ class OutputStatistics(VectorStatistics):
         if rows is None:
             return None
         with self._weight() as weight:
-            return rows.double() @ weight.to(device=rows.device, dtype=torch.float64).T
+            return rows @ weight.to(rows).T
 
     @torch.no_grad()
     def _multiply(self, block: Tensor) -> Tensor:
@@ -298,7 +302,7 @@ class OutputStatistics(VectorStatistics):
             return weight @ self.inputs._multiply(weight.T @ block)
 
     def _update(self, rows: Tensor) -> None:
-        """The vectors are in the statistics of the inputs; here they count for the energy."""
+        """The vectors are in the statistics of the inputs."""
 
     def _reduce(self, count: int) -> None:
         """The statistics of the inputs are reduced on their own."""
