@@ -371,6 +371,7 @@ def test_every_option_has_a_key_and_the_documented_default():
     own = options.keys() - {field.name for field in dataclasses.fields(LoraConfig)} - {"tokenizer"}
     assert SaLoRAOptions.model_fields.keys() == own
     for name, field in SaLoRAOptions.model_fields.items():
-        default = options[name].default
+        factory = options[name].default_factory
+        default = options[name].default if factory is dataclasses.MISSING else factory()
         if default is not None and name != "seed":
             assert f"Default: {default}" in field.description
