@@ -4,7 +4,7 @@ NEWEST_VENV ?= .venv-newest
 OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 PYTEST ?=
 
-.PHONY: demo test test-newest lint clean
+.PHONY: demo test test-newest compatibility lint clean
 
 demo: $(VENV)/.with-demo
 	$(OFFLINE) $(VENV)/bin/salora demo
@@ -15,6 +15,10 @@ test: $(VENV)/.with-axolotl
 # Axolotl pins TRL and Transformers; this runs everything but its tests against the newest releases.
 test-newest: $(NEWEST_VENV)/.with-test
 	$(OFFLINE) $(NEWEST_VENV)/bin/python -m pytest $(PYTEST)
+
+# Writes the table of docs/compatibility.md from the tests that stand for its rows.
+compatibility: $(VENV)/.with-axolotl
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m compatibility --write-compatibility-table $(PYTEST)
 
 lint: $(VENV)/.with-axolotl
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["SALORA_CACHE"] = tempfile.mkdtemp(prefix="salora-cache-")
 sys.path.insert(0, str(Path(__file__).parent))
 
+pytest_plugins = ["compatibility_table"]
+
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory) -> Path:

@@ -1,0 +1,137 @@
+"""
+The table in docs/compatibility.md, made from the tests that ran.
+
+A test that stands for a row carries `@pytest.mark.compatibility(area, what)`; where the combination is refused, it
+hands the message to the fixture `refusal`. Every run of the tests compares the rows that ran with the table in the docs,
+and `pytest -m compatibility --write-compatibility-table` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "compatibility.md"
+START, END = "<!-- table: written by `make compatibility` -->", "<!-- end of table -->"
+# In this order in the table.
+AREAS = (
+    "Weights",
+    "Models",
+    "Options",
+    "Adapters",
+    "TRL",
+    "Transformers",
+    "Axolotl",
+    "Several processes",
+    "Resuming",
+    "Saved adapters",
+)
+_MESSAGE = "compatibility_refusal"
+
+
+@dataclass(frozen=True)
+class Row:
+    area: str
+    what: str
+    result: str
+    test: str
+
+    def __str__(self) -> str:
+        return f"| {self.what} | {self.result} | `{self.test}` |"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility-table",
+        action="store_true",
+        help="write the table of docs/compatibility.md from the tests that run, which must be all of them",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compatibility(area, what): a row of the table in docs/compatibility.md")
+    config.pluginmanager.register(_Recorder(config))
+
+
+@pytest.fixture
+def refusal(record_property):
+    """Call it with the error by which a combination is refused; its text goes into the table."""
+
+    def record(error: BaseException, *, hide: str | Path | None = None) -> None:
+        """`hide` is a folder of this run that the message names."""
+        text = str(error)
+        if hide is not None:
+            text = text.replace(str(hide), "FOLDER")
+        record_property(_MESSAGE, text)
+
+    return record
+
+
+class _Recorder:
+    """Collects the rows of the tests that ran, and checks or writes the table at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.expected: dict[str, tuple[str, str]] = {}
+        self.rows: dict[str, Row] = {}
+        self.complaint = ""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            marker = item.get_closest_marker("compatibility")
+            if marker is not None:
+                area, what = marker.args
+                assert area in AREAS, f"{item.nodeid}: unknown area {area!r}"
+                self.expected[item.nodeid] = area, what
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" or report.outcome != "passed" or report.nodeid not in self.expected:
+            return
+        area, what = self.expected[report.nodeid]
+        message = dict(report.user_properties).get(_MESSAGE)
+        result = "works" if message is None else f"refused: {_one_line(message)}"
+        test = report.nodeid.removeprefix("tests/").split("[")[0]
+        self.rows[report.nodeid] = Row(area, what, result, test)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.config.option.collectonly or not self.expected:
+            return
+        if self.config.getoption("--write-compatibility-table"):
+            missing = sorted(self.expected.keys() - self.rows.keys())
+            if missing:
+                self.complaint = f"{DOCUMENT.name} was not written, since these did not pass: {', '.join(missing)}"
+            else:
+                _write(list(self.rows.values()))
+        else:
+            table = set(DOCUMENT.read_text().splitlines())
+            absent = [row for row in self.rows.values() if str(row) not in table]
+            if absent:
+                self.complaint = f"{DOCUMENT.name} lacks these rows; run `make compatibility`:\n" + "\n".join(
+                    map(str, absent)
+                )
+        if self.complaint:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.complaint:
+            terminalreporter.section("compatibility table", red=True)
+            terminalreporter.write_line(self.complaint)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+
+
+def _write(rows: list[Row]) -> None:
+    text = DOCUMENT.read_text()
+    before, after = text.split(START)[0], text.split(END)[1]
+    parts = []
+    for area in AREAS:
+        of_area = [str(row) for row in rows if row.area == area]
+        if of_area:
+            parts.append("\n".join([f"### {area}", "", "| what | result | test |", "|---|---|---|", *of_area]))
+    DOCUMENT.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
