@@ -2,8 +2,8 @@
 The table in docs/compatibility.md, made from the tests that ran.
 
 A test that stands for a row carries `@pytest.mark.compatibility(area, what)`; where the combination is refused, it
-hands the message to the fixture `refusal`. Every run of the tests compares the rows that ran with the table in the docs,
-and `pytest -m compatibility --write-compatibility-table` writes the table anew.
+hands the message to the fixture `refusal`. Every run of the tests compares the rows that ran with the table in the
+docs, and `pytest -m compatibility --write-compatibility-table` writes the table anew.
 """
 
 from __future__ import annotations
