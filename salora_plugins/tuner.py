@@ -253,13 +253,14 @@ class SaLoRAModel(LoraModel):
             entry.register_forward_pre_hook(hook, with_kwargs=True) for entry in entry_points
         ]
 
+    # torch.compile would trace it for the one time that it runs.
+    @torch.compiler.disable
     @torch.no_grad()
     def _initialize_from_batch(
         self, adapter_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         config = self.peft_config[adapter_name]
         layers = self._layers_of(adapter_name)
-        self._forget_waiting(adapter_name)
         for _, layer in layers:
             _check_writable(trained_factor(layer.lora_B[adapter_name]))
         index = _training_positions(args, kwargs)
@@ -287,6 +288,8 @@ class SaLoRAModel(LoraModel):
         for name, layer in layers:
             _restrict_layer_to_task(layer, adapter_name, bases[name])
         self._synchronize([layer for _, layer in layers], adapter_name)
+        # Only now: after an out-of-memory error the trainer may try again, with a smaller batch.
+        self._forget_waiting(adapter_name)
         logger.info("Adapter %r: task initialization from the first training batch.", adapter_name)
 
     def _forget_waiting(self, adapter_name: str) -> None:
@@ -460,8 +463,9 @@ def _training_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep")
     if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels != -100).any():
         mask &= position_mask(labels, "response")
-    elif isinstance(logits_to_keep, int) and 0 < logits_to_keep < length:
-        mask[:, : length - logits_to_keep] = False
+    elif isinstance(logits_to_keep, int) and 1 < logits_to_keep <= length:
+        # The first of these logits is that of the last prompt token, which predicts the first response token.
+        mask[:, : length - logits_to_keep + 1] = False
     index = mask.flatten().nonzero().squeeze(1)
     if index.numel() > _TASK_POSITIONS:
         index = index[torch.linspace(0, index.numel() - 1, _TASK_POSITIONS, device=index.device).long()]
