@@ -13,13 +13,23 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "calibrate": "salora_plugins.calibration",
+    "last_complete_checkpoint": "salora_plugins.checkpoints",
     "load_for_training": "salora_plugins.tuner",
 }
 
-__all__ = ["SaLoRAConfig", "SaLoRAModel", "SafetyModule", "__version__", "calibrate", "load_for_training"]
+__all__ = [
+    "SaLoRAConfig",
+    "SaLoRAModel",
+    "SafetyModule",
+    "__version__",
+    "calibrate",
+    "last_complete_checkpoint",
+    "load_for_training",
+]
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
     from .safety_module import SafetyModule
     from .tuner import SaLoRAModel, load_for_training

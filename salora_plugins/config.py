@@ -181,10 +181,11 @@ class SaLoRAConfig(LoraConfig):
         self.peft_type = SaLoRAPeftType.SALORA
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
-        self._warn_about_weights_outside_the_safety_module()
         # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
         self._calibrated: SafetyModule | None = None
         self._weights_follow = False
+        self._warned_about: set[str] = set()
+        self.warn_about_weights_outside_the_safety_module()
 
     def _check_salora_options(self) -> None:
         for name, choices in (
@@ -238,14 +239,21 @@ class SaLoRAConfig(LoraConfig):
             advice = _WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
             raise ValueError(f"{option.name}={value!r} cannot be combined with SaLoRA. {advice}")
 
-    def _warn_about_weights_outside_the_safety_module(self) -> None:
+    def warn_about_weights_outside_the_safety_module(self) -> None:
+        """
+        Warn of options that train other weights than the adapter's, once for every option.
+
+        The tuner calls it again: PEFT adds the head of a sequence classifier to `modules_to_save`, and TRL its new
+        tokens, after the configuration was made.
+        """
         outside = {
             "modules_to_save": self.modules_to_save,
             "bias": None if self.bias == "none" else self.bias,
             "trainable_token_indices": self.trainable_token_indices,
         }
         for name, value in outside.items():
-            if value:
+            if value and name not in self._warned_about:
+                self._warned_about.add(name)
                 warnings.warn(
                     f"{name}={value!r} trains weights that the safety module does not protect: refusals can be lost "
                     "through them, and the certificate does not cover them.",

@@ -82,6 +82,7 @@ class SaLoRAModel(LoraModel):
         if not isinstance(config, SaLoRAConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             return
+        config.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, config)
         twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
@@ -354,8 +355,9 @@ def load_for_training(
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module. A plain LoRA "
-            "adapter is loaded with PeftModel.from_pretrained."
+            f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module, or was interrupted "
+            "while it was written (last_complete_checkpoint finds the checkpoint before it). A plain LoRA adapter is "
+            "loaded with PeftModel.from_pretrained."
         )
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True
