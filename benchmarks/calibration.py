@@ -18,17 +18,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from measuring import interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 from salora_plugins.calibration import calibrate_with, task_bases
 from salora_plugins.calibration.batching import batches
@@ -108,12 +106,7 @@ def main() -> None:
             "sketch": measure_sketch,
         }
         result |= measure[arguments.what](model, config, arguments)
-    on_gpu = torch.cuda.is_available()
-    result["machine"] = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    result["machine"] = machine()
     print(json.dumps(result, indent=1))
 
 
@@ -168,27 +161,6 @@ def calibrate(model: Any, config: SaLoRAConfig) -> None:
     """Everything: the pass over the safety data and its bases, the pass over the task data and its bases."""
     calibrate_with(model, config)
     task_bases(model, config)
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Times of functions that take turns, after one turn for warming up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
-        for name, function in functions.items():
-            taken = seconds(function)
-            if repeat:
-                times[name].append(round(taken, 3))
-    return times
 
 
 def measure_time(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -262,30 +234,6 @@ def measure_memory(model: Any, config: SaLoRAConfig, arguments: argparse.Namespa
         "weights_in_bf16_MB": round(weights / 1e6, 1),
         "extra_share_of_weights": round((ours - bare) / weights, 4),
     }
-
-
-def peak_tensor_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes of tensors that were alive at once, beyond those before the call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()  # kept until the events are read, so that the result counts
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    del result
-    alive = peak = 0
-    for _, change in sorted(changes, key=lambda entry: entry[0]):
-        alive += change
-        peak = max(peak, alive)
-    return peak
 
 
 def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:

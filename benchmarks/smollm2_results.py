@@ -50,16 +50,10 @@ REQUEST_SETS = ("advbench", "builtin", "harmless")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the aligned model")
-    parser.add_argument(
-        "--data", type=Path, help="folder with math_train.jsonl, math_test.jsonl, advbench_70.txt"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the runs' JSON files and adapters"
-    )
+    parser.add_argument("--data", type=Path, help="folder with math_train.jsonl, math_test.jsonl, advbench_70.txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs' JSON files and adapters")
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -76,9 +70,7 @@ def main() -> None:
         default="builtin",
         help="calibrate on the built-in requests, or on the first 256 of AdvBench",
     )
-    parser.add_argument(
-        "--summary", action="store_true", help="print the table and draw the plot of the runs in --out"
-    )
+    parser.add_argument("--summary", action="store_true", help="print the table and draw the plot of the runs in --out")
     arguments = parser.parse_args()
     if arguments.summary:
         summarize(arguments.out)
@@ -146,9 +138,7 @@ def run_name(arguments: argparse.Namespace, method: str, learning_rate: float) -
     return "-".join(parts)
 
 
-def train_with_trl(
-    arguments: argparse.Namespace, method: str, learning_rate: float, folder: Path
-) -> list[float]:
+def train_with_trl(arguments: argparse.Namespace, method: str, learning_rate: float, folder: Path) -> list[float]:
     """Fine-tune with TRL's SFTTrainer, save the adapter to `folder`, and return the loss of every step."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -199,9 +189,7 @@ def train_with_trl(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train_with_axolotl(
-    arguments: argparse.Namespace, method: str, learning_rate: float, folder: Path
-) -> list[float]:
+def train_with_axolotl(arguments: argparse.Namespace, method: str, learning_rate: float, folder: Path) -> list[float]:
     """Fine-tune with `axolotl train`, the adapter going to `folder`, and return the loss of every step."""
     import yaml
 
@@ -254,9 +242,7 @@ def train_with_axolotl(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "axolotl.yaml"
     config.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-    subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"], check=True
-    )
+    subprocess.run([sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"], check=True)
     return axolotl_losses(folder)
 
 
@@ -304,9 +290,7 @@ def calibration_of(folder: Path) -> dict[str, Any]:
     return {key: provenance[key] for key in ("requests", "refusals", "safety_samples", "safety_positions")}
 
 
-def evaluate(
-    model: Any, tokenizer: Any, data: Path
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def evaluate(model: Any, tokenizer: Any, data: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Held-out loss in nats per response token, refusals by request set, and the responses themselves."""
     from salora_plugins.evaluation.generation import generate_responses
     from salora_plugins.evaluation.metrics import response_loss, wilson_interval
@@ -320,9 +304,7 @@ def evaluate(
     }
     answers: dict[str, list[dict[str, Any]]] = {}
     for name, requests in request_sets(data).items():
-        responses = generate_responses(
-            model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64
-        )
+        responses = generate_responses(model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64)
         refused = [is_refusal(response) for response in responses]
         result["refusals"][name] = {
             "refused": sum(refused),
@@ -418,9 +400,7 @@ def matching_learning_rate(runs: list[dict[str, Any]], method: str, loss: float)
     points = sorted(
         (run["heldout_loss"], run["learning_rate"])
         for run in runs
-        if run["method"] == method
-        and run["trainer"] == "trl"
-        and run["calibration"]["safety_data"] == "builtin"
+        if run["method"] == method and run["trainer"] == "trl" and run["calibration"]["safety_data"] == "builtin"
     )
     for (low, rate_low), (high, rate_high) in itertools.pairwise(points):
         if low <= loss <= high:

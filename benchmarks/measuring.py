@@ -1,0 +1,65 @@
+"""Times of functions that take turns, and the peak memory of one."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Times of functions that take turns, after some turns for warming up."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in tqdm(range(repeats + warmup), desc="measuring", unit="turn"):
+        for name, function in functions.items():
+            taken = seconds(function)
+            if turn >= warmup:
+                times[name].append(round(taken, 4))
+    return times
+
+
+def peak_tensor_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes of tensors that were alive at once, beyond those before the call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()  # kept until the events are read, so that the result counts
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    del result
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def machine() -> dict[str, str]:
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,169 @@
+"""What a training step costs with SaLoRA, over one with LoRA of the same r (docs/benchmarks.md).
+
+    python benchmarks/training_step.py time
+    python benchmarks/training_step.py memory
+    python benchmarks/training_step.py time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
+
+A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
+paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from measuring import interleaved, machine, peak_tensor_bytes
+from salora_plugins import SaLoRAConfig
+
+RANK = 16
+SHAPES = {
+    "two-layers": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+class DenseProjectorLinear(nn.Module):
+    """y = W' x + s C B A x, C dense; W' = W - s C B_0 A_0 is taken as given, since it costs a step nothing."""
+
+    def __init__(self, linear: nn.Linear, safety_rank: int) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        device = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, RANK, bias=False, device=device)
+        self.lora_B = nn.Linear(RANK, linear.out_features, bias=False, device=device)
+        basis = torch.linalg.qr(torch.randn(linear.out_features, safety_rank, device=device)).Q
+        self.projector = torch.eye(linear.out_features, device=device) - basis @ basis.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) @ self.projector
+        return self.linear(x) + update.to(x.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("time", "memory"))
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="two-layers")
+    parser.add_argument("--methods", default="lora,salora,dense", help="of lora, salora, salora-two-sided, dense")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of an example")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if "lora" not in methods:
+        parser.error("--methods: lora is what the others are compared with")
+    result: dict[str, Any] = vars(arguments) | {"machine": machine()}
+    base = base_model(arguments.shape)
+    if arguments.what == "time":
+        steps = {method: training_step(base, method, arguments)[0] for method in methods}
+        times = interleaved(steps, arguments.repeats, warmup=3)
+        result["seconds"] = times
+        # Within a turn, since what else the machine does changes from turn to turn.
+        ratios = {m: [a / b for a, b in zip(times[m], times["lora"], strict=True)] for m in methods}
+        result["over_lora"] = {method: round(median(values), 3) for method, values in ratios.items()}
+    else:
+        # Alone, so that no other method's adapter is in memory.
+        peaks = {method: memory(base, method, arguments) for method in methods}
+        result["peak_MB"] = {method: round(peak / 1e6, 1) for method, peak in peaks.items()}
+        result["over_lora"] = {method: round(peak / peaks["lora"], 3) for method, peak in peaks.items()}
+    print(json.dumps(result, indent=1))
+
+
+def base_model(shape: str) -> LlamaForCausalLM:
+    """Randomly initialized: bf16 on a GPU, float32 on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(torch.bfloat16 if on_gpu else torch.float32)
+
+
+def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    """A function that does one step, and the bytes that weights, adapter and optimizer take between steps."""
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(base.config)
+    model.load_state_dict(base.state_dict(), assign=True)  # the weights are there once
+    model.tie_weights()
+    model.model.rotary_emb = base.model.rotary_emb
+    device = base.device
+    tokens = torch.randint(0, base.config.vocab_size, (arguments.batch_size, arguments.tokens), device=device)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    common = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(**common))
+    elif method in ("salora", "salora-two-sided"):
+        rows = [{"input_ids": row, "labels": row} for row in tokens[:1, :256].expand(4, -1).cpu().tolist()]
+        input_rank = 32 if method == "salora-two-sided" else 0
+        model = get_peft_model(
+            model, SaLoRAConfig(**common, safety_data=rows, input_safety_rank=input_rank, calibration_cache=False)
+        )
+    elif method == "dense":
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, DenseProjectorLinear(module, safety_rank=32))
+    else:
+        raise SystemExit(f"--methods: there is no {method!r}")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the optimizer's state, and the task initialization
+    return step, resident_bytes(model, optimizer)
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def memory(base: LlamaForCausalLM, method: str, arguments: argparse.Namespace) -> int:
+    step, resident = training_step(base, method, arguments)
+    peak = resident + peak_tensor_bytes(step)
+    del step
+    gc.collect()
+    return peak
+
+
+if __name__ == "__main__":
+    main()
