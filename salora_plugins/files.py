@@ -64,11 +64,32 @@ def hub_file(name: str, file: str, *, option: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
+    return _from_hub(name, file, option, lambda **where: hf_hub_download(filename=file, **where))
+
+
+def hub_folder(name: str, patterns: list[str], *, option: str) -> Path:
+    """
+    The files of a hub repository that match patterns such as "*.json", downloaded or from the hub's cache.
+
+    Args:
+        name: "organization/name" or "organization/name@revision".
+        patterns: Which files.
+        option: What the user calls the repository, for messages.
+
+    Raises:
+        FileNotFoundError: They cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    return _from_hub(name, "its files", option, lambda **where: snapshot_download(allow_patterns=patterns, **where))
+
+
+def _from_hub(name: str, wanted: str, option: str, download: Callable[..., str]) -> Path:
     repository, _, revision = name.partition("@")
     try:
-        return Path(hf_hub_download(repository, file, revision=revision or None))
+        return Path(download(repo_id=repository, revision=revision or None))
     except Exception as error:  # dozens of types, from the library's own to those of the HTTP client
         raise FileNotFoundError(
-            f"{option}={name!r} is neither a file nor a folder here, and {file} could not be had from a hub repository "
-            f"of that name: {type(error).__name__}: {error}"
+            f"{option}={name!r} is neither a file nor a folder here, and {wanted} could not be had from a hub "
+            f"repository of that name: {type(error).__name__}: {error}"
         ) from error

@@ -26,6 +26,7 @@ from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import ExactStatistics
 from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
 from .distributed import broadcast, gather_from_all_ranks
+from .files import hub_folder, is_hub_id
 from .initialization import pissa_factors, restrict_to_task
 from .layers import (
     adapters_disabled,
@@ -87,7 +88,7 @@ class SaLoRAModel(LoraModel):
         twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
         )
-        safety_module = self._safety_module(model, config, names)
+        safety_module = config._calibrated if twin is not None else self._safety_module(model, config, names)
         bases_of_task = None
         if config.init == "task" and config.task_data is not None and twin is None and not config._weights_follow:
             bases_of_task = task_bases(model, config)
@@ -297,6 +298,36 @@ class SaLoRAModel(LoraModel):
         for handle in self._waiting_for_task_data.pop(adapter_name, ()):
             handle.remove()
 
+    def _check_that_more_than_a_copy_is_loaded(self, adapter_name: str, loaded: dict[str, Tensor]) -> None:
+        """
+        Refuse to load what a frozen copy of a trained adapter holds already, while the adapter itself is at its start.
+
+        That is what transformers does when it resumes a run whose reference is a copy of the adapter ("ref", in TRL):
+        of a checkpoint with adapters in subfolders it loads these only, and training would start over.
+        """
+        config = self.peft_config[adapter_name]
+        originals = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        copies = dict(_salora_linears(self.model, adapter_name))
+        if not originals or any(trained_factor(linear).requires_grad for linear in copies.values()):
+            return
+        original = originals[0]
+        untrained = original in self._waiting_for_task_data or all(
+            torch.allclose(
+                safe_factor(linear).exact(trained_factor(linear)),
+                safe_factor(copies[name]).exact(loaded[key]),
+                rtol=1e-5,
+                atol=1e-7,
+            )
+            for (name, linear), key in zip(_salora_linears(self.model, original), loaded, strict=True)
+        )
+        if untrained:
+            raise ValueError(
+                f"The weights of {adapter_name!r}, the frozen copy of {original!r}, are to be loaded, but {original!r} "
+                "itself is at its start: a trainer that resumes with such a copy does not load the adapter itself, and "
+                "would train it from the beginning. Pass model=load_for_training(base_model, checkpoint) together with "
+                "resume_from_checkpoint=checkpoint."
+            )
+
     # PEFT's seams for saving and loading
 
     @classmethod
@@ -322,6 +353,7 @@ class SaLoRAModel(LoraModel):
             )
         tuner = model if isinstance(model, SaLoRAModel) else getattr(model, "base_model", None)
         if remapped and isinstance(tuner, SaLoRAModel):
+            tuner._check_that_more_than_a_copy_is_loaded(adapter_name, remapped)
             tuner._forget_waiting(adapter_name)
         return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict), **remapped}
 
@@ -337,7 +369,8 @@ def load_for_training(
 
     Args:
         model: The base model that the adapter was trained on.
-        folder: A folder written by `save_pretrained`, or a trainer's checkpoint.
+        folder: A folder written by `save_pretrained`, a trainer's checkpoint, or a repository of the Hugging Face hub
+            ("organization/name", or "organization/name@revision").
         adapter_name: Name of the adapter in the returned model.
         kwargs: Passed on to [`~peft.PeftModel.from_pretrained`].
 
@@ -352,6 +385,8 @@ def load_for_training(
 
         >>> model = load_for_training(AutoModelForCausalLM.from_pretrained(base), "outputs/checkpoint-100")
     """
+    if not Path(folder).exists() and is_hub_id(str(folder)):
+        folder = hub_folder(str(folder), ["*.json", "*.safetensors"], option="folder")
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(

@@ -206,6 +206,25 @@ def test_load_for_training_needs_the_side_files(tmp_path):
         load_for_training(llama(), tmp_path)
 
 
+def test_a_hub_repository_can_be_trained_further(tmp_path, monkeypatch):
+    """From the hub's cache on disk, as it is after a download."""
+    import huggingface_hub.constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some-team--adapter"
+    model = get_peft_model(llama(), config())
+    train(model)
+    model.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    tokens = token_batch()
+    loaded = load_for_training(llama(), "some-team/adapter").eval()
+    assert relative_difference(loaded(tokens).logits, model(tokens).logits) < 1e-5
+    with pytest.raises(FileNotFoundError, match="'some-team/other' is neither a file nor a folder here"):
+        load_for_training(llama(), "some-team/other")
+
+
 def test_saved_adapter_loads_where_salora_cannot_be_imported(tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
