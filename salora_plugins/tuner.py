@@ -306,19 +306,16 @@ class SaLoRAModel(LoraModel):
         of a checkpoint with adapters in subfolders it loads these only, and training would start over.
         """
         config = self.peft_config[adapter_name]
-        originals = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        copies = dict(_salora_linears(self.model, adapter_name))
-        if not originals or any(trained_factor(linear).requires_grad for linear in copies.values()):
+        original = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), ""
+        )
+        copies = [linear for _, linear in _salora_linears(self.model, adapter_name)]
+        trained = [linear for _, linear in _salora_linears(self.model, original)]
+        if not trained or len(copies) != len(loaded) or any(trained_factor(copy).requires_grad for copy in copies):
             return
-        original = originals[0]
-        untrained = original in self._waiting_for_task_data or all(
-            torch.allclose(
-                safe_factor(linear).exact(trained_factor(linear)),
-                safe_factor(copies[name]).exact(loaded[key]),
-                rtol=1e-5,
-                atol=1e-7,
-            )
-            for (name, linear), key in zip(_salora_linears(self.model, original), loaded, strict=True)
+        untrained = all(
+            _at_start(linear) or _equal_weights(linear, copy, factor)
+            for linear, copy, factor in zip(trained, copies, loaded.values(), strict=True)
         )
         if untrained:
             raise ValueError(
@@ -560,6 +557,20 @@ def _salora_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
 def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
     key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
     return key, f"base_model.model.{key}"
+
+
+def _at_start(linear: nn.Module) -> bool:
+    offset = safe_factor(linear).offset
+    return offset is not None and torch.equal(trained_factor(linear), offset.to(trained_factor(linear)))
+
+
+def _equal_weights(linear: nn.Module, other: nn.Module, factor: Tensor) -> bool:
+    """Whether `linear` computes the weight that `other` would with `factor`, up to the rounding of a saved file."""
+    parameter = trained_factor(linear)
+    weight = safe_factor(linear).exact(parameter)
+    difference = weight - safe_factor(other).exact(factor.to(parameter.dtype))
+    tolerance = 1e-6 if parameter.dtype == torch.float32 else 1e-4
+    return bool(difference.norm() <= tolerance * weight.norm())
 
 
 def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from certificate import largest_share_inside
@@ -24,6 +25,7 @@ from tiny import (
     token_rows,
     tokenizer,
 )
+from trainer_helpers import arguments, check_result, config, losses
 
 trl = pytest.importorskip("trl")
 from salora_plugins.integrations.trl import (  # noqa: E402
@@ -32,6 +34,7 @@ from salora_plugins.integrations.trl import (  # noqa: E402
     get_peft_config,
 )
 
+row = partial(pytest.mark.compatibility, "TRL")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -44,64 +47,29 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def config(**options) -> SaLoRAConfig:
-    defaults = {
-        "r": 4,
-        "lora_alpha": 4,
-        "safety_rank": 8,
-        "task_rank": 8,
-        "safety_data": refusal_rows(),
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return SaLoRAConfig(**{**defaults, **options})
-
-
-def arguments(kind, output_dir, **options):
-    defaults = {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return kind(**{**defaults, **options})
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def check_result(trainer, folder: Path, output_dir: Path) -> None:
-    """The base is untouched, the saved adapter is plain LoRA with the model's logits, and the certificate holds."""
-    tokens = token_batch()
-    trainer.save_model(str(output_dir))
-    model = trainer.model.eval()
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    expected = base(tokens).logits
-    with model.disable_adapter():
-        assert torch.equal(model(tokens).logits, expected)
-    trained = model(tokens).logits
-    assert relative_difference(trained, expected) > 1e-3
-    reloaded = PeftModel.from_pretrained(base, str(output_dir)).eval()
-    assert relative_difference(reloaded(tokens).logits, trained) < 1e-5
-    assert largest_share_inside(output_dir) <= 1e-5
-
-
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
-        (sum_rows(), {}),
-        (sum_rows(), {"packing": True, "max_length": 64, "gradient_checkpointing": False}),
-        (Dataset.from_list([{"text": f"Some text number {i}. " * 2} for i in range(24)]), {}),
-        (Dataset.from_list(refusal_rows(24)), {"assistant_only_loss": False}),
+        pytest.param(sum_rows(), {}, marks=row("SFT: prompts with completions"), id="prompt-completion"),
+        pytest.param(
+            sum_rows(),
+            {"packing": True, "max_length": 64, "gradient_checkpointing": False},
+            marks=row("SFT: `packing`"),
+            id="packed",
+        ),
+        pytest.param(
+            Dataset.from_list([{"text": f"Some text number {i}. " * 2} for i in range(24)]),
+            {},
+            marks=row("SFT: plain text"),
+            id="text",
+        ),
+        pytest.param(
+            Dataset.from_list(refusal_rows(24)),
+            {"assistant_only_loss": False},
+            marks=row("SFT: conversations"),
+            id="messages",
+        ),
     ],
-    ids=["prompt-completion", "packed", "text", "messages"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sft_with_a_path(folder, tmp_path, rows, options):
@@ -118,9 +86,10 @@ def test_sft_with_a_path(folder, tmp_path, rows, options):
     trainer.train()
     assert trainer.model.base_model.waiting_for_task_data == []
     assert losses(trainer)[-1] < losses(trainer)[0]
-    check_result(trainer, folder, tmp_path / "adapter")
+    check_result(trainer, AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
 
 
+@row("SFT: a model given as an object, with `TaskInitializationCallback`")
 def test_sft_with_an_object_and_the_callback(tmp_path):
     """The callback takes the initialization from the training set instead of the first batch."""
     qwen3().save_pretrained(tmp_path / "base")
@@ -138,10 +107,16 @@ def test_sft_with_an_object_and_the_callback(tmp_path):
     trainer.train()
     offset = trainer.model.get_submodule(name)[0].offset
     assert torch.equal(offset, by_hand.get_submodule(name)[0].offset)
-    check_result(trainer, tmp_path / "base", tmp_path / "adapter")
+    check_result(trainer, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize(
+    "precompute",
+    [
+        pytest.param(False, marks=row("DPO: the reference is the base model")),
+        pytest.param(True, marks=row("DPO: `precompute_ref_log_probs`")),
+    ],
+)
 def test_dpo_reference_is_the_base_model(folder, tmp_path, precompute):
     trainer = trl.DPOTrainer(
         model=str(folder),
@@ -153,25 +128,10 @@ def test_dpo_reference_is_the_base_model(folder, tmp_path, precompute):
     # equal policies: the loss is log 2
     assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
     assert losses(trainer)[-1] < losses(trainer)[0]
-    check_result(trainer, folder, tmp_path / "adapter")
+    check_result(trainer, AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
 
 
-def test_dpo_with_a_ready_peft_model_makes_an_equal_reference(folder, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config(task_data=sum_rows()))
-    module = model.peft_config["default"]._calibrated
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=arguments(trl.DPOConfig, tmp_path),
-        train_dataset=preference_rows(),
-        processing_class=tokenizer(),
-    )
-    assert set(trainer.model.peft_config) == {"default", "ref"}
-    assert trainer.model.peft_config["ref"]._calibrated is module
-    trainer.train()
-    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
-    check_result(trainer, folder, tmp_path / "adapter")
-
-
+@pytest.mark.compatibility("Resuming", "TRL's SFT: equal to an uninterrupted run")
 def test_resumed_run_equals_an_uninterrupted_one(folder, tmp_path):
     def run(resume=None):
         trainer = trl.SFTTrainer(
