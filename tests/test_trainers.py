@@ -352,6 +352,14 @@ GENERATION_TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="module")
+def plain_losses(folder, safety, tmp_path_factory) -> list[float]:
+    """Of SFT without options."""
+    trainer = make("SFT", base_model(folder), tmp_path_factory.mktemp("plain"), config(safety_module=safety))
+    trainer.train()
+    return losses(trainer)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -368,13 +376,10 @@ GENERATION_TEMPLATE = (
         pytest.param({"loss_type": "nll"}, marks=row('SFT: `loss_type="nll"`')),
     ],
 )
-def test_sft_options_that_change_no_loss(options, folder, tmp_path, safety):
-    """The first loss is the base model's, and the others are those of a run without the option."""
-    plain = make("SFT", base_model(folder), tmp_path, config(safety_module=safety))
-    plain.train()
+def test_sft_options_that_change_no_loss(options, folder, tmp_path, safety, plain_losses):
     trainer = make("SFT", base_model(folder), tmp_path, config(safety_module=safety), **options)
     trainer.train()
-    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(trainer) == pytest.approx(plain_losses, rel=1e-5)
     check_result(trainer, base_model(folder), tmp_path / "adapter")
 
 
@@ -612,7 +617,10 @@ BROKEN = {
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param(name, marks=resuming_row(f"TRL's SFT, killed before `{name}` was written, then `True`"))
+        pytest.param(
+            name,
+            marks=resuming_row(f"TRL's SFT, killed before `{name}` was written, then `resume_from_checkpoint=True`"),
+        )
         for name in BROKEN
     ],
 )
