@@ -13,8 +13,10 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "calibrate": "salora_plugins.calibration",
+    "export_adapter": "salora_plugins.export",
     "last_complete_checkpoint": "salora_plugins.checkpoints",
     "load_for_training": "salora_plugins.tuner",
+    "push_to_hub": "salora_plugins.publishing",
 }
 
 __all__ = [
@@ -23,14 +25,18 @@ __all__ = [
     "SafetyModule",
     "__version__",
     "calibrate",
+    "export_adapter",
     "last_complete_checkpoint",
     "load_for_training",
+    "push_to_hub",
 ]
 
 if TYPE_CHECKING:
     from .calibration import calibrate
     from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
+    from .export import export_adapter
+    from .publishing import push_to_hub
     from .safety_module import SafetyModule
     from .tuner import SaLoRAModel, load_for_training
 

@@ -16,8 +16,10 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig
 
 from .files import atomic_write
+from .model_card import training_section, write_card
 from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import SafetyModule
+from .saved_adapter import write_adapter_config
 
 SAFETY_MODULE_FILE = "salora.safetensors"
 CONFIG_FILE = "salora_config.json"
@@ -27,7 +29,7 @@ _RUN_TIME_FIELDS = frozenset({"tokenizer", "runtime_config"})
 
 # LoRA options that SaLoRA leaves their meaning. Every other option of the installed PEFT changes what the two
 # factors compute, so it is refused rather than ignored; a list of what is allowed also covers options to come.
-_COMPATIBLE_LORA_FIELDS = frozenset(
+COMPATIBLE_LORA_FIELDS = frozenset(
     {
         "task_type",
         "peft_type",
@@ -230,7 +232,7 @@ class SaLoRAConfig(LoraConfig):
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
         for option in dataclasses.fields(self):
-            if option.name in _COMPATIBLE_LORA_FIELDS or option.name in own:
+            if option.name in COMPATIBLE_LORA_FIELDS or option.name in own:
                 continue
             value = getattr(self, option.name)
             default = option.default
@@ -313,8 +315,9 @@ class SaLoRAConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
         Save the configuration. Once the adapter is part of a model, that is `adapter_config.json` as a plain
-        LoraConfig, which any PEFT can read, and beside it `salora_config.json` and the safety module
-        (`salora.safetensors`), which `load_for_training` reads. Before, it is this configuration itself.
+        LoraConfig, which PEFT reads from version 0.4.0 on, beside it `salora_config.json` and the safety module
+        (`salora.safetensors`), which `load_for_training` reads, and a section of the model card (`README.md`). Before,
+        it is this configuration itself.
 
         Args:
             save_directory (`str`): Folder to write to; created where it is missing.
@@ -328,7 +331,12 @@ class SaLoRAConfig(LoraConfig):
         self._calibrated.save(folder / SAFETY_MODULE_FILE)
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-        self.to_lora_config().save_pretrained(str(folder), **kwargs)
+        lora = self.to_lora_config().to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            lora["auto_mapping"] = kwargs["auto_mapping_dict"]
+        write_adapter_config(folder, lora)
+        section = training_section(folder, self, self._calibrated)
+        write_card(folder, self.base_model_name_or_path, section, tags=("lora", "salora"))
 
     @classmethod
     def from_pretrained(

@@ -388,8 +388,9 @@ def load_for_training(
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module, or was interrupted "
-            "while it was written (last_complete_checkpoint finds the checkpoint before it). A plain LoRA adapter is "
-            "loaded with PeftModel.from_pretrained."
+            "while it was written (last_complete_checkpoint finds the checkpoint before it), or comes from `salora "
+            "export` (train the adapter that was exported). A plain LoRA adapter is loaded with "
+            "PeftModel.from_pretrained."
         )
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True

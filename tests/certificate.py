@@ -16,8 +16,8 @@ def largest_share_inside(folder: str | Path) -> float:
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
-    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     weights = load_file(folder / "adapter_model.safetensors")
     module = load_file(folder / "salora.safetensors")
     names = {key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")}

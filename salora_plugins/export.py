@@ -1,0 +1,301 @@
+"""A saved adapter at a lower rank: the best approximation of its update, with the safety certificate in force."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import COMPATIBLE_LORA_FIELDS
+from .files import atomic_write
+from .model_card import export_section, write_card
+from .safety_module import DEFAULT_FILE, SafetyModule
+from .saved_adapter import (
+    ADAPTER_CONFIG_FILE,
+    WEIGHTS_FILE,
+    SavedAdapter,
+    largest_shares,
+    safety_shares,
+    write_adapter_config,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Initializations that leave the base weights as they are; the others need a base model that was changed with them.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class ModuleExport:
+    """What was kept of one module's update dW."""
+
+    saved_rank: int
+    """Rank of the factors in the file."""
+    effective_rank: float
+    """exp of the entropy of dW's normalized singular values (Roy, Vetterli 2007); 0 where dW is zero."""
+    norm: float
+    """||dW||_F."""
+    lost_share: float
+    """||dW - its approximation||_F / ||dW||_F, before the rounding to the dtype of the file."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The outcome of [`export_adapter`]."""
+
+    rank: int
+    """Rank of the exported adapter, the same in every module."""
+    lost_share: float
+    """As for a module, of the updates of all modules together."""
+    modules: dict[str, ModuleExport]
+    """Module name -> what was kept."""
+    safety_shares: dict[str, float] | None
+    """Side -> largest share of a module's exported update in its safety directions; None without a safety module."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [f"{len(self.modules)} modules at rank {self.rank}; lost: {self.lost_share:.2e} of the update's norm."]
+        if self.safety_shares is None:
+            lines.append("No safety module beside the adapter: the certificate was not computed.")
+        else:
+            shares = ", ".join(f"{side} side {share:.1e}" for side, share in self.safety_shares.items())
+            lines.append(f"Largest share of a module's update in the safety directions: {shares}.")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """One row a module."""
+        from rich.table import Table
+
+        result = Table(caption="Lost: share of the norm of the module's update.")
+        result.add_column("Module", overflow="fold")
+        for header in ("saved rank", "effective rank", "lost"):
+            result.add_column(header, justify="right")
+        for name, module in self.modules.items():
+            result.add_row(name, str(module.saved_rank), f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}")
+        return result
+
+
+def export_adapter(
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    max_rank: int | None = None,
+    share: float | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> ExportReport:
+    """
+    Write the best approximation of a saved LoRA adapter at a lower rank, as another plain LoRA adapter.
+
+    The update dW = s B A of every module is replaced by its top R singular triples, from QR decompositions of the two
+    factors and the SVD of a small matrix, all in float64; dW itself is never formed. The new factors carry the scaling:
+    every module has rank R (zeros fill up one of lower rank), alpha = R, no rsLoRA and no patterns, because vLLM,
+    text-generation-inference and llama.cpp read one scaling for all modules.
+
+    The certificate survives. With V_R the kept right singular vectors, the approximation is dW V_R V_R^T, so that
+    ||U_C^T dW V_R V_R^T||_F <= ||U_C^T dW||_F; dW_R = U_R U_R^T dW gives the same for V_C. As ||dW_R||_F is
+    sqrt(1 - lost^2) ||dW||_F, the share inside grows at most by 1 / sqrt(1 - lost^2), and what was 0 stays 0. What
+    remains is the rounding of the new factors: 1e-7 in float32, 1e-3 in bfloat16.
+
+    The exported adapter cannot be trained further as SaLoRA, since its factors are no longer the trained and the
+    frozen halves; keep the original for that.
+
+    Args:
+        adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`, of SaLoRA or any other LoRA.
+        out: The folder to write.
+        max_rank: R; an adapter of lower rank keeps its own. Default: half of the saved rank, rounded up, which is
+            SaLoRA's r.
+        share: Instead of `max_rank`, the smallest R at which every module keeps this share of ||dW||_F^2.
+        dtype: "float32", "bfloat16" or "float16" of the exported weights.
+        overwrite: Replace an adapter that `out` holds already.
+
+    Returns:
+        What was lost, and the certificate where the adapter has its safety module beside it.
+
+    Raises:
+        FileNotFoundError, FileExistsError: See the message.
+        ValueError: An option is out of range, or the adapter is not two plain factors per linear layer (DoRA, biases on
+            lora_B, embeddings, convolutions, fused experts, initializations that change the base model).
+    """
+    adapter, out = Path(adapter), Path(out)
+    _check_options(max_rank, share, dtype)
+    _check_destination(adapter, out, overwrite)
+    saved = SavedAdapter.load(adapter)
+    _check_exportable(saved, adapter)
+
+    decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
+    if share is not None:
+        rank = max(_rank_for(values, share) for _, values, _ in decompositions.values())
+    else:
+        rank = min(max_rank or (saved.rank + 1) // 2, saved.rank)
+
+    exported = SavedAdapter(
+        config=_config(saved.config, rank),
+        factors={
+            name: (_resized(a, rank, 0).to(DTYPES[dtype]), _resized(b, rank, 1).to(DTYPES[dtype]))
+            for name, (a, _, b) in decompositions.items()
+        },
+        other_tensors=saved.other_tensors,
+    )
+    safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
+    modules = {
+        name: _kept(values, rank, saved.factors[name][0].shape[0]) for name, (_, values, _) in decompositions.items()
+    }
+    total = sum(module.norm**2 for module in modules.values())
+    lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
+    report = ExportReport(
+        rank=rank,
+        lost_share=(lost / total) ** 0.5 if total else 0.0,
+        modules=modules,
+        safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
+    )
+    _write(exported, report, safety_module, out)
+    return report
+
+
+def _check_options(max_rank: int | None, share: float | None, dtype: str) -> None:
+    if max_rank is not None and share is not None:
+        raise ValueError("max_rank and share are both given. Choose one.")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank={max_rank}: give a whole number of at least 1.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def _check_destination(adapter: Path, out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if out.resolve() == adapter.resolve() or adapter.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the adapter that is exported. Name another folder to write.")
+    if not (out / ADAPTER_CONFIG_FILE).is_file():
+        raise FileExistsError(f"{out} exists and is not a saved adapter. Name another folder to write.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{out} holds an adapter already. Name another folder, or give overwrite=True (--overwrite)."
+        )
+
+
+def _check_exportable(saved: SavedAdapter, folder: Path) -> None:
+    from peft import LoraConfig
+
+    config = saved.config
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r}; only LoRA adapters can be exported.")
+    defaults = LoraConfig().to_dict()
+    for option, value in config.items():
+        if option == "init_lora_weights":
+            unusual = value not in _PLAIN_INITIALIZATIONS
+        else:
+            unusual = option not in COMPATIBLE_LORA_FIELDS and bool(value) and value != defaults.get(option)
+        if unusual:
+            raise ValueError(
+                f"{folder}: {option}={value!r}. Only adapters of two plain factors per linear layer, on an "
+                "unchanged base model, can be exported."
+            )
+    if not saved.factors:
+        raise ValueError(f"{folder}: holds no lora_A and lora_B of a linear layer.")
+    odd = [key for key in saved.other_tensors if "lora_" in key]
+    odd += [name for name, pair in saved.factors.items() if any(factor.ndim != 2 for factor in pair)]
+    if odd:
+        raise ValueError(
+            f"{folder}: {odd[0]} does not belong to a plain linear layer (an embedding, a convolution or a bias of "
+            "lora_B). Such adapters cannot be exported."
+        )
+    for name, (a, b) in saved.factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{folder}: the weights of {name} are not finite.")
+
+
+def _singular_factors(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The singular value decomposition of s B A, the values' roots shared out to both sides.
+
+    Args:
+        a: (k, d_in), any floating dtype.
+        b: (d_out, k).
+        scaling: s.
+
+    Returns:
+        sqrt(S) V^T (m, d_in) and S (m,), descending, and U sqrt(S) (d_out, m); m = min(k, d_in, d_out), float64.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, values, vh = torch.linalg.svd(scaling * r_b @ r_a.T, full_matrices=False)
+    root = values.sqrt()
+    return root[:, None] * (vh @ q_a.T), values, (q_b @ u) * root
+
+
+def _rank_for(values: Tensor, share: float) -> int:
+    """The smallest number of singular values, at least 1, whose squares are `share` of all."""
+    kept = values.square().cumsum(0)
+    return min(int((kept < share * kept[-1]).sum()) + 1, len(values))
+
+
+def _resized(factor: Tensor, rank: int, axis: int) -> Tensor:
+    """The first `rank` rows (axis 0) or columns (axis 1), filled up with zeros where there are fewer."""
+    kept = factor.narrow(axis, 0, min(rank, factor.shape[axis]))
+    missing = rank - kept.shape[axis]
+    padding = (0, 0, 0, missing) if axis == 0 else (0, missing)
+    return torch.nn.functional.pad(kept, padding).contiguous()
+
+
+def _kept(values: Tensor, rank: int, saved_rank: int) -> ModuleExport:
+    norm = torch.linalg.norm(values).item()
+    if norm == 0:
+        return ModuleExport(saved_rank, 0.0, 0.0, 0.0)
+    weights = values[values > 0] / values.sum()
+    return ModuleExport(
+        saved_rank=saved_rank,
+        effective_rank=torch.exp(-(weights * weights.log()).sum()).item(),
+        norm=norm,
+        lost_share=torch.linalg.norm(values[rank:]).item() / norm,
+    )
+
+
+def _config(saved: dict[str, Any], rank: int) -> dict[str, Any]:
+    config = copy.deepcopy(saved)
+    config.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
+    return config
+
+
+def _write(exported: SavedAdapter, report: ExportReport, safety_module: SafetyModule | None, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        tensors = dict(exported.other_tensors)
+        for name, (a, b) in exported.factors.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_adapter_config(folder, exported.config)
+        write_card(
+            folder,
+            exported.config.get("base_model_name_or_path"),
+            export_section(report, safety_module),
+            tags=("lora",) if safety_module is None else ("lora", "salora"),
+        )
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if (Path(scratch) / "old").exists():
+                os.replace(Path(scratch) / "old", out)
+            raise
