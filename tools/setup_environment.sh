@@ -46,9 +46,10 @@ if [ ! -x "$folder/bin/python" ]; then
 fi
 
 echo "Installing salora-plugins[$extras] and what it needs (PyTorch is large; this can take minutes)"
-# uv resolves and installs much faster than pip; where it cannot be had, pip does the same.
+# uv resolves and installs much faster than pip; where it cannot be had, pip does the same. Compiled as pip does it, since
+# the tests start many processes, which would otherwise compile TRL and Axolotl each, where Python may not write bytecode.
 if "$folder/bin/python" -m pip install --quiet --disable-pip-version-check uv; then
-    "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --editable ".[$extras]"
+    "$folder/bin/uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" --editable ".[$extras]"
 else
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
 fi
