@@ -1,0 +1,465 @@
+"""Saved adapters outside of this package: older PEFT, servers, the hub; and `salora export`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from certificate import largest_share_inside
+from salora_plugins import SafetyModule, SaLoRAConfig, export_adapter, load_for_training, push_to_hub
+from salora_plugins.cli import create_cli
+from salora_plugins.model_card import END, START
+from salora_plugins.saved_adapter import SavedAdapter, safety_shares
+from tiny import gpt2, llama, relative_difference, token_batch, token_rows
+
+saved_adapters = pytest.mark.compatibility
+AREA = "Saved adapters"
+
+# The fields of LoraConfig and PeftConfig in the source of PEFT 0.4.0 (src/peft/tuners/lora.py, utils/config.py), the
+# first release that loads adapter_model.safetensors. PEFT fails on keys that it does not know up to 0.13.
+KEYS_OF_PEFT_0_4 = {
+    *("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"),
+    *("revision", "target_modules", "task_type"),
+}
+NAME = "organization/model"
+
+
+def base(build=llama) -> PreTrainedModel:
+    model = build()
+    model.config._name_or_path = model.name_or_path = NAME
+    return model
+
+
+def trained(model: PreTrainedModel, folder: Path, **options) -> PeftModel:
+    """A SaLoRA adapter after a few steps, saved."""
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "safety_rank": 8,
+        "input_safety_rank": 4,
+        "safety_data": token_rows(8),
+        "task_data": token_rows(8, seed=1),
+        "task_type": "CAUSAL_LM",
+    }
+    model = get_peft_model(model, SaLoRAConfig(**{**defaults, **options}))
+    train(model)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def train(model: PeftModel) -> None:
+    tokens = token_batch(4, 16)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """A two-sided adapter of rank 8 (r = 4), its logits beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = trained(base(), folder / "adapter")
+    torch.save(model(token_batch()).logits.detach(), folder / "logits.pt")
+    return folder / "adapter"
+
+
+@pytest.fixture
+def own(adapter, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def change_config(folder: Path, **values) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({**config_of(folder), **values}))
+
+
+def updates(folder: Path) -> dict[str, torch.Tensor]:
+    """Module name -> s B A, dense, float64, as PEFT computes it."""
+    saved = SavedAdapter.load(folder)
+    return {name: saved.scaling(name) * b.double() @ a.double() for name, (a, b) in saved.factors.items()}
+
+
+# Older PEFT and servers
+
+
+@saved_adapters(AREA, "PEFT 0.4.0 and newer: keys of `adapter_config.json`")
+def test_the_configuration_has_only_keys_of_the_oldest_peft(adapter):
+    assert set(config_of(adapter)) == KEYS_OF_PEFT_0_4
+    model = PeftModel.from_pretrained(base(), adapter).eval()
+    expected = torch.load(adapter.parent / "logits.pt")
+    assert relative_difference(model(token_batch()).logits, expected) <= 1e-5
+
+
+def test_options_that_are_not_default_are_written_and_read_back(tmp_path):
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    options = {"use_rslora": True, "exclude_modules": ["lm_head"], **patterns, "input_safety_rank": 0}
+    model = trained(base(), tmp_path, **options)
+    written = config_of(tmp_path)
+    assert written["use_rslora"] is True and written["rank_pattern"] == {"v_proj": 4}
+    assert "peft_version" not in written and written["exclude_modules"] == ["lm_head"]
+    assert LoraConfig.from_pretrained(tmp_path).alpha_pattern["v_proj"] == pytest.approx(3 * 2**0.5)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert relative_difference(loaded(token_batch()).logits, model(token_batch()).logits) <= 1e-5
+
+
+def vllm_problems(folder: Path, supported: set[str], max_rank: int) -> list[str]:
+    """
+    Why vLLM would refuse an adapter: the rules of vllm/lora/peft_helper.py (`PEFTHelper.from_dict`, `validate_legal`),
+    vllm/lora/utils.py (`parse_fine_tuned_lora_name`) and vllm/lora/lora_model.py (`check_unexpected_modules`).
+    """
+    config = config_of(folder)
+    problems = [f"lacks {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    problems += [option for option in ("modules_to_save", "use_dora") if config.get(option)]
+    if config.get("bias", "none") != "none":
+        problems.append("bias")
+    if config["r"] > max_rank:
+        problems.append("rank")
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight", key)
+        if match is None or match.group(1).rpartition(".")[2] not in supported:
+            problems.append(key)
+        # It takes one scaling, from r and lora_alpha, so that ranks by module would be scaled wrongly.
+        elif tensor.shape[match.group(2) == "lora_B"] != config["r"]:
+            problems.append(f"{key}: rank")
+    return problems
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@saved_adapters(AREA, "vLLM: checks of an adapter (`--max-lora-rank` at least the saved rank, 2r)")
+def test_vllm_would_take_it(adapter, own):
+    assert vllm_problems(adapter, LINEAR, max_rank=8) == []
+    assert vllm_problems(adapter, LINEAR, max_rank=4) == ["rank"]
+    change_config(own, bias="all", use_dora=True)
+    assert vllm_problems(own, LINEAR, max_rank=8) == ["use_dora", "bias"]
+
+
+@saved_adapters(AREA, "text-generation-inference: checks of an adapter")
+def test_text_generation_inference_would_take_it(adapter):
+    """
+    It reads the configuration with PEFT (server/text_generation_server/adapters/lora.py, `LoraConfig.load`), compares
+    the base model's name (utils/adapter.py, `load_module_map`), takes every weight that is named after a layer of the
+    model, with both factors, and stacks those of one kind, so that they must have one rank in all layers.
+    """
+    config = LoraConfig.from_pretrained(adapter)
+    assert config.base_model_name_or_path == NAME
+    weights = load_file(adapter / "adapter_model.safetensors")
+    layers = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "self_attn.v_proj")]
+    layers += [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    expected = {f"base_model.model.{layer}.{factor}.weight" for layer in layers for factor in ("lora_A", "lora_B")}
+    assert set(weights) == expected
+    assert {weights[f"base_model.model.{layer}.lora_A.weight"].shape[0] for layer in layers} == {config.r}
+
+
+# The model card
+
+
+@saved_adapters(AREA, "model card in the saved folder")
+def test_the_card_names_method_ranks_provenance_and_certificate(adapter):
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.base_model == NAME and card.data.library_name == "peft"
+    assert {"lora", "salora", f"base_model:adapter:{NAME}"} <= set(card.data.tags)
+    section = card.text[card.text.index(START) : card.text.index(END)]
+    module = SafetyModule.load(adapter)
+    for part in (
+        *("https://arxiv.org/abs/2501.01765", "r = 4 trained, 8 saved; scaling 2", "load_for_training"),
+        *("8 output directions per layer, 4 input directions", f"Safety module of | {NAME}", module.fingerprint),
+        *(module.provenance["safety_data_sha256"], "8 samples", "'predicting'", "salora, exact statistics", "torch 2"),
+    ):
+        assert part in section
+    output, inputs = (float(x) for x in re.findall(r"≤ (\S+?),? ", section))
+    assert max(output, inputs) == pytest.approx(largest_share_inside(adapter), rel=0.1) and max(output, inputs) < 1e-5
+
+
+def test_the_card_is_renewed_and_the_users_text_stays(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n# My adapter\n\nWords of mine.\n")
+    model = trained(base(), tmp_path)
+    first = ModelCard.load(tmp_path / "README.md")
+    train(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.default.parametrizations.weight.original"):
+                parameter.mul_(3)
+    model.save_pretrained(tmp_path)
+    second = ModelCard.load(tmp_path / "README.md")
+    for card in (first, second):
+        assert card.text.count(START) == card.text.count(END) == card.text.count("## SaLoRA") == 1
+        assert card.text.startswith("# My adapter") and "Words of mine." in card.text and card.data.license == "mit"
+        assert "salora" in card.data.tags
+    certificates = [re.search(r"Certificate \| (.*) \|", card.text).group(1) for card in (first, second)]
+    assert certificates[0] != certificates[1]
+
+
+def test_a_base_model_on_disk_is_not_named_in_the_metadata(tmp_path):
+    model = base()
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = model.name_or_path = str(tmp_path / "base")
+    trained(model, tmp_path / "adapter", target_modules=["q_proj"])
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert ModelCard(text).data.base_model is None
+    assert str(tmp_path) not in text
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Path:
+    """A folder that stands for a repository of the hub; what would be uploaded lands there."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = tmp_path / "hub"
+
+    class Created:
+        repo_id = NAME
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
+        assert repo_id == NAME
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+            (repository / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / file, repository / file)
+        return "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: Created)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return repository
+
+
+@saved_adapters(AREA, "`push_to_hub`: model, safety module and card")
+def test_push_to_hub(adapter, own, hub):
+    (own / "README.md").write_text("---\nlibrary_name: transformers\n---\nA trainer's card.\n")
+    (own / "checkpoint-1").mkdir()
+    (own / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
+    assert push_to_hub(own, NAME) == "commit"
+    files = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "salora.safetensors",
+        "salora_config.json",
+        "README.md",
+    }
+    assert {path.name for path in hub.iterdir()} == files
+    text = (hub / "README.md").read_text()
+    assert "A trainer's card." in text and "Certificate" in text
+    shutil.rmtree(hub)
+    assert push_to_hub(load_for_training(base(), own), NAME) == "commit"
+    assert {path.name for path in hub.iterdir()} == files
+    assert "Certificate" in (hub / "README.md").read_text()
+    with pytest.raises(FileNotFoundError, match=r"salora_config.json"):
+        (own / "salora_config.json").unlink()
+        push_to_hub(own, NAME)
+
+
+# Export
+
+
+@saved_adapters(AREA, "`salora export`: half the rank, certificate kept")
+def test_export_is_the_best_approximation_and_keeps_the_certificate(adapter, tmp_path):
+    report = export_adapter(adapter, tmp_path / "out")
+    before, after = updates(adapter), updates(tmp_path / "out")
+    lost = kept = 0.0
+    for name, update in before.items():
+        values = torch.linalg.svdvals(update)
+        best = values[4:].norm()
+        assert torch.linalg.norm(after[name] - update) == pytest.approx(best.item(), rel=1e-4)
+        assert report.modules[name].lost_share == pytest.approx((best / values.norm()).item(), rel=1e-6)
+        assert 1 < report.modules[name].effective_rank <= 8
+        lost, kept = lost + best.item() ** 2, kept + values.norm().item() ** 2
+    assert report.rank == 4 and report.lost_share == pytest.approx((lost / kept) ** 0.5, rel=1e-6)
+    assert 1e-4 < report.lost_share < 0.9
+
+    module = SafetyModule.load(adapter)
+    inside = [
+        s for by_side in safety_shares(SavedAdapter.load(tmp_path / "out"), module).values() for s in by_side.values()
+    ]
+    assert max(inside) == max(report.safety_shares.values()) <= 1e-5
+    shutil.copy(adapter / "salora.safetensors", tmp_path / "out")
+    assert largest_share_inside(tmp_path / "out") <= 1e-5
+
+    shapes = {
+        t.shape[k.endswith("lora_B.weight")]
+        for k, t in load_file(tmp_path / "out" / "adapter_model.safetensors").items()
+    }
+    assert shapes == {4}
+    assert set(config_of(tmp_path / "out")) == KEYS_OF_PEFT_0_4
+    loaded, reference = PeftModel.from_pretrained(base(), tmp_path / "out"), base()
+    with torch.no_grad():
+        for name, update in after.items():
+            reference.get_submodule(name).weight += update.float()
+    assert relative_difference(loaded(token_batch()).logits, reference(token_batch()).logits) <= 1e-5
+
+
+def test_full_rank_loses_nothing_and_zeros_fill_up(own, tmp_path):
+    tensors = load_file(own / "adapter_model.safetensors")
+    for key in list(tensors):
+        if ".0.self_attn.q_proj.lora_A" in key:
+            tensors[key] = tensors[key][:3].contiguous()
+        elif ".0.self_attn.q_proj.lora_B" in key:
+            tensors[key] = tensors[key][:, :3].contiguous()
+    save_file(tensors, own / "adapter_model.safetensors")
+    change_config(
+        own, use_rslora=True, lora_alpha=5, rank_pattern={"0.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 2.5}
+    )
+    report = export_adapter(own, tmp_path / "out", max_rank=64)
+    assert report.rank == 8 and report.lost_share < 1e-12
+    before, after = updates(own), updates(tmp_path / "out")
+    for name, update in before.items():
+        assert torch.linalg.norm(after[name] - update) <= 1e-6 * torch.linalg.norm(update)
+    written = config_of(tmp_path / "out")
+    assert (written["r"], written["lora_alpha"]) == (8, 8) and "rank_pattern" not in written
+    model, exported = (PeftModel.from_pretrained(base(), folder).eval() for folder in (own, tmp_path / "out"))
+    assert relative_difference(exported(token_batch()).logits, model(token_batch()).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("share", [0.6, 0.99, 1.0])
+def test_the_smallest_rank_that_keeps_a_share(adapter, tmp_path, share):
+    rank = export_adapter(adapter, tmp_path / "out", share=share).rank
+    kept = [torch.linalg.svdvals(u).square() for u in updates(adapter).values()]
+    assert min((v[:rank].sum() / v.sum()).item() for v in kept) >= share - 1e-12
+    assert rank == 1 or min((v[: rank - 1].sum() / v.sum()).item() for v in kept) < share
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_the_dtype_of_the_export(adapter, tmp_path, dtype, tolerance):
+    report = export_adapter(adapter, tmp_path / "out", dtype=dtype)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    # what the report and the card say is measured on what was written
+    assert 1e-6 < max(report.safety_shares.values()) < tolerance
+    assert f"{report.safety_shares['output']:.1e}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@saved_adapters(AREA, "`salora export` of a plain LoRA adapter")
+def test_plain_lora_is_exported_too(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base(gpt2), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f"])
+    )
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out", max_rank=4)
+    assert report.safety_shares is None
+    exported = PeftModel.from_pretrained(base(gpt2), tmp_path / "out").eval()
+    assert relative_difference(exported(token_batch()).logits, model.eval()(token_batch()).logits) <= 1e-5
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "salora" not in card.data.tags and "Certificate" not in card.text
+
+
+@saved_adapters(AREA, "`load_for_training` of an exported adapter")
+def test_an_exported_adapter_is_not_trained_further(adapter, tmp_path, refusal):
+    export_adapter(adapter, tmp_path / "out")
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    with pytest.raises(FileNotFoundError, match="comes from `salora export`") as caught:
+        load_for_training(base(), tmp_path / "out")
+    refusal(caught.value, hide=tmp_path)
+
+
+def _dora(own: Path) -> None:
+    change_config(own, use_dora=True)
+
+
+def _other_base(own: Path) -> None:
+    change_config(own, init_lora_weights="pissa")
+
+
+def _not_lora(own: Path) -> None:
+    change_config(own, peft_type="IA3")
+
+
+def _bias(own: Path) -> None:
+    _add(own, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", torch.zeros(64))
+
+
+def _embedding(own: Path) -> None:
+    _add(own, "base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 259))
+
+
+def _not_finite(own: Path) -> None:
+    _add(own, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.full((8, 64), torch.nan))
+
+
+def _add(own: Path, key: str, value: torch.Tensor) -> None:
+    tensors = load_file(own / "adapter_model.safetensors")
+    save_file({**tensors, key: value}, own / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(_dora, "use_dora=True", marks=saved_adapters(AREA, "`salora export` of DoRA")),
+        pytest.param(_other_base, "init_lora_weights='pissa'", marks=saved_adapters(AREA, "`salora export` of PiSSA")),
+        pytest.param(_not_lora, "peft_type='IA3'", marks=saved_adapters(AREA, "`salora export` of other methods")),
+        pytest.param(_bias, "lora_B.bias", marks=saved_adapters(AREA, "`salora export` with `lora_bias`")),
+        pytest.param(_embedding, "lora_embedding_A", marks=saved_adapters(AREA, "`salora export` of embeddings")),
+        (_not_finite, "not finite"),
+    ],
+)
+def test_what_cannot_be_exported(own, tmp_path, spoil, message, refusal):
+    spoil(own)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        export_adapter(own, tmp_path / "out")
+    refusal(caught.value, hide=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_nothing_is_overwritten_unasked(adapter, own, tmp_path):
+    out = tmp_path / "out"
+    export_adapter(adapter, out, max_rank=2)
+    with pytest.raises(FileExistsError, match="holds an adapter already"):
+        export_adapter(adapter, out)
+    assert config_of(out)["r"] == 2
+    export_adapter(adapter, out, overwrite=True)
+    assert config_of(out)["r"] == 4
+    with pytest.raises(ValueError, match="holds the adapter that is exported"):
+        export_adapter(own, own, overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not a saved adapter"):
+        export_adapter(adapter, tmp_path / "other", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other", "out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rank": 0}, "max_rank=0"),
+        ({"share": 1.5}, "share=1.5"),
+        ({"max_rank": 2, "share": 0.9}, "Choose one"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_options_out_of_range(adapter, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_adapter(adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(adapter, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(create_cli(), ["export", *map(str, arguments)])
+
+    result = run(adapter, "--max-rank", 3, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    for part in ("effective rank", "6 modules at rank 3", "safety directions: output side", "a plain LoRA adapter"):
+        assert part in result.output
+    described = json.loads(run(adapter, "--share", 0.9, "--out", tmp_path / "b", "--json").output)
+    assert described["rank"] == config_of(tmp_path / "b")["r"]
+    assert set(described["modules"]) == set(updates(adapter)) and described["safety_shares"]["input"] <= 1e-5
+    missing = run(tmp_path / "none", "--out", tmp_path / "c")
+    assert isinstance(missing.exception, FileNotFoundError)
