@@ -38,15 +38,16 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in folders if folder.is_dir()]
     steps = {int(match.group(1)): folder for match, folder in numbered if match is not None}
     for step in sorted(steps, reverse=True):
-        problem = _problem(steps[step])
+        problem = checkpoint_problem(steps[step])
         if problem is None:
             return str(steps[step])
         logger.warning("%s is passed over: %s. It was probably interrupted while it was written.", steps[step], problem)
     return None
 
 
-def _problem(folder: Path) -> str | None:
-    """What a checkpoint lacks, or None."""
+def checkpoint_problem(folder: str | os.PathLike) -> str | None:
+    """What a checkpoint of a SaLoRA adapter lacks for a trainer to resume from it, or None."""
+    folder = Path(folder)
     for name in _FILES:
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -34,6 +34,9 @@ _UNSUPPORTED = {
     "unfrozen_parameters": "It trains base weights, which the safety module does not protect. Remove it.",
     "lora_fp32_gradients": "Axolotl has it for its own adapters only. Leave peft_autocast_adapter_dtype unset: the "
     "trained factors, and so their gradients, are then float32.",
+    "fix_untrained_tokens": "It rewrites embeddings of the base model, which an adapter does not save. Use "
+    "peft_trainable_token_indices.",
+    "nvfp4_merge_aware": "It trains Axolotl's own adapters against their quantized merge. Remove it.",
     "fsdp": _NO_FSDP,
     "fsdp_config": _NO_FSDP,
 }
@@ -212,10 +215,20 @@ def _check_host_options(data: Mapping[str, Any]) -> None:
             "peft.loftq_config: not supported with adapter: salora. LoftQ changes the base weights, which SaLoRA never "
             "does. Use load_in_4bit instead."
         )
-    if data.get("model_quantization_config") == "FineGrainedFP8Config":
+    if data.get("model_quantization_config"):
         raise ValueError(
-            "model_quantization_config: FineGrainedFP8Config: not supported with adapter: salora. The initialization "
-            "needs weights that can be dequantized. Use load_in_4bit or load_in_8bit instead."
+            f"model_quantization_config: {data['model_quantization_config']}: not supported with adapter: salora. The "
+            "initialization needs weights that can be dequantized. Use load_in_4bit or load_in_8bit instead."
+        )
+    if data.get("nf4_backend") == "torchao":
+        raise ValueError(
+            "nf4_backend: torchao: not supported with adapter: salora, because Axolotl has it for adapter: qlora only. "
+            "Remove it to quantize with bitsandbytes."
+        )
+    if data.get("rl") == "ebft":
+        raise ValueError(
+            "rl: ebft: not supported with adapter: salora, since its feature network has not been tried with a "
+            "parametrized adapter. Use dpo, ipo, kto, orpo, simpo, grpo or gdpo."
         )
     if data.get("load_in_4bit") and data.get("load_in_8bit"):
         raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")
@@ -243,7 +256,6 @@ def _check_files(options: Mapping[str, Any]) -> None:
                 f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
                 "path."
             )
-
 
     module = options.get("safety_module")
     if module is not None and not Path(module).expanduser().exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -42,6 +43,8 @@ class SaLoRAPlugin(BasePlugin):
                 f"{cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or "
                 "remove lora_model_dir."
             )
+        if not (cfg.inference or cfg.merge_lora):
+            _choose_checkpoint(cfg)
         from .quantization import fill_in_quantization_config
 
         fill_in_quantization_config(cfg)
@@ -178,6 +181,29 @@ def _checkpoint(cfg: DictDefault) -> str | None:
     from axolotl.utils.train import determine_last_checkpoint
 
     return determine_last_checkpoint(cfg)
+
+
+def _choose_checkpoint(cfg: DictDefault) -> None:
+    """
+    Let `auto_resume_from_checkpoints` pass over checkpoints that were interrupted while they were written.
+
+    Raises:
+        ValueError: `resume_from_checkpoint` names such a folder.
+    """
+    from salora_plugins.checkpoints import checkpoint_problem, last_complete_checkpoint
+
+    chosen = cfg.resume_from_checkpoint
+    if chosen is None and cfg.auto_resume_from_checkpoints:
+        cfg.resume_from_checkpoint = last_complete_checkpoint(cfg.output_dir)
+        if cfg.resume_from_checkpoint is None:
+            cfg.auto_resume_from_checkpoints = False  # Axolotl would take the last folder, complete or not
+    elif chosen is not None and (problem := checkpoint_problem(chosen)) is not None:
+        complete = last_complete_checkpoint(Path(chosen).parent)
+        advice = "Remove the option to start from the beginning" if complete is None else f"Resume from {complete}"
+        raise ValueError(
+            f"resume_from_checkpoint: {chosen}: {problem}. It is not a SaLoRA checkpoint, or was interrupted while it "
+            f"was written. {advice}."
+        )
 
 
 def _some_rows(dataset: Any, count: int, seed: int) -> Any:
