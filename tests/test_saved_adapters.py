@@ -265,6 +265,24 @@ def test_push_to_hub(adapter, own, hub):
         push_to_hub(own, NAME)
 
 
+def test_pefts_own_push_uploads_the_same_files_without_our_part_of_the_card(adapter, monkeypatch, hub):
+    """Why there is a function of our own: transformers writes its card last, over the one that was saved."""
+    uploaded = {}
+
+    def create_commit(self, *, repo_id, operations, **options):
+        uploaded.update({op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in operations})
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    card = ModelCard("---\nlibrary_name: transformers\n---\nFrom transformers.\n")
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: card)
+    load_for_training(base(), adapter).push_to_hub(NAME)
+    assert {"adapter_model.safetensors", "adapter_config.json", "salora.safetensors", "salora_config.json"} < set(
+        uploaded
+    )
+    assert uploaded["salora.safetensors"] == (adapter / "salora.safetensors").read_bytes()
+    assert "Certificate" not in uploaded["README.md"].decode()
+
+
 # Export
 
 
