@@ -1,9 +1,7 @@
-"""The certificate, computed from saved files alone: safetensors and JSON, without peft and salora_plugins."""
+"""The certificate, computed from saved files alone: safetensors, without peft and salora_plugins."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import torch
@@ -13,18 +11,16 @@ from safetensors.torch import load_file
 def largest_share_inside(folder: str | Path) -> float:
     """
     The largest ||U_C^T dW||_F / ||dW||_F over an adapter's modules, and ||dW V_C||_F / ||dW||_F with an input side.
+    The scaling cancels in a share.
     """
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
-    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     weights = load_file(folder / "adapter_model.safetensors")
     module = load_file(folder / "salora.safetensors")
     names = {key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")}
     assert names
     worst = 0.0
     for name in names:
-        update = scaling * weights[f"{name}.lora_B.weight"].double() @ weights[f"{name}.lora_A.weight"].double()
+        update = weights[f"{name}.lora_B.weight"].double() @ weights[f"{name}.lora_A.weight"].double()
         assert update.norm() > 0
         short = name.removeprefix("base_model.model.")
         shares = [torch.linalg.norm(module[f"{short}.output_basis"].double().T @ update)]

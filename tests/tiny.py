@@ -6,16 +6,28 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHAT_TEMPLATE = (
@@ -79,6 +91,46 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
         vocab_size=VOCABULARY, n_positions=512, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2
     )
     return _spread(GPT2LMHeadModel(config))
+
+
+def mistral(seed: int = 0) -> MistralForCausalLM:
+    """With a sliding window and grouped keys."""
+    torch.manual_seed(seed)
+    return _spread(MistralForCausalLM(MistralConfig(**{**_SIZES, "num_key_value_heads": 2}, sliding_window=8)))
+
+
+def gemma3(seed: int = 0) -> Gemma3ForCausalLM:
+    torch.manual_seed(seed)
+    return _spread(Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=8)))
+
+
+def phi3(seed: int = 0) -> Phi3ForCausalLM:
+    """With fused qkv_proj and gate_up_proj."""
+    torch.manual_seed(seed)
+    return _spread(Phi3ForCausalLM(Phi3Config(**_SIZES)))
+
+
+def mixtral(seed: int = 0) -> MixtralForCausalLM:
+    """With experts in fused, three-dimensional parameters."""
+    torch.manual_seed(seed)
+    return _spread(MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)))
+
+
+def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
+    """With experts in fused, three-dimensional parameters."""
+    torch.manual_seed(seed)
+    options = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _spread(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **options)))
+
+
+def sequence_classifier(seed: int = 0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return _spread(LlamaForSequenceClassification(LlamaConfig(**_SIZES, num_labels=2)))
+
+
+def token_classifier(seed: int = 0) -> LlamaForTokenClassification:
+    torch.manual_seed(seed)
+    return _spread(LlamaForTokenClassification(LlamaConfig(**_SIZES, num_labels=2)))
 
 
 ARCHITECTURES = {
