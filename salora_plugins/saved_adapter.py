@@ -20,8 +20,8 @@ from .safety_module import SafetyModule
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
-# What PEFT 0.4.0, the first version that loads safetensors files, knows. It and all versions up to 0.13 fail on any
-# other key.
+# What PEFT 0.4.0, the first version that loads safetensors files, knows. Versions 0.6 to 0.13 fail on keys that are new
+# to them; 0.4 and 0.5 pass over them.
 KEYS_OF_OLDEST_PEFT = frozenset(
     {
         "auto_mapping",
@@ -148,7 +148,7 @@ def write_adapter_config(folder: str | os.PathLike, values: dict[str, Any]) -> N
     Write `adapter_config.json` so that PEFT reads it from version 0.4.0 on, all of it or nothing.
 
     Options that are newer than that version are left out where they have their default: every PEFT that knows them
-    fills in the same, and those before 0.14 refuse a file that has keys which they do not know.
+    fills in the same, and versions 0.6 to 0.13 refuse a file with keys that they do not know.
 
     Args:
         folder: Where to write; created where it is missing.

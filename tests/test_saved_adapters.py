@@ -24,7 +24,7 @@ saved_adapters = pytest.mark.compatibility
 AREA = "Saved adapters"
 
 # The fields of LoraConfig and PeftConfig in the source of PEFT 0.4.0 (src/peft/tuners/lora.py, utils/config.py), the
-# first release that loads adapter_model.safetensors. PEFT fails on keys that it does not know up to 0.13.
+# first release that loads adapter_model.safetensors. PEFT 0.6 to 0.13 fail on keys that are new to them.
 KEYS_OF_PEFT_0_4 = {
     *("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
     *("layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"),
