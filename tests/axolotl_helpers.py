@@ -5,7 +5,8 @@ it themselves nor start it once for every run. A job is a JSON object with:
 
 - `result`: file to write the answers to;
 - `validate`: name -> YAML file; each is loaded as `axolotl train` loads it, up to where the model would be;
-- `commands`: name -> arguments of `axolotl`; `without_plugin`: names of those that must not see the plugin.
+- `commands`: name -> arguments of `axolotl`; `without_plugin`: names of those that must not see the plugin;
+  `killed`: name -> file, for those whose process is to kill itself when it is about to write that file.
 
 The answers are `errors` (name -> text, or null where there was none), `failed` (name -> traceback, or null),
 `imported` (modules that the plugin's import added) and `loaded` (name -> the config's keys).
@@ -15,8 +16,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 PLUGIN = "salora_plugins.integrations.axolotl.plugin"
@@ -51,12 +55,31 @@ def main(job_file: str) -> None:
         host.entry_points = (lambda group: ()) if hidden else entry_points
         host.reset_plugin_entry_points_cache()
         host.PluginManager.get_instance().plugins.clear()
+        if name in job["killed"]:
+            answers["failed"][name] = run_and_kill(lambda a=arguments: cli.main(a, standalone_mode=False), job, name)
+            continue
         try:
             cli.main(arguments, standalone_mode=False)
             answers["failed"][name] = None
         except BaseException:
             answers["failed"][name] = traceback.format_exc()
         Path(job["result"]).write_text(json.dumps(answers))
+
+
+def run_and_kill(run: Callable[[], None], job: dict, name: str) -> str | None:
+    """Run in a child that sends itself SIGKILL; returns what went wrong with that."""
+    child = os.fork()
+    if child == 0:
+        from interrupted_training import kill_before
+
+        kill_before(job["killed"][name])
+        try:
+            run()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return None if killed else f"was not killed: status {status}"
 
 
 if __name__ == "__main__":

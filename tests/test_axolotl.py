@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,14 @@ UNSUPPORTED = {
     "tensor_parallel_size": 2,
     "expert_parallel_size": 2,
     "lora_qkv_kernel": True,
+    "fix_untrained_tokens": 3,
+    "nvfp4_merge_aware": True,
+    "nf4_backend": "torchao",
+    "quantize_moe_experts": True,
+    "optimizer": "polora",
 }
+# Keys whose refusal names another one, and refusals of Axolotl itself.
+NAMED = {"relora": "relora", "optimizer": "polora"}
 
 # Name -> (change of the config, what the message must contain).
 REFUSED = {
@@ -68,10 +76,69 @@ REFUSED = {
     "4 and 8 bits": ({"load_in_4bit": True, "load_in_8bit": True}, ["load_in_4bit", "load_in_8bit"]),
     "an embedding": ({"lora_target_modules": ["q_proj", "embed_tokens"]}, ["lora_target_modules", "embed_tokens"]),
     "going on with DPO": ({"rl": "dpo", "lora_model_dir": "somewhere"}, ["lora_model_dir", "somewhere", "merge-lora"]),
-    **{key: ({key: value}, [key]) for key, value in UNSUPPORTED.items()},
+    "rl: ebft": ({"rl": "ebft"}, ["rl: ebft"]),
+    **{key: ({key: value}, [NAMED.get(key, key)]) for key, value in UNSUPPORTED.items()},
+}
+# Refusals of a whole feature: rows of the compatibility table.
+ROWS = {
+    "4 and 8 bits": "`load_in_4bit` and `load_in_8bit` together",
+    "an embedding": "an embedding in `lora_target_modules`",
+    "going on with DPO": "`lora_model_dir` with `rl: dpo`",
+    "rl: ebft": "`rl: ebft`",
+    "deepspeed": "`deepspeed` ZeRO stage 3",
+    "lora_qkv_kernel": "fused LoRA kernels with the task initialization from the training rows",
+    **{
+        key: f"`{key}: {value}`" if isinstance(value, bool | int | str) else f"`{key}`"
+        for key, value in UNSUPPORTED.items()
+        if key not in ("deepspeed", "lora_qkv_kernel")
+    },
 }
 
-TRAINED = ("sft", "dpo", "more", "4bit", "8bit", "kernels")
+
+def row(what: str, area: str = "Axolotl"):
+    return pytest.mark.compatibility(area, what)
+
+
+# Name of a run -> what it stands for.
+TRAINED = {
+    "sft": "SFT",
+    "dpo": "`rl: dpo`",
+    "ipo": "`rl: ipo`",
+    "kto": "`rl: kto`",
+    "orpo": "`rl: orpo`",
+    "simpo": "`rl: simpo`",
+    "grpo": "`rl: grpo`",
+    "reward": "`reward_model: true`",
+    "steps": "`process_reward_model: true`",
+    "more": "`lora_model_dir`: going on with a saved adapter",
+    "4bit": "`load_in_4bit`",
+    "8bit": "`load_in_8bit`",
+    "kernels": "`lora_qkv_kernel`, `lora_o_kernel` with `salora.init: pissa`",
+    "packing": "`sample_packing`, with attention by sdpa",
+    "options": "`lora_target_linear`, `lora_dropout`, `peft_use_rslora`, `peft_layers_to_transform`, `lora_on_cpu`",
+    "lora+": "`loraplus_lr_ratio`",
+    "tokens": "`tokens` with `lora_modules_to_save`",
+    "token indices": "`peft_trainable_token_indices`",
+    "best": "`load_best_model_at_end` and `early_stopping_patience`",
+}
+# Runs that must give the very losses of "sft", since they change only how it is computed.
+SAME_LOSSES = {
+    "checkpointing": "`gradient_checkpointing: true`",
+    "reentrant": "`gradient_checkpointing: true`, reentrant",
+    "compiled": "`torch_compile: true` (backend eager)",
+}
+# A reward function and a transform of the rows for `rl: grpo`, as Axolotl wants them: in a module on the path.
+REWARDS = """
+def small_letters(completions, **_):
+    return [float(sum(character.islower() for character in c[0]["content"])) for c in completions]
+
+
+def transform(cfg, *args, **kwargs):
+    def prompt(row, tokenizer=None):
+        return {"prompt": row["messages"]}
+
+    return prompt, {"remove_columns": ["messages", "chosen", "rejected"]}
+"""
 
 
 def _write_jsonl(file: Path, rows) -> None:
@@ -84,9 +151,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         getattr(tiny, name)().save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     _write_jsonl(folder / REFUSALS, tiny.refusal_rows())
-    _write_jsonl(
-        folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()]
-    )
+    _write_jsonl(folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()])
     _write_jsonl(
         folder / "preferences.jsonl",
         [
@@ -94,6 +159,33 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             for row in tiny.preference_rows()
         ],
     )
+    _write_jsonl(
+        folder / "desirable.jsonl",
+        [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}.", "label": i % 2 == 0} for i in range(16)],
+    )
+    _write_jsonl(
+        folder / "ranked.jsonl",
+        [
+            {"system": "", "input": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": "No idea."}
+            for i in range(16)
+        ],
+    )
+    _write_jsonl(
+        folder / "steps.jsonl",
+        [
+            {"prompt": f"What is {i} plus {i}?", "completions": ["Add.", f"It is {2 * i}."], "labels": [True, i > 4]}
+            for i in range(16)
+        ],
+    )
+    _write_jsonl(
+        folder / "conversations.jsonl",
+        [{key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")} for row in tiny.preference_rows()],
+    )
+    (folder / "rewards.py").write_text(REWARDS)
+
+    def data(file: str, kind: str | dict) -> list[dict]:
+        return [{"path": str(folder / file), "ds_type": "json", "type": kind}]
+
     shared = {
         "base_model": str(folder / "llama"),
         "adapter": "salora",
@@ -122,9 +214,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     preferences = {k: v for k, v in shared.items() if not k.startswith("lora_")} | {
         "base_model": str(folder / "qwen3"),
         "rl": "dpo",
-        "datasets": [
-            {"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}
-        ],
+        "datasets": [{"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}],
     }
     both_sides = {"salora": {**shared["salora"], "input_safety_rank": 4}}
     changes = {
@@ -133,6 +223,102 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "more": {"lora_model_dir": str(folder / "sft"), "lora_r": 2},
         "4bit": {"load_in_4bit": True},
         "8bit": {"load_in_8bit": True, "max_steps": 1, "save_steps": 1},
+        "checkpointing": {
+            **both_sides,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        },
+        "reentrant": {
+            **both_sides,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        "compiled": {**both_sides, "torch_compile": True, "torch_compile_backend": "eager"},
+        "packing": {
+            "sample_packing": True,
+            "attn_implementation": "sdpa",
+            "sequence_len": 256,
+            "micro_batch_size": 1,
+            "num_epochs": 10,
+        },
+        "options": {
+            "lora_target_modules": None,
+            "lora_target_linear": True,
+            "lora_dropout": 0.1,
+            "peft_use_rslora": True,
+            "peft_layers_to_transform": [1],
+            "lora_on_cpu": True,
+            "save_safetensors": True,
+        },
+        "lora+": {"loraplus_lr_ratio": 16},
+        "tokens": {"tokens": ["<one>", "<two>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        "token indices": {"peft_trainable_token_indices": [3, 4]},
+        # With the criterion turned round the first evaluation is the best one, and the second stops the run.
+        "best": {
+            "val_set_size": 0.25,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,
+            "early_stopping_patience": 1,
+        },
+        "ipo": {"rl": "ipo", "datasets": data("preferences.jsonl", "chat_template.default")},
+        "simpo": {
+            "rl": "simpo",
+            "rl_beta": 0.1,
+            "cpo_alpha": 1.0,
+            "simpo_gamma": 0.5,
+            "datasets": data("preferences.jsonl", "chat_template.default"),
+        },
+        "orpo": {
+            "rl": "orpo",
+            "orpo_alpha": 0.1,
+            "remove_unused_columns": False,
+            "datasets": data("conversations.jsonl", "chat_template.argilla"),
+        },
+        "kto": {
+            "rl": "kto",
+            "rl_beta": 0.5,
+            "remove_unused_columns": False,
+            "datasets": data(
+                "desirable.jsonl",
+                {
+                    "field_prompt": "prompt",
+                    "field_completion": "completion",
+                    "field_label": "label",
+                    "prompt_format": "{prompt}",
+                    "completion_format": "{completion}",
+                },
+            ),
+        },
+        "grpo": {
+            "rl": "grpo",
+            "max_steps": 2,
+            "datasets": data("preferences.jsonl", "rewards.transform"),
+            "trl": {
+                "num_generations": 4,
+                "max_completion_length": 8,
+                "reward_funcs": ["rewards.small_letters"],
+                "use_vllm": False,
+            },
+        },
+        "reward": {
+            "reward_model": True,
+            "num_labels": 1,
+            "chat_template": "chatml",
+            "remove_unused_columns": False,
+            "datasets": data("ranked.jsonl", "bradley_terry.chat_template"),
+        },
+        "steps": {
+            "process_reward_model": True,
+            "num_labels": 2,
+            "remove_unused_columns": False,
+            "datasets": [{**data("steps.jsonl", "stepwise_supervised")[0], "step_separator": "\n"}],
+        },
+        "killed": both_sides,
+        "resumed from half": both_sides,
+        "resumed by itself": {**both_sides, "auto_resume_from_checkpoints": True},
         "lora": {"adapter": "lora", "salora": None},
         "lora without plugin": {"adapter": "lora", "salora": None},
         "kernels": {
@@ -146,6 +332,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     configs["dpo"] = preferences
     for name, config in configs.items():
         config["output_dir"] = str(folder / name)
+    for name in ("resumed from half", "resumed by itself"):
+        configs[name]["output_dir"] = str(folder / "killed")
+    configs["resumed from half"]["resume_from_checkpoint"] = str(folder / "killed" / "checkpoint-4")
     return configs
 
 
@@ -164,6 +353,10 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
     with_kernels = ("lora", "lora without plugin", "kernels")
     commands = {name: ["train", files[name], "--launcher", "python"] for name in configs if name not in with_kernels}
+    commands["preprocess"] = ["preprocess", files["best"]]
+    commands["evaluate"] = [
+        "evaluate", files["best"], "--launcher", "python", "--lora-model-dir", str(folder / "best")
+    ]  # fmt: skip
     commands["merge sft"] = ["merge-lora", files["sft"]]
     commands["merge dpo"] = ["merge-lora", files["dpo"], "--lora-model-dir", str(folder / "dpo")]
     commands["inference"] = [
@@ -187,6 +380,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
         "validate": {**refused, **examples, "lora": files["lora"]},
         "commands": commands,
         "without_plugin": ["lora without plugin"],
+        "killed": {"killed": "checkpoint-4/salora.safetensors"},
     }
     (folder / "job.json").write_text(json.dumps(job))
     log = folder / "log.txt"
@@ -199,6 +393,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
             cwd=folder,
             env={
                 **os.environ,
+                "PYTHONPATH": str(folder),
                 "AXOLOTL_DO_NOT_TRACK": "1",
                 "HF_HUB_OFFLINE": "1",
                 "HF_DATASETS_CACHE": str(folder / "cache"),
@@ -231,7 +426,7 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=row(what)) for name, what in TRAINED.items()])
 def test_a_trained_adapter_stays_out_of_the_safety_directions(runs, name):
     assert largest_share_inside(_ran(runs, name)) <= 1e-5
 
@@ -269,7 +464,13 @@ assert "salora_plugins" not in sys.modules
         assert tiny.relative_difference(trained, _logits(_base(folder, base))) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "base"), [("sft", "llama"), ("dpo", "qwen3")])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        pytest.param("sft", "llama", marks=row("`axolotl merge-lora`")),
+        pytest.param("dpo", "qwen3", marks=row("`axolotl merge-lora` after `rl: dpo`")),
+    ],
+)
 def test_merge_lora(runs, name, base):
     folder, _ = runs
     _ran(runs, f"merge {name}")
@@ -277,6 +478,7 @@ def test_merge_lora(runs, name, base):
     assert tiny.relative_difference(_logits(_base(folder / name, "merged")), adapted) <= 1e-5
 
 
+@row("Axolotl, `resume_from_checkpoint`: the same losses and weights as without the interruption", "Resuming")
 def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     whole, resumed = _ran(runs, "sft"), _ran(runs, "resumed")
     assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
@@ -330,6 +532,7 @@ def test_the_safety_module_can_be_computed_beforehand(runs):
     assert "adapter: lora. Set adapter: salora" in runs[1]["failed"]["calibrate for LoRA"]
 
 
+@row("`axolotl inference`")
 def test_inference_loads_the_adapter(runs):
     folder, _ = runs
     _ran(runs, "inference")
@@ -351,12 +554,75 @@ def test_importing_the_plugin_imports_nothing_heavy(runs):
     assert {name for name in imported if not name.startswith("salora_plugins.integrations")} <= {"salora_plugins"}
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_when_the_config_is_validated(runs, name):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=row(ROWS[name]) if name in ROWS else ()) for name in REFUSED]
+)
+def test_refused_when_the_config_is_validated(runs, name, refusal):
     message = runs[1]["errors"][name]
     assert message is not None, "was accepted"
     for part in REFUSED[name][1]:
         assert part in message
+    # Without what pydantic puts around it.
+    refusal(ValueError(re.sub(r"(?s)^.*?Value error, | \[type=.*$", "", message)))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=row(what)) for name, what in SAME_LOSSES.items()])
+def test_a_run_that_only_computes_it_otherwise(runs, name):
+    whole, other = _ran(runs, "sft"), _ran(runs, name)
+    assert _losses(other / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
+    assert largest_share_inside(other) <= 1e-5
+
+
+def test_the_best_model_is_loaded_at_the_end(runs):
+    folder = _ran(runs, "best")
+    assert sorted(file.name for file in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    best = folder / "checkpoint-1"
+    weights = load_file(folder / "adapter_model.safetensors")
+    for key, value in load_file(best / "adapter_model.safetensors").items():
+        assert tiny.relative_difference(weights[key], value) <= 1e-5
+
+
+def test_lora_plus_gives_the_second_factor_its_own_learning_rate(runs):
+    """Adam's first step moves every element by its learning rate."""
+    weights = load_file(_ran(runs, "lora+") / "checkpoint-2" / "adapter_model.safetensors")
+    plain = load_file(_ran(runs, "4bit") / "checkpoint-2" / "adapter_model.safetensors")
+
+    def moved(tensors: dict[str, torch.Tensor], factor: str) -> float:
+        """The median movement between start and trained half."""
+        key = f"base_model.model.model.layers.0.self_attn.q_proj.lora_{factor}.weight"
+        halves = tensors[key].chunk(2, dim=0 if factor == "A" else 1)
+        return (halves[0] - halves[1] if factor == "A" else halves[0] + halves[1]).abs().median().item()
+
+    assert moved(weights, "A") < 2 * moved(plain, "A")
+    assert moved(weights, "B") > 4 * moved(plain, "B")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=row(f"`axolotl {name}`")) for name in ("preprocess", "evaluate")]
+)
+def test_other_commands(runs, name):
+    _ran(runs, name)
+    assert f"=== axolotl {name}" in (runs[0] / "log.txt").read_text()
+
+
+@row("Axolotl, killed while it wrote a checkpoint, then `resume_from_checkpoint: checkpoint-4`", "Resuming")
+def test_a_half_written_checkpoint_is_refused(runs, refusal):
+    folder = _ran(runs, "killed").parent
+    message = runs[1]["failed"]["resumed from half"].strip().splitlines()[-1].removeprefix("ValueError: ")
+    assert message.startswith(f"resume_from_checkpoint: {folder}/killed/checkpoint-4: salora.safetensors is missing")
+    assert message.endswith(f"Resume from {folder}/killed/checkpoint-2.")
+    refusal(ValueError(message), hide=folder)
+
+
+@row("Axolotl, killed while it wrote a checkpoint, then `auto_resume_from_checkpoints`", "Resuming")
+def test_the_checkpoint_before_a_half_written_one(runs):
+    whole, folder = _ran(runs, "sft"), _ran(runs, "killed")
+    _ran(runs, "resumed by itself")
+    assert "checkpoint-4 is passed over: salora.safetensors is missing" in (runs[0] / "log.txt").read_text()
+    assert _losses(folder / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for key, value in load_file(whole / "adapter_model.safetensors").items():
+        assert tiny.relative_difference(weights[key], value) <= 1e-4, key
 
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
