@@ -39,8 +39,8 @@ class SaLoRAPlugin(BasePlugin):
         _refuse_embeddings(cfg)
         if _trainer_builds_adapter(cfg) and cfg.lora_model_dir:
             raise ValueError(
-                f"lora_model_dir: with rl: {cfg.rl.value} Axolotl lets the trainer build a new adapter and would ignore "
-                f"{cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or "
+                f"lora_model_dir: with rl: {cfg.rl.value} Axolotl lets the trainer build a new adapter and would "
+                f"ignore {cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or "
                 "remove lora_model_dir."
             )
         if not (cfg.inference or cfg.merge_lora):
