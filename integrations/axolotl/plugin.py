@@ -40,7 +40,7 @@ class SaLoRAPlugin(BasePlugin):
         if _trainer_builds_adapter(cfg) and cfg.lora_model_dir:
             raise ValueError(
                 f"lora_model_dir: with rl: {cfg.rl.value} Axolotl lets the trainer build a new adapter and would "
-                f"ignore {cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to the result, or "
+                f"ignore {cfg.lora_model_dir}. Merge it first (axolotl merge-lora) and set base_model to it, or "
                 "remove lora_model_dir."
             )
         if not (cfg.inference or cfg.merge_lora):
