@@ -83,6 +83,12 @@ def check_layer_type(name: str, module: nn.Module) -> None:
             "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out "
             "with exclude_modules."
         )
+    weight = layer.weight
+    if weight.element_size() == 1 and type(weight) is nn.Parameter:
+        raise ValueError(
+            f"target_modules: {name!r} is a {type(layer).__name__} whose weight holds {weight.dtype} codes, which SaLoRA "
+            "cannot read as numbers. Load the base model in bf16, or quantized by bitsandbytes."
+        )
 
 
 def layer_features(module: nn.Module) -> tuple[int, int]:
