@@ -86,8 +86,8 @@ def check_layer_type(name: str, module: nn.Module) -> None:
     weight = layer.weight
     if weight.element_size() == 1 and type(weight) is nn.Parameter:
         raise ValueError(
-            f"target_modules: {name!r} is a {type(layer).__name__} whose weight holds {weight.dtype} codes, which SaLoRA "
-            "cannot read as numbers. Load the base model in bf16, or quantized by bitsandbytes."
+            f"target_modules: {name!r} is a {type(layer).__name__} whose weight holds {weight.dtype} codes, which "
+            "SaLoRA cannot read as numbers. Load the base model in bf16, or quantized by bitsandbytes."
         )
 
 
