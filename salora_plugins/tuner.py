@@ -18,6 +18,7 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
@@ -333,6 +334,13 @@ class SaLoRAModel(LoraModel):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, linear in _salora_linears(model, adapter_name):
             key = f"{name}.parametrizations.weight.original"
+            if isinstance(selected[key], DTensor):
+                raise RuntimeError(
+                    "The factors are sharded by FSDP. Gather them on every rank with get_model_state_dict(model, "
+                    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+                    "torch.distributed.checkpoint.state_dict, and give the result to save_pretrained(state_dict=...) "
+                    "on one."
+                )
             selected[f"{name}.weight"] = safe_factor(linear).exact(selected.pop(key))
         return selected
 
