@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 
 from .files import atomic_write
 from .model_card import training_section, write_card
@@ -23,6 +23,9 @@ from .saved_adapter import write_adapter_config
 
 SAFETY_MODULE_FILE = "salora.safetensors"
 CONFIG_FILE = "salora_config.json"
+
+# Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
+_HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
 # Never written to a file: objects that live only in this process.
 _RUN_TIME_FIELDS = frozenset({"tokenizer", "runtime_config"})
@@ -249,7 +252,7 @@ class SaLoRAConfig(LoraConfig):
         tokens, after the configuration was made.
         """
         outside = {
-            "modules_to_save": self.modules_to_save,
+            "modules_to_save": self.modules_to_save or _HEADS_ADDED_LATER.get(self.task_type),
             "bias": None if self.bias == "none" else self.bias,
             "trainable_token_indices": self.trainable_token_indices,
         }

@@ -131,7 +131,7 @@ def _write(rows: list[Row]) -> None:
     before, after = text.split(START)[0], text.split(END)[1]
     parts = []
     for area in AREAS:
-        of_area = [str(row) for row in rows if row.area == area]
+        of_area = dict.fromkeys(str(row) for row in rows if row.area == area)  # tests with several cases: once
         if of_area:
             parts.append("\n".join([f"### {area}", "", "| what | result | test |", "|---|---|---|", *of_area]))
     DOCUMENT.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")

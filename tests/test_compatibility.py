@@ -123,6 +123,7 @@ def test_fused_experts_are_refused(refusal):
 
 CLASSIFIERS = {
     "Sequence classification": ("SEQ_CLS", tiny.sequence_classifier, torch.tensor([0, 1])),
+    "Token classification": ("TOKEN_CLS", tiny.token_classifier, tiny.token_batch() % 2),
 }
 
 

@@ -54,9 +54,15 @@ def train(model: PeftModel, steps: int = 4, learning_rate: float = 1e-2, seed: i
     return optimizer
 
 
+TITLES = {"llama": "Llama", "qwen2": "Qwen2 (biases)", "qwen3": "Qwen3", "gpt2": "GPT-2 (Conv1D)"}
+
+
 @pytest.mark.parametrize("init", ["task", "pissa", "zero"])
 @pytest.mark.parametrize("input_safety_rank", [0, 8])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.compatibility("Models", title)) for name, title in TITLES.items()],
+)
 def test_adapter_from_start_to_saved_file(architecture, init, input_safety_rank, tmp_path):
     build, targets = ARCHITECTURES[architecture]
     tokens = token_batch()

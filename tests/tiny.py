@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -125,6 +126,11 @@ def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
 def sequence_classifier(seed: int = 0) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
     return _spread(LlamaForSequenceClassification(LlamaConfig(**_SIZES, num_labels=2)))
+
+
+def token_classifier(seed: int = 0) -> LlamaForTokenClassification:
+    torch.manual_seed(seed)
+    return _spread(LlamaForTokenClassification(LlamaConfig(**_SIZES, num_labels=2)))
 
 
 ARCHITECTURES = {
