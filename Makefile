@@ -2,6 +2,8 @@
 VENV ?= .venv
 NEWEST_VENV ?= .venv-newest
 OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
+# Two files at a time; tiny models gain nothing from more threads.
+RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 PYTEST ?=
 
 .PHONY: demo test test-newest compatibility lint clean
@@ -10,15 +12,15 @@ demo: $(VENV)/.with-demo
 	$(OFFLINE) $(VENV)/bin/salora demo
 
 test: $(VENV)/.with-axolotl
-	$(OFFLINE) $(VENV)/bin/python -m pytest $(PYTEST)
+	$(call RUN_TESTS,$(VENV))
 
 # Axolotl pins TRL and Transformers; this runs everything but its tests against the newest releases.
 test-newest: $(NEWEST_VENV)/.with-test
-	$(OFFLINE) $(NEWEST_VENV)/bin/python -m pytest $(PYTEST)
+	$(call RUN_TESTS,$(NEWEST_VENV))
 
 # Writes the table of docs/compatibility.md from the tests that stand for its rows.
 compatibility: $(VENV)/.with-axolotl
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m compatibility --write-compatibility-table $(PYTEST)
+	$(call RUN_TESTS,$(VENV)) -m compatibility --write-compatibility-table
 
 lint: $(VENV)/.with-axolotl
 	$(VENV)/bin/ruff check .

@@ -30,6 +30,7 @@ AREAS = (
     "Saved adapters",
 )
 _MESSAGE = "compatibility_refusal"
+_ROW = "compatibility_row"
 
 
 @dataclass(frozen=True)
@@ -71,39 +72,51 @@ def refusal(record_property):
 
 
 class _Recorder:
-    """Collects the rows of the tests that ran, and checks or writes the table at the end."""
+    """
+    Collects the rows of the tests that ran, and checks or writes the table at the end.
+
+    Rows travel with the tests' reports, so that pytest-xdist's workers can run them.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.expected: dict[str, tuple[str, str]] = {}
         self.rows: dict[str, Row] = {}
+        self.missing: set[str] = set()
         self.complaint = ""
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
             marker = item.get_closest_marker("compatibility")
             if marker is not None:
                 area, what = marker.args
                 assert area in AREAS, f"{item.nodeid}: unknown area {area!r}"
-                self.expected[item.nodeid] = area, what
+                item.user_properties.append((_ROW, (area, what)))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":
+            self.missing.add(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" or report.outcome != "passed" or report.nodeid not in self.expected:
+        properties = dict(report.user_properties)
+        if _ROW not in properties:
             return
-        area, what = self.expected[report.nodeid]
-        message = dict(report.user_properties).get(_MESSAGE)
-        result = "works" if message is None else f"refused: {_one_line(message)}"
-        test = report.nodeid.removeprefix("tests/").split("[")[0]
-        self.rows[report.nodeid] = Row(area, what, result, test)
+        if report.outcome != "passed":
+            self.missing.add(report.nodeid)
+        elif report.when == "call":
+            area, what = properties[_ROW]
+            message = properties.get(_MESSAGE)
+            result = "works" if message is None else f"refused: {_one_line(message)}"
+            test = report.nodeid.removeprefix("tests/").split("[")[0]
+            self.rows[report.nodeid] = Row(area, what, result, test)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.config.option.collectonly or not self.expected:
+        is_worker = hasattr(self.config, "workerinput")
+        if is_worker or not self.rows:
             return
         if self.config.getoption("--write-compatibility-table"):
-            missing = sorted(self.expected.keys() - self.rows.keys())
-            if missing:
-                self.complaint = f"{DOCUMENT.name} was not written, since these did not pass: {', '.join(missing)}"
+            if self.missing:
+                self.complaint = f"{DOCUMENT.name} was not written, since these did not pass: {sorted(self.missing)}"
             else:
                 _write(list(self.rows.values()))
         else:
@@ -131,7 +144,8 @@ def _write(rows: list[Row]) -> None:
     before, after = text.split(START)[0], text.split(END)[1]
     parts = []
     for area in AREAS:
-        of_area = dict.fromkeys(str(row) for row in rows if row.area == area)  # tests with several cases: once
+        # Once for tests with several cases; sorted, since workers finish in any order.
+        of_area = sorted({str(row) for row in rows if row.area == area}, key=str.casefold)
         if of_area:
             parts.append("\n".join([f"### {area}", "", "| what | result | test |", "|---|---|---|", *of_area]))
     DOCUMENT.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
