@@ -49,8 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compatibility-table",
         choices=("exact", "loose", "write"),
         default="exact",
-        help="compare what ran with the table of docs/compatibility.md, exactly or without the texts of refusals (which "
-        "other releases of the hosts word differently), or write it from the tests that run, which must be all of them",
+        help="compare what ran with the table of docs/compatibility.md, exactly or without the texts of refusals, "
+        "which other releases of the hosts word differently; or write it, which all of its tests must run for",
     )
 
 
