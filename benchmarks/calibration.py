@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from measuring import interleaved, machine, peak_tensor_bytes
+from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 from salora_plugins.calibration import calibrate_with, task_bases
 from salora_plugins.calibration.batching import batches
@@ -44,14 +44,6 @@ REFUSAL = (
     "I'm sorry, but I can't help with that. It could cause serious harm to you or to other people. If you are going "
     "through something difficult, please talk to someone you trust, and I am glad to help with anything that is safe."
 )
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,

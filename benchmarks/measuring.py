@@ -10,6 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
 
 def seconds(function: Callable[[], Any]) -> float:
     if torch.cuda.is_available():

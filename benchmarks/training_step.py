@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from measuring import interleaved, machine, peak_tensor_bytes
+from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 
 RANK = 16
@@ -44,14 +44,7 @@ SHAPES = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
-    "8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "8b": LLAMA_8B,
 }
 
 

@@ -8,12 +8,14 @@ import os
 import re
 from pathlib import Path
 
-from .config import CONFIG_FILE, SAFETY_MODULE_FILE
+from .config import CONFIG_FILE
+from .safety_module import DEFAULT_FILE
+from .saved_adapter import ADAPTER_CONFIG_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
 # In the order in which PEFT, SaLoRA and transformers write them.
-_FILES = ("adapter_model.safetensors", SAFETY_MODULE_FILE, CONFIG_FILE, "adapter_config.json", "trainer_state.json")
+_FILES = (WEIGHTS_FILE, DEFAULT_FILE, CONFIG_FILE, ADAPTER_CONFIG_FILE, "trainer_state.json")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

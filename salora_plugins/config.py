@@ -16,12 +16,11 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig, TaskType
 
 from .files import atomic_write
-from .model_card import training_section, write_card
+from .model_card import write_training_card
 from .ranks import Rank, check_pattern, check_rank, ranks_of
-from .safety_module import SafetyModule
+from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import write_adapter_config
 
-SAFETY_MODULE_FILE = "salora.safetensors"
 CONFIG_FILE = "salora_config.json"
 
 # Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
@@ -331,15 +330,14 @@ class SaLoRAConfig(LoraConfig):
             super().save_pretrained(str(folder), **kwargs)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._calibrated.save(folder / SAFETY_MODULE_FILE)
+        self._calibrated.save(folder / DEFAULT_FILE)
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         lora = self.to_lora_config().to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             lora["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_adapter_config(folder, lora)
-        section = training_section(folder, self, self._calibrated)
-        write_card(folder, self.base_model_name_or_path, section, tags=("lora", "salora"))
+        write_training_card(folder, self, self._calibrated)
 
     @classmethod
     def from_pretrained(
@@ -355,7 +353,7 @@ class SaLoRAConfig(LoraConfig):
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = cls.from_json_file(str(folder / CONFIG_FILE))
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
-        values.update(safety_data="builtin", task_data=None, safety_module=str(folder / SAFETY_MODULE_FILE))
+        values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})

@@ -51,9 +51,10 @@ def write_card(folder: str | os.PathLike, base_model: str | None, section: str, 
     atomic_write(path, str(card).encode())
 
 
-def training_section(folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule) -> str:
+def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule) -> None:
     """
-    What a reader of a trained adapter should know: method, ranks, certificate, safety module, how to load it.
+    `write_card` with what a reader of a trained adapter should know: method, ranks, certificate, safety module, how to
+    load it.
 
     Args:
         folder: The saved adapter; the certificate is computed from its files.
@@ -71,7 +72,7 @@ def training_section(folder: str | os.PathLike, config: SaLoRAConfig, safety_mod
         "Certificate": _certificate_of(Path(folder), safety_module),
         **_provenance(safety_module),
     }
-    return f"""
+    section = f"""
 ## SaLoRA
 
 A LoRA adapter that was trained with {_PAPER} by {_PACKAGE}: its update of every target layer stays out of the
@@ -92,6 +93,7 @@ from salora_plugins import load_for_training
 model = load_for_training(base_model, "this folder or repository")
 ```
 """
+    write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
 
 
 def export_section(report: ExportReport, safety_module: SafetyModule | None) -> str:

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .config import CONFIG_FILE, SAFETY_MODULE_FILE, SaLoRAConfig
-from .model_card import training_section, write_card
-from .safety_module import SafetyModule
+from .config import CONFIG_FILE, SaLoRAConfig
+from .model_card import write_training_card
+from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import ADAPTER_CONFIG_FILE
 
 # What transformers' trainers leave out of an upload, and files that only resuming needs.
@@ -70,9 +70,7 @@ def push_to_hub(
 
 
 def _renew_card(folder: Path) -> None:
-    for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE, SAFETY_MODULE_FILE):
+    for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE, DEFAULT_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a SaLoRA adapter as it was saved.")
-    config = SaLoRAConfig.from_pretrained(folder)
-    section = training_section(folder, config, SafetyModule.load(folder))
-    write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
+    write_training_card(folder, SaLoRAConfig.from_pretrained(folder), SafetyModule.load(folder))

@@ -126,11 +126,12 @@ def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[st
         if name not in safety_module.bases or safety_module.bases[name].shape[0] != b.shape[0]:
             raise ValueError(f"{name}: the safety module has no directions for this module. Was it another model's?")
         a, b = a.double(), b.double()
-        norm = torch.linalg.norm(torch.linalg.qr(b).R @ a)
+        reduced = torch.linalg.qr(b).R
+        norm = torch.linalg.norm(reduced @ a)
         is_zero = bool(norm <= _ZERO * torch.linalg.norm(a) * torch.linalg.norm(b))
         inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
         if name in safety_module.input_bases:
-            inside["input"] = torch.linalg.qr(b).R @ (a @ safety_module.input_bases[name].double())
+            inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
         shares[name] = {
             side: 0.0 if is_zero else (torch.linalg.norm(part) / norm).item() for side, part in inside.items()
         }

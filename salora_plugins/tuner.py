@@ -86,9 +86,7 @@ class SaLoRAModel(LoraModel):
             return
         config.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, config)
-        twin = next(
-            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
-        )
+        twin = self._twin_of(adapter_name)
         safety_module = config._calibrated if twin is not None else self._safety_module(model, config, names)
         bases_of_task = None
         if config.init == "task" and config.task_data is not None and twin is None and not config._weights_follow:
@@ -295,6 +293,13 @@ class SaLoRAModel(LoraModel):
         self._forget_waiting(adapter_name)
         logger.info("Adapter %r: task initialization from the first training batch.", adapter_name)
 
+    def _twin_of(self, adapter_name: str) -> str | None:
+        """Another adapter with the very same configuration, such as the one that TRL copies as "ref"."""
+        config = self.peft_config[adapter_name]
+        return next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+
     def _forget_waiting(self, adapter_name: str) -> None:
         for handle in self._waiting_for_task_data.pop(adapter_name, ()):
             handle.remove()
@@ -306,10 +311,9 @@ class SaLoRAModel(LoraModel):
         That is what transformers does when it resumes a run whose reference is a copy of the adapter ("ref", in TRL):
         of a checkpoint with adapters in subfolders it loads these only, and training would start over.
         """
-        config = self.peft_config[adapter_name]
-        original = next(
-            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), ""
-        )
+        original = self._twin_of(adapter_name)
+        if original is None:
+            return
         copies = [linear for _, linear in _salora_linears(self.model, adapter_name)]
         trained = [linear for _, linear in _salora_linears(self.model, original)]
         if not trained or len(copies) != len(loaded) or any(trained_factor(copy).requires_grad for copy in copies):

@@ -22,24 +22,14 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, load_for_training
-from tiny import llama, relative_difference, token_batch, token_rows
+from tiny import llama, relative_difference, salora_config, token_batch, token_rows
 
 weights_row, models_row, options_row, adapters_row = (
     partial(pytest.mark.compatibility, area) for area in ("Weights", "Models", "Options", "Adapters")
 )
 
 
-def config(**options) -> SaLoRAConfig:
-    defaults = {
-        "r": 4,
-        "lora_alpha": 8,
-        "safety_rank": 8,
-        "task_rank": 8,
-        "safety_data": token_rows(8),
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return SaLoRAConfig(**{**defaults, **options})
+config = partial(salora_config, safety_data=token_rows(8))
 
 
 def add(model: nn.Module, options: SaLoRAConfig) -> PeftModel:

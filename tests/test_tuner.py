@@ -27,19 +27,7 @@ from tiny import (
     token_rows,
     tokenizer,
 )
-
-
-def config(**options) -> SaLoRAConfig:
-    defaults = {
-        "r": 4,
-        "lora_alpha": 8,
-        "safety_rank": 8,
-        "task_rank": 8,
-        "safety_data": token_rows(16),
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return SaLoRAConfig(**{**defaults, **options})
+from tiny import salora_config as config
 
 
 def train(model: PeftModel, steps: int = 4, learning_rate: float = 1e-2, seed: int = 5) -> torch.optim.Optimizer:

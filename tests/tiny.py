@@ -30,6 +30,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from salora_plugins import SaLoRAConfig
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -160,6 +162,19 @@ def token_rows(count: int, length: int = 20, prompt: int = 8, seed: int = 0) -> 
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return rows
+
+
+def salora_config(**options) -> SaLoRAConfig:
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "safety_rank": 8,
+        "task_rank": 8,
+        "safety_data": token_rows(16),
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return SaLoRAConfig(**{**defaults, **options})
 
 
 def token_batch(batch: int = 2, length: int = 12, seed: int = 5) -> torch.Tensor:

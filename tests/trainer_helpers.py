@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from certificate import largest_share_inside
-from salora_plugins import SaLoRAConfig
-from tiny import refusal_rows, relative_difference, token_batch
+from tiny import refusal_rows, relative_difference, salora_config, token_batch
 
-
-def config(**options: Any) -> SaLoRAConfig:
-    defaults = {
-        "r": 4,
-        "lora_alpha": 4,
-        "safety_rank": 8,
-        "task_rank": 8,
-        "safety_data": refusal_rows(),
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return SaLoRAConfig(**{**defaults, **options})
+config = partial(salora_config, lora_alpha=4, safety_data=refusal_rows())
 
 
 def arguments(kind: type[TrainingArguments], output_dir: str | Path, **options: Any) -> TrainingArguments:

@@ -67,13 +67,9 @@ class VectorStatistics(ABC):
             self._tops.clear()
             self.count += rows.shape[0]
             # Row by row: one float32 sum over the batch would lose digits.
-            self.add_energy(torch.linalg.vector_norm(rows, dim=1))
+            energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+            self._energy = energy if self._energy is None else self._energy + energy
             self._update(rows)
-
-    def add_energy(self, norms: Tensor) -> None:
-        """Count vectors by their norms, (n,), for the energy alone."""
-        energy = norms.double().square().sum()
-        self._energy = energy if self._energy is None else self._energy + energy
 
     @torch.no_grad()
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
