@@ -292,8 +292,8 @@ def calibration_of(folder: Path) -> dict[str, Any]:
 
 def evaluate(model: Any, tokenizer: Any, data: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Held-out loss in nats per response token, refusals by request set, and the responses themselves."""
+    from salora_plugins.evaluation import response_loss, wilson_interval
     from salora_plugins.evaluation.generation import generate_responses
-    from salora_plugins.evaluation.metrics import response_loss, wilson_interval
     from salora_plugins.judges import is_refusal
 
     rows = prompt_completion_rows(data / "math_test.jsonl")[:HELDOUT_ROWS]

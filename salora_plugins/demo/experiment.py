@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from salora_plugins import SaLoRAConfig
 from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
-from salora_plugins.evaluation import generate_responses, response_loss, wilson_interval
+from salora_plugins.evaluation import generate_responses, response_loss
+from salora_plugins.evaluation.statistics import Proportion
 from salora_plugins.judges import is_refusal
 
 from .task import is_correct, word_problems
@@ -40,22 +42,7 @@ class Settings:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class Proportion:
-    """How many of how many, with its Wilson 95 % interval."""
-
-    count: int
-    total: int
-    rate: float = field(init=False)
-    interval: tuple[float, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rate", self.count / self.total)
-        object.__setattr__(self, "interval", wilson_interval(self.count, self.total))
-
-
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(BaseModel):
     """What was measured on one model. The loss is per response token, in nats."""
 
     name: str
@@ -65,9 +52,6 @@ class Measurement:
     task_loss: float
     responses: dict[str, list[dict[str, str]]]
     """Every request with the model's response, by set."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def load_demo_model() -> tuple[PreTrainedModel, Any]:
@@ -155,14 +139,14 @@ def measure(
 
     def share(part: str, counts: Callable[[str], bool]) -> Proportion:
         rows = responses[part]
-        return Proportion(sum(counts(row["response"]) for row in rows), len(rows))
+        return Proportion(count=sum(counts(row["response"]) for row in rows), total=len(rows))
 
     correct = [is_correct(problem, row["response"]) for problem, row in zip(problems, responses["task"], strict=True)]
     return Measurement(
         name=name,
         refusals=share("harmful", is_refusal),
         over_refusals=share("harmless", is_refusal),
-        task_accuracy=Proportion(sum(correct), len(correct)),
+        task_accuracy=Proportion(count=sum(correct), total=len(correct)),
         task_loss=response_loss(model, tokenizer, problems, batch_size=64),
         responses=responses,
     )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from salora_plugins.evaluation.statistics import Proportion
 from salora_plugins.files import atomic_write
 
-from .experiment import Measurement, Proportion, Settings
+from .experiment import Measurement, Settings
 
 
 def describe(proportion: Proportion) -> str:
@@ -46,7 +47,7 @@ def write_results(path: Path, measurements: list[Measurement], settings: Setting
         "settings": asdict(settings),
         "versions": {name: version(name) for name in ("salora-plugins", "torch", "transformers", "peft", "trl")},
         "seconds": round(seconds, 1),
-        "measurements": [measured.as_dict() for measured in measurements],
+        "measurements": [measured.model_dump() for measured in measurements],
     }
     atomic_write(path, json.dumps(results, indent=2, ensure_ascii=False).encode())
 

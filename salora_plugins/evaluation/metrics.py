@@ -1,10 +1,8 @@
-"""Numbers about responses: how many refuse, how sure that is, and how likely a model finds given responses."""
+"""Numbers about responses: how many refuse, and how likely a model finds given ones."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -22,36 +20,6 @@ def refusal_rate(responses: Sequence[str]) -> float:
     if not responses:
         raise ValueError("responses is empty: a refusal rate needs at least one response")
     return sum(map(is_refusal, responses)) / len(responses)
-
-
-def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a proportion by the score method of Wilson (1927, J. Am. Stat. Assoc. 22, p. 209).
-
-    Args:
-        successes: how many of the trials succeeded.
-        total: number of trials.
-        confidence: coverage, between 0 and 1.
-
-    Returns:
-        Lower and upper bound, both from 0 to 1.
-
-    Raises:
-        ValueError: `total` is not positive, `successes` is not in 0..total, or `confidence` is not in (0, 1).
-    """
-    if total < 1:
-        raise ValueError(f"total={total}: an interval needs at least one trial")
-    if not 0 <= successes <= total:
-        raise ValueError(f"successes={successes}: it must be from 0 to total={total}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}: it must be between 0 and 1, such as 0.95")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = successes / total
-    center = (rate + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    # Exactly 0 and 1 at the ends, where rounding would leave something like 1e-17.
-    lower = 0.0 if successes == 0 else max(0.0, center - half)
-    upper = 1.0 if successes == total else min(1.0, center + half)
-    return lower, upper
 
 
 def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 16) -> float:

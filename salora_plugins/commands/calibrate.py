@@ -1,21 +1,13 @@
-"""`salora calibrate`, `salora inspect` and `salora export`."""
+"""`salora calibrate`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .hookspecs import hookimpl
-
-
-@hookimpl
-def register_commands(app: typer.Typer) -> None:
-    app.command(name="calibrate")(calibrate)
-    app.command(name="inspect")(inspect)
-    app.command(name="export")(export)
+from .loading import load_model, load_tokenizer
 
 
 def calibrate(
@@ -84,107 +76,16 @@ def calibrate(
 
     from salora_plugins.calibration import calibrate_with
 
-    from .inspection import summary
+    from ..inspection import summary
 
-    loaded = _load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
-    options.tokenizer = _tokenizer(model, revision, trust_remote_code)
+    loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
+    options.tokenizer = load_tokenizer(model, revision, trust_remote_code)
     safety_module = calibrate_with(loaded, options)
     safety_module.save(out)
     typer.echo(summary(safety_module))
     typer.echo(
         f"Wrote {out}. Use it with SaLoRAConfig(safety_module={str(out)!r}), or `salora.safety_module` in Axolotl."
     )
-
-
-def inspect(
-    file: Annotated[str, typer.Argument(help="A safety module: a file, a folder with one, or a hub repository.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the singular values and the captured energy (.png).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Show what a safety module holds: ranks and captured energy per layer, and where it comes from."""
-    from salora_plugins import SafetyModule
-
-    from .inspection import describe, summary, table, write_plot
-
-    safety_module = SafetyModule.load(file)
-    if as_json:
-        typer.echo(json.dumps(describe(safety_module), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(table(safety_module))
-        typer.echo(summary(safety_module))
-    if plot is not None:
-        write_plot(plot, safety_module)
-        typer.echo(f"Wrote {plot}.", err=as_json)
-
-
-def export(
-    adapter: Annotated[Path, typer.Argument(help="The saved adapter, of SaLoRA or any other LoRA: a folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    max_rank: Annotated[
-        int | None, typer.Option(help="Rank of the exported adapter. Default: half of the saved rank.")
-    ] = None,
-    share: Annotated[
-        float | None,
-        typer.Option(help="Instead: the smallest rank that keeps this share of every update's squared norm (0.99)."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; in 16 bits the certificate holds to about 1e-3.")
-    ] = "float32",
-    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there already.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Write a saved adapter at a lower rank, and show what of its update is lost."""
-    from .export import export_adapter
-
-    report = export_adapter(adapter, out, max_rank=max_rank, share=share, dtype=dtype, overwrite=overwrite)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(report.table())
-    typer.echo(report.summary())
-    typer.echo(f"Wrote {out}, a plain LoRA adapter.")
-
-
-def _load_model(
-    source: str,
-    dtype: str,
-    device_map: str | None,
-    load_in_4bit: bool,
-    load_in_8bit: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if load_in_4bit:
-        import torch
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    elif load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(source, **options).eval()
-
-
-def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """None where the model has none; data that needs one says so."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return None
 
 
 def _target_modules(given: list[str] | None) -> list[str] | str | None:
