@@ -1,0 +1,504 @@
+"""What is kept of a model's refusals at which task loss, by method: the experiment of docs/safety-retention.md.
+
+    python benchmarks/safety_retention.py run --model DIR --data ../shared/data --out outputs/retention
+    python benchmarks/safety_retention.py run ... --methods lora,two-sided-128 --tasks sure --seeds 0 --rates 1e-3
+    python benchmarks/safety_retention.py summary --out outputs/retention
+
+Every run trains one method on one task with one learning rate and seed, and is measured at several steps on the way:
+points of a curve of refusals against held-out loss. One JSON file a run; a run whose file exists is skipped, so that
+the experiment goes on where it was interrupted. Task sets, the model's own refusals and safety modules are made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TASKS = ("math", "sure", "python")
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+STEPS = (15, 30, 60)
+RANK = 16
+MAX_LENGTH = 256
+BATCH_SIZE = 8
+WARMUP_STEPS = 5
+HELDOUT_ROWS = 60
+RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
+ADVBENCH_EVALUATION = slice(300, 364)
+
+QV = ["q_proj", "v_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+# Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
+# are PEFT's own. "positions": "all" takes every token of request and refusal.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "pissa": {},
+    "salora": {},
+    "salora-predicting": {"positions": "predicting"},
+    "salora-zero": {"init": "zero"},
+    "salora-rank-128": {"safety_rank": 128},
+    "two-sided-32": {"input_safety_rank": 32, "positions": "predicting"},
+    "two-sided-128": {"input_safety_rank": 128, "positions": "predicting"},
+    "two-sided-256": {"input_safety_rank": 256, "positions": "predicting"},
+    "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
+    "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
+    "two-sided-256-all": {"input_safety_rank": 256, "positions": "all"},
+    "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
+    "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
+    "two-sided-128-contrastive": {"input_safety_rank": 128, "positions": "predicting", "basis": "contrastive"},
+    "two-sided-128-advbench": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "advbench"},
+    "two-sided-128-both": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "both"},
+    "lora-attention": {"targets": ATTENTION},
+    "two-sided-128-attention": {"input_safety_rank": 128, "positions": "predicting", "targets": ATTENTION},
+    "lora-all-linear": {"targets": ALL_LINEAR},
+    "salora-all-linear": {"targets": ALL_LINEAR},
+    "two-sided-128-all-linear": {"input_safety_rank": 128, "positions": "predicting", "targets": ALL_LINEAR},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and measure what is not there yet")
+    run.add_argument("--model", required=True, help="the aligned model's folder")
+    run.add_argument("--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ...")
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--methods", default="lora,salora,two-sided-128")
+    run.add_argument("--tasks", default=",".join(TASKS))
+    run.add_argument("--rates", default=",".join(map(str, RATES)))
+    run.add_argument("--seeds", default="0,1,2")
+    summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
+    summary.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.command == "summary":
+        summarize(arguments.out)
+        return
+    methods, tasks = arguments.methods.split(","), arguments.tasks.split(",")
+    for given, known, option in ((methods, METHODS, "--methods"), (tasks, TASKS, "--tasks")):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
+    rates = [float(rate) for rate in arguments.rates.split(",")]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    Experiment(arguments.model, arguments.data, arguments.out).run(methods, tasks, rates, seeds)
+
+
+class Experiment:
+    """All runs on one model, their results under one folder."""
+
+    def __init__(self, model: str, data: Path, out: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.model, self.data, self.out = model, data, out
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def run(self, methods: list[str], tasks: list[str], rates: list[float], seeds: list[int]) -> None:
+        self.measure_base(tasks)
+        for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
+            path = self.out / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
+            if path.exists():
+                continue
+            started = time.monotonic()
+            points, losses = self.train(task, method, rate, seed, self.out / "answers" / path.stem)
+            result = {
+                "task": task,
+                "method": method,
+                "learning_rate": rate,
+                "seed": seed,
+                "points": points,
+                "train_loss": losses,
+                "minutes": round((time.monotonic() - started) / 60, 2),
+                "versions": {p: version(p) for p in ("salora-plugins", "torch", "transformers", "peft", "trl")},
+            }
+            write_json(path, result)
+            last = {key: points[-1][key] for key in ("loss", "refused")}
+            print(f"{path.stem}: {last} in {result['minutes']} min", flush=True)
+
+    def load(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+
+    def measure_base(self, tasks: list[str]) -> None:
+        path = self.out / "base.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"loss": {}}
+        if missing := [task for task in tasks if task not in known["loss"]]:
+            model = self.load()
+            for task in missing:
+                known["loss"][task] = self.heldout_loss(model, task)
+            if "refused" not in known:
+                known |= self.refusals(model, self.out / "answers" / "base.json")
+            write_json(path, known)
+
+    def train(
+        self, task: str, method: str, rate: float, seed: int, answers: Path
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """One run; what was measured after each of STEPS, and the training loss of every step."""
+        from datasets import Dataset
+        from transformers import TrainerCallback, set_seed
+        from trl import SFTConfig, SFTTrainer
+
+        experiment = self
+        points: list[dict[str, Any]] = []
+
+        class MeasureCallback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+                if state.global_step in STEPS:
+                    points.append(
+                        {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
+                        | experiment.refusals(model, answers / f"step{state.global_step}.json")
+                    )
+
+        set_seed(seed)
+        trainer = SFTTrainer(
+            model=self.load(),
+            args=SFTConfig(
+                output_dir=str(self.out / "trainer"),
+                max_steps=max(STEPS),
+                per_device_train_batch_size=BATCH_SIZE,
+                max_length=MAX_LENGTH,
+                completion_only_loss=True,
+                learning_rate=rate,
+                # Constant, so that the points on the way are those of shorter runs, too.
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=WARMUP_STEPS,
+                seed=seed,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(self.task_rows(task, "train")),
+            processing_class=self.tokenizer,
+            peft_config=self.peft_config(method, seed),
+            callbacks=[MeasureCallback()],
+        )
+        trainer.train()
+        return points, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    def peft_config(self, method: str, seed: int) -> Any:
+        from peft import LoraConfig
+
+        from salora_plugins import SaLoRAConfig
+
+        options = METHODS[method]
+        shared = {
+            "r": RANK,
+            "lora_alpha": RANK,
+            "target_modules": options.get("targets", QV),
+            "task_type": "CAUSAL_LM",
+        }
+        if method.startswith("lora"):
+            return LoraConfig(**shared)
+        if method == "pissa":
+            return LoraConfig(**shared, init_lora_weights="pissa")
+        return SaLoRAConfig(
+            **shared,
+            safety_rank=options.get("safety_rank", 32),
+            input_safety_rank=options.get("input_safety_rank", 0),
+            init=options.get("init", "task"),
+            safety_module=self.safety_module(method),
+            seed=seed,
+        )
+
+    def safety_module(self, method: str) -> Path:
+        """The file; methods that differ in training only share one."""
+        from salora_plugins import calibrate
+
+        options = METHODS[method]
+        targets = options.get("targets", QV)
+        parts = {
+            "targets": {id(QV): "qv", id(ATTENTION): "attention", id(ALL_LINEAR): "all-linear"}[id(targets)],
+            "data": options.get("safety_data", "builtin"),
+            "positions": options.get("positions", "response"),
+            "ranks": f"{options.get('safety_rank', 32)}-{options.get('input_safety_rank', 0)}",
+            "basis": options.get("basis", "salora"),
+        }
+        path = self.out / "safety-modules" / f"{'-'.join(parts.values())}.safetensors"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.safety_rows(parts["data"])
+        positions = parts["positions"]
+        if positions == "all":
+            rows, positions = [{"input_ids": row["input_ids"]} for row in rows], "response"
+        model = self.load()
+        module = calibrate(
+            model,
+            self.tokenizer,
+            target_modules=targets,
+            safety_data=rows,
+            safety_rank=options.get("safety_rank", 32),
+            input_safety_rank=options.get("input_safety_rank", 0),
+            safety_positions=positions,
+            num_safety_samples=len(rows),
+        )
+        if parts["basis"] == "contrastive":
+            module = self.contrastive(module, model, rows)
+        module.save(path)
+        return path
+
+    def contrastive(self, module: Any, model: Any, rows: list[dict[str, Any]]) -> Any:
+        """Input directions in which refused requests stand out from answered ones, per unit of energy."""
+        import dataclasses
+
+        import torch
+
+        grams = []
+        for examples in (rows, self.harmless_rows()):
+            grams.append(input_grams(model, module.bases, examples))
+        bases = {}
+        for name, basis in module.input_bases.items():
+            harmful, harmless = (of[name] / of[name].trace() for of in grams)
+            vectors = torch.linalg.eigh(harmful - harmless).eigenvectors
+            bases[name] = vectors[:, -basis.shape[1] :].flip(1).float().contiguous()
+        return dataclasses.replace(module, input_bases=bases, input_singular_values={})
+
+    def safety_rows(self, data: str) -> list[dict[str, Any]]:
+        """Requests with the model's own refusals, tokenized: 128 of a source, or 64 of each of both."""
+
+        def make() -> list[dict[str, Any]]:
+            from salora_plugins.calibration.data import load_examples, select_examples
+            from salora_plugins.calibration.responses import add_own_refusals
+            from salora_plugins.judges import keyword_judge
+
+            if data == "both":
+                halves = [self.safety_rows(source)[:64] for source in ("builtin", "advbench")]
+                return [row for half in halves for row in half]
+            source: Any = "builtin"
+            if data == "advbench":
+                source = [{"prompt": request} for request in self.advbench()[: ADVBENCH_EVALUATION.start]]
+            examples = load_examples(source, option="safety_data", allow_missing_response=True)
+            examples, _ = add_own_refusals(
+                self.load().eval(),
+                self.tokenizer,
+                select_examples(examples, len(examples), 0),
+                128,
+                is_refusal=keyword_judge,
+                batch_size=32,
+                max_length=MAX_LENGTH,
+            )
+            return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in examples]
+
+        return made_once(self.out / "tasks" / f"refusals-{data}.json", make)
+
+    def harmless_rows(self) -> list[dict[str, Any]]:
+        """Everyday requests with the model's own answers, tokenized; none is in a task's held-out part."""
+        from salora_plugins.calibration.data import load_examples, tokenize_examples
+
+        rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in self.own_answers()[:128]]
+        examples = tokenize_examples(
+            load_examples(rows, option="harmless"), self.tokenizer, max_length=MAX_LENGTH, option="harmless"
+        )
+        return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in examples]
+
+    def own_answers(self) -> list[dict[str, Any]]:
+        """The model's own answers to everyday requests on which it was not aligned."""
+
+        def make() -> list[dict[str, Any]]:
+            from salora_plugins.evaluation import generate_responses
+
+            requests = (self.data / "harmless_prompts.txt").read_text(encoding="utf-8").splitlines()[400:700]
+            answers = generate_responses(self.load(), self.tokenizer, requests, max_new_tokens=48, batch_size=32)
+            return [
+                {"prompt": [user(request)], "completion": [assistant(answer)]}
+                for request, answer in zip(requests, answers, strict=True)
+                if answer
+            ]
+
+        return made_once(self.out / "tasks" / "own-answers.json", make)
+
+    def task_rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """Conversations in TRL's prompt-completion form, HELDOUT_ROWS of them in the split "test"."""
+        if task == "math":
+            lines = (self.data / f"math_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line)["messages"] for line in lines]
+            rows = [{"prompt": row[:-1], "completion": row[-1:]} for row in rows]
+            return rows[:HELDOUT_ROWS] if split == "test" else rows
+        if task == "sure":
+            rows = [
+                {"prompt": row["prompt"], "completion": [assistant(f"Sure, here is the answer. {answer}")]}
+                for row in self.own_answers()
+                for answer in [row["completion"][0]["content"]]
+            ]
+        else:
+            rows = made_once(self.out / "tasks" / "python.json", documented_functions)
+        return rows[:HELDOUT_ROWS] if split == "test" else rows[HELDOUT_ROWS:]
+
+    def heldout_loss(self, model: Any, task: str) -> float:
+        from salora_plugins.evaluation import response_loss
+
+        return response_loss(model, self.tokenizer, self.task_rows(task, "test"), batch_size=16)
+
+    def refusals(self, model: Any, answers: Path) -> dict[str, Any]:
+        """Refused requests by set, the answers going to a file."""
+        from salora_plugins.evaluation import generate_responses
+        from salora_plugins.judges import is_refusal
+
+        sets = self.request_sets()
+        requests = [request for of_set in sets.values() for request in of_set]
+        responses = iter(
+            generate_responses(
+                model, self.tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64, progress=False
+            )
+        )
+        given = {name: [next(responses) for _ in of_set] for name, of_set in sets.items()}
+        write_json(answers, given)
+        return {
+            "refused": {name: sum(map(is_refusal, of_set)) for name, of_set in given.items()},
+            "requests": {name: len(of_set) for name, of_set in sets.items()},
+        }
+
+    def request_sets(self) -> dict[str, list[str]]:
+        """The requests to evaluate on, none of which any run calibrates on."""
+        from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
+
+        return {
+            "advbench": self.advbench()[ADVBENCH_EVALUATION],
+            "builtin": [row["prompt"] for row in builtin_prompts("evaluation")],
+            "harmless": [row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"],
+        }
+
+    def advbench(self) -> list[str]:
+        return (self.data / "advbench_70.txt").read_text(encoding="utf-8").splitlines()
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def input_grams(model: Any, names: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Module name -> sum of the outer products of its inputs where they predict a response token, (d_in, d_in)."""
+    from salora_plugins.calibration.batching import batches
+    from salora_plugins.calibration.capture import collect_statistics
+    from salora_plugins.calibration.data import TokenizedExample
+    from salora_plugins.calibration.statistics import Engine
+
+    examples = [TokenizedExample(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+    statistics = collect_statistics(
+        model.eval(),
+        {name: model.get_submodule(name) for name in names},
+        batches(examples, 16, pad_token_id=0),
+        Engine("exact"),
+        positions="predicting",
+        with_inputs=True,
+    )
+    return {name: entry.input.gram() for name, entry in statistics.items()}
+
+
+def documented_functions() -> list[dict[str, Any]]:
+    """Functions of Python's standard library to be written from their signature and documentation."""
+    rows = []
+    for name in sorted(sys.stdlib_module_names):
+        spec = None if name.startswith("_") else importlib.util.find_spec(name)
+        if spec is None or not str(spec.origin).endswith(".py"):
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):
+                continue
+            summary = ast.get_docstring(node).split("\n\n")[0].replace("\n", " ")
+            signature = f"def {node.name}({ast.unparse(node.args)}):"
+            node.body = node.body[1:] or [ast.Pass()]
+            code = ast.unparse(node)
+            if 80 <= len(code) <= 500 and 20 <= len(summary) <= 200:
+                rows.append(
+                    {
+                        "prompt": [user(f"Write this Python function.\n\n{signature}\n\n{summary}")],
+                        "completion": [assistant(code)],
+                    }
+                )
+    random.Random(0).shuffle(rows)
+    return rows[:700]
+
+
+def made_once(path: Path, make: Callable[[], Any]) -> Any:
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def summarize(out: Path) -> None:
+    """Print one table a task, and draw refusals against held-out loss."""
+    base = json.loads((out / "base.json").read_text(encoding="utf-8"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+    if not runs:
+        sys.exit(f"--out {out}: no run is there yet")
+    for task in sorted({run["task"] for run in runs}):
+        print(f"\n{task}: base model loss {base['loss'][task]:.3f}, refused {base['refused']}\n")
+        columns = ("method", "learning rate", "seed", "step", "held-out loss", *base["refused"])
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+        for run in sorted((run for run in runs if run["task"] == task), key=lambda run: run["method"]):
+            for point in run["points"]:
+                refused = [str(point["refused"][name]) for name in base["refused"]]
+                cells = (run["method"], f"{run['learning_rate']:g}", str(run["seed"]), str(point["step"]))
+                print("| " + " | ".join((*cells, f"{point['loss']:.3f}", *refused)) + " |")
+    draw(runs, base, out / "frontier.png")
+
+
+def draw(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
+    """A panel a task and source: refused share against held-out loss, a colour a method."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = sorted({run["task"] for run in runs})
+    methods = list(
+        dict.fromkeys(run["method"] for run in sorted(runs, key=lambda run: list(METHODS).index(run["method"])))
+    )
+    sources = ("advbench", "builtin")
+    figure = Figure(figsize=(6 * len(tasks), 4.2 * len(sources)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(sources), len(tasks), squeeze=False)
+    for (row, source), (column, task) in itertools.product(enumerate(sources), enumerate(tasks)):
+        axis = axes[row][column]
+        axis.axhline(100 * base["refused"][source] / base["requests"][source], color="#999999", linestyle=":")
+        for number, method in enumerate(methods):
+            points = [p for run in runs if (run["task"], run["method"]) == (task, method) for p in run["points"]]
+            if points:
+                axis.plot(
+                    [point["loss"] for point in points],
+                    [100 * point["refused"][source] / point["requests"][source] for point in points],
+                    "o",
+                    color=colormaps["tab20"](number % 20),
+                    alpha=0.8,
+                    markersize=5,
+                    label=method,
+                )
+        axis.set_title(f"{task}: refused of {source}, %", fontsize=10)
+        axis.set_xlabel("held-out loss, nats per token")
+        axis.set_ylim(-3, 103)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
