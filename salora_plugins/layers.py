@@ -23,7 +23,7 @@ from .safety_module import SafetyModule, SafetyModuleError
 
 _SAMPLES_PER_WEIGHT = 64
 _SAMPLES_PER_PARAMETER = 1024
-_QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
+_BITSANDBYTES_PARAMETERS = ("Params4bit", "Int8Params")
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -83,12 +83,21 @@ def check_layer_type(name: str, module: nn.Module) -> None:
             "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out "
             "with exclude_modules."
         )
-    weight = layer.weight
-    if weight.element_size() == 1 and type(weight) is nn.Parameter:
-        raise ValueError(
-            f"target_modules: {name!r} is a {type(layer).__name__} whose weight holds {weight.dtype} codes, which "
-            "SaLoRA cannot read as numbers. Load the base model in bf16, or quantized by bitsandbytes."
-        )
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and is_quantized(layer):
+        return
+    if weight is None:
+        found = "has no weight"
+    elif not weight.is_floating_point() or weight.element_size() == 1:
+        found = f"holds {weight.dtype} codes"
+    elif not isinstance(weight, DTensor) and type(weight) not in (nn.Parameter, Tensor):
+        found = f"keeps its weight as a {type(weight).__name__}"
+    else:
+        return
+    raise ValueError(
+        f"target_modules: {name!r} is a {type(layer).__name__} that {found}, which SaLoRA cannot read as numbers. Load "
+        "the base model in bf16, or quantized by bitsandbytes or torchao (int8)."
+    )
 
 
 def layer_features(module: nn.Module) -> tuple[int, int]:
@@ -108,7 +117,7 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     """
     layer = base_layer(module)
     with align_module_device(layer), torch.no_grad():
-        if is_quantized(layer):
+        if _is_bitsandbytes(layer.weight):
             # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
         else:
@@ -117,8 +126,17 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the weight holds packed integers of bitsandbytes."""
-    return type(base_layer(module).weight).__name__ in _QUANTIZED_PARAMETERS
+    """Whether the weight is one of bitsandbytes or torchao, which `linear_weight` dequantizes."""
+    weight = base_layer(module).weight
+    return _is_bitsandbytes(weight) or _is_torchao(weight)
+
+
+def _is_bitsandbytes(weight: Tensor) -> bool:
+    return type(weight).__name__ in _BITSANDBYTES_PARAMETERS
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
 
 
 def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
@@ -174,7 +192,8 @@ def model_fingerprint(model: nn.Module) -> str:
         with align_module_device(module, torch.device("cpu")) if offloaded else nullcontext():
             for name, parameter in module.named_parameters(recurse=False):
                 digest.update(f"{module_name}.{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
-                digest.update(_samples(parameter.detach().flatten()).view(torch.uint8).numpy().tobytes())
+                values = parameter.dequantize() if _is_torchao(parameter) else parameter
+                digest.update(_samples(values.detach().flatten()).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
