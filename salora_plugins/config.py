@@ -237,8 +237,8 @@ class SaLoRAConfig(LoraConfig):
             if option.name in COMPATIBLE_LORA_FIELDS or option.name in own:
                 continue
             value = getattr(self, option.name)
-            default = option.default
-            if value == default or (option.name != "init_lora_weights" and not value):
+            default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+            if value == default or (not value and not default):  # such as an empty list for None
                 continue
             advice = _WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
             raise ValueError(f"{option.name}={value!r} cannot be combined with SaLoRA. {advice}")

@@ -1,6 +1,7 @@
 """What PEFT's LoRA can do, with SaLoRA: weights, models, options and several adapters; or how it is refused."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 from functools import partial
@@ -16,12 +17,14 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, load_for_training
+from salora_plugins.config import COMPATIBLE_LORA_FIELDS
 from tiny import llama, relative_difference, salora_config, token_batch, token_rows
 
 weights_row, models_row, options_row, adapters_row = (
@@ -192,6 +195,145 @@ def test_refused_options(name, refusal):
     with pytest.raises(ValueError, match="cannot be combined with SaLoRA") as caught:
         config(**REFUSED_OPTIONS[name])
     refusal(caught.value)
+
+
+# LoraConfig's fields -> a value away from the default. Of `init_lora_weights` and DoRA there are rows above.
+REFUSED_FIELDS = {
+    "init_lora_weights": "mica",
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"direction": "ArB2r"},
+    "velora_config": {"num_groups": 2},
+    "alora_invocation_tokens": [5],
+    "monteclora_config": {"num_samples": 2},
+    "layer_replication": [(0, 2), (1, 2)],
+    "target_parameters": ["experts.gate_up_proj"],
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 1e-3},
+    "use_dora": True,
+    "use_qalora": True,
+    "lora_bias": True,
+}
+_NEW_ROWS = {
+    name: f"`{name}`"
+    for name in (
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "monteclora_config",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=options_row(_NEW_ROWS[name]) if name in _NEW_ROWS else ()) for name in REFUSED_FIELDS],
+)
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of options without the initialization that they belong to
+def test_refused_fields(name, refusal):
+    if name not in {field.name for field in dataclasses.fields(LoraConfig)}:
+        pytest.skip(f"this PEFT has no {name}")
+    with pytest.raises(ValueError, match=f"{name}=.* cannot be combined with SaLoRA") as caught:
+        config(**{name: REFUSED_FIELDS[name]})
+    refusal(caught.value)
+
+
+@pytest.mark.parametrize(("default", "value"), [(None, {"a": 1}), (False, True), (True, False), (1.0, 0.0)])
+def test_an_option_of_a_peft_to_come_is_refused(default, value):
+    newer = dataclasses.make_dataclass("Newer", [("new_option", object, default)], bases=(SaLoRAConfig,))
+    newer()
+    with pytest.raises(ValueError, match=r"new_option=.* cannot be combined with SaLoRA"):
+        newer(new_option=value)
+
+
+def test_every_field_of_lora_is_known_to_work_or_refused():
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert not COMPATIBLE_LORA_FIELDS & set(REFUSED_FIELDS)
+    cleared_by_peft = {"loftq_config"}  # with a warning of PEFT's, unless init_lora_weights="loftq": refused above
+    unknown = fields - COMPATIBLE_LORA_FIELDS - set(REFUSED_FIELDS) - cleared_by_peft
+    assert not unknown, "a new field: does it work with SaLoRA?"
+    with pytest.warns(UserWarning, match="loftq_config"):
+        assert not config(loftq_config={"loftq_bits": 4}).loftq_config
+
+
+@options_row("`lm_head` in `target_modules`")
+def test_head(tmp_path):
+    model = check_from_start_to_merge(llama, config(target_modules=["q_proj", "lm_head"]), tmp_path)
+    assert "lm_head" in adapted_modules(model)
+
+
+@options_row("`ensure_weight_tying` with `modules_to_save`")
+def test_weight_tying(tmp_path):
+    build = partial(llama, tie_word_embeddings=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = config(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = check_from_start_to_merge(build, options, tmp_path)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    trained = [module.modules_to_save["default"].weight for module in (embedding, head)]
+    assert trained[0] is trained[1]
+
+
+def _saved(folder, **options) -> torch.Tensor:
+    """Train and save an adapter; returns its logits."""
+    model = add(llama(), config(**options))
+    train(model)
+    model.save_pretrained(folder)
+    return model(token_batch()).logits
+
+
+@adapters_row("`hotswap_adapter` of saved adapters")
+def test_hotswap(tmp_path):
+    first, second = _saved(tmp_path / "first"), _saved(tmp_path / "second", init="pissa", safety_rank=4)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "first")
+    assert relative_difference(model(token_batch()).logits, first) < 1e-5
+    hotswap_adapter(model, str(tmp_path / "second"), "default")
+    assert relative_difference(second, first) > 1e-3
+    assert relative_difference(model(token_batch()).logits, second) < 1e-5
+
+
+@adapters_row("`hotswap_adapter` onto an adapter in training")
+def test_hotswap_onto_an_adapter_in_training(tmp_path, refusal):
+    _saved(tmp_path)
+    model = add(llama(), config())
+    before = model(token_batch()).logits
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: SALORA and LORA") as caught:
+        hotswap_adapter(model, str(tmp_path), "default")
+    refusal(caught.value)
+    assert torch.equal(model(token_batch()).logits, before)
+
+
+@adapters_row("`disable_adapter`, as a context manager: exactly the base model")
+def test_disable_adapter():
+    tokens = token_batch()
+    expected = llama()(tokens).logits
+    model = add(llama(), config())
+    train(model)
+    trained = model(tokens).logits
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, expected)
+    assert torch.equal(model(tokens).logits, trained)
+    assert not torch.equal(trained, expected)
+
+
+@adapters_row("`set_adapter`: only the active adapter is computed and trained")
+def test_set_adapter():
+    model = add(llama(), config())
+    train(model)
+    first = model(token_batch()).logits
+    model.add_adapter("second", config(init="zero"))
+    model.set_adapter("second")
+    train(model)
+    assert all(".second." in name for name, p in model.named_parameters() if p.requires_grad)
+    model.set_adapter("default")
+    assert torch.equal(model(token_batch()).logits, first)
+    assert all(".default." in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 TARGETS = {

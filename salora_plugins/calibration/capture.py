@@ -228,6 +228,9 @@ def collect_statistics(
         CalibrationError: A layer is not used, is not called once per token, or gives NaN.
     """
     options = cheap_forward_options(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers.values()):
+        options.pop("logits_to_keep", None)  # the head's own statistics need every position
     device = input_device(model)
     tokens = 0
     with StatisticsCollector(layers, engine, with_inputs=with_inputs) as collector, torch.no_grad(), _full_float32():
