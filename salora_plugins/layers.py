@@ -12,7 +12,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -68,7 +68,22 @@ def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
             f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}. Check the names "
             "against model.named_modules()."
         )
+    _check_not_tied(model, names)
     return names
+
+
+def _check_not_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: The head is a target and its weight is the input embedding's, which merging would change as well.
+    """
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name in names if embeddings is not None else ():
+        if base_layer(model.get_submodule(name)).weight is base_layer(embeddings).weight:
+            raise ValueError(
+                f"target_modules: {name!r} has the weight of the input embeddings, which merging the adapter would "
+                "change with it. Leave it out, or load the model with tie_word_embeddings=False."
+            )
 
 
 def check_layer_type(name: str, module: nn.Module) -> None:
@@ -111,12 +126,13 @@ def layer_features(module: nn.Module) -> tuple[int, int]:
 @contextmanager
 def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     """
-    The weight of a linear layer as (d_out, d_in), dequantized, and fetched where accelerate has offloaded it.
+    The weight of a linear layer as (d_out, d_in), dequantized, and fetched where accelerate has offloaded it or where
+    DeepSpeed ZeRO-3 has sharded it, for which every rank must be here.
 
     The tensor is only valid inside the `with` block and must not be written to.
     """
     layer = base_layer(module)
-    with align_module_device(layer), torch.no_grad():
+    with align_module_device(layer), gather_params_ctx(layer.weight), torch.no_grad():
         if _is_bitsandbytes(layer.weight):
             # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
@@ -145,26 +161,30 @@ def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
         ValueError: A target weight is not in this process: sharded by DeepSpeed ZeRO-3 or FSDP, or on the meta device.
             It says how to calibrate first.
     """
+    found = unreachable_weight(model, names)
+    if found is not None:
+        source = getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
+        raise ValueError(
+            f"{found}, so there is nothing to calibrate on. Calibrate first, in one process, and use the result: run "
+            f"`salora calibrate --model {source} --out safety.safetensors` with your target modules, and set "
+            "safety_module='safety.safetensors'."
+        )
+
+
+def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Why the model cannot be run in this process as it is, for messages; None if all target weights are here."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(_calibrate_first(model, "The model is sharded by FSDP"))
+        return "The model is sharded by FSDP"
     for name in names:
         layer = base_layer(model.get_submodule(name))
         for parameter in layer.parameters(recurse=False):
             if hasattr(parameter, "ds_id"):
-                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"))
+                return f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"
             if isinstance(parameter, DTensor):
-                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is sharded by FSDP"))
+                return f"The weight of {name!r} is sharded by FSDP"
             if parameter.is_meta and not has_offloaded_params(layer):
-                raise ValueError(_calibrate_first(model, f"The weight of {name!r} is on the meta device"))
-
-
-def _calibrate_first(model: nn.Module, found: str) -> str:
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
-    return (
-        f"{found}, so there is nothing to calibrate on. Calibrate first, in one process, and use the result: run "
-        f"`salora calibrate --model {source} --out safety.safetensors` with your target modules, and set "
-        "safety_module='safety.safetensors'."
-    )
+                return f"The weight of {name!r} is on the meta device"
+    return None
 
 
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:

@@ -345,6 +345,12 @@ class SaLoRAModel(LoraModel):
                     "torch.distributed.checkpoint.state_dict, and give the result to save_pretrained(state_dict=...) "
                     "on one."
                 )
+            if selected[key].numel() == 0:
+                raise RuntimeError(
+                    "The factors are sharded by DeepSpeed ZeRO-3. Save with the trainer's save_model, with "
+                    "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration; or give what "
+                    "accelerator.get_state_dict(engine) gathers on all ranks to save_pretrained(state_dict=...) on one."
+                )
             selected[f"{name}.weight"] = safe_factor(linear).exact(selected.pop(key))
         return selected
 

@@ -84,6 +84,7 @@ class _Recorder:
         self.config = config
         self.rows: dict[str, Row] = {}
         self.missing: set[str] = set()
+        self.skipped: set[str] = set()
         self.complaint = ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -95,21 +96,24 @@ class _Recorder:
                 item.user_properties.append((_ROW, (area, what)))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.outcome != "passed":
+        if report.outcome == "skipped":
+            self.skipped.add(_test(report.nodeid))
+        elif report.outcome != "passed":
             self.missing.add(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = dict(report.user_properties)
         if _ROW not in properties:
             return
-        if report.outcome != "passed":
+        if report.outcome == "skipped":
+            self.skipped.add(_test(report.nodeid))
+        elif report.outcome != "passed":
             self.missing.add(report.nodeid)
         elif report.when == "call":
             area, what = properties[_ROW]
             message = properties.get(_MESSAGE)
             result = "works" if message is None else f"refused: {_one_line(message)}"
-            test = report.nodeid.removeprefix("tests/").split("[")[0]
-            self.rows[report.nodeid] = Row(area, what, result, test)
+            self.rows[report.nodeid] = Row(area, what, result, _test(report.nodeid))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -121,7 +125,7 @@ class _Recorder:
             if self.missing:
                 self.complaint = f"{DOCUMENT.name} was not written, since these did not pass: {sorted(self.missing)}"
             else:
-                _write(list(self.rows.values()))
+                _write(list(self.rows.values()), self.skipped)
         else:
             shown = _without_result if mode == "loose" else str
             table = {shown(line) for line in DOCUMENT.read_text().splitlines()}
@@ -147,13 +151,21 @@ def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
 
 
-def _write(rows: list[Row]) -> None:
+def _test(node: str) -> str:
+    """A test's name in the table; of a module that was skipped as a whole, its file."""
+    return node.removeprefix("tests/").split("[")[0]
+
+
+def _write(rows: list[Row], skipped: set[str]) -> None:
     text = DOCUMENT.read_text()
-    before, after = text.split(START)[0], text.split(END)[1]
+    before, table, after = text.split(START)[0], text.split(START)[1].split(END)[0], text.split(END)[1]
     parts = []
     for area in AREAS:
+        old = table.partition(f"### {area}\n")[2].partition("\n### ")[0].splitlines()
+        # Tests that lack a package here were run by whoever wrote their rows.
+        kept = [line for line in old if any(f"| `{test}" in line for test in skipped)]
         # Once for tests with several cases; sorted, since workers finish in any order.
-        of_area = sorted({str(row) for row in rows if row.area == area}, key=str.casefold)
+        of_area = sorted({str(row) for row in rows if row.area == area} | set(kept), key=str.casefold)
         if of_area:
             parts.append("\n".join([f"### {area}", "", "| what | result | test |", "|---|---|---|", *of_area]))
     DOCUMENT.write_text(f"{before}{START}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")

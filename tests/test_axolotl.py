@@ -37,6 +37,7 @@ UNSUPPORTED = {
     "peft_layer_replication": [[0, 1], [0, 2]],
     "relora": True,
     "gptq": True,
+    "qlora_sharded_model_loading": True,
     "use_onebitllms": True,
     "qat": {"weight_dtype": "int8"},
     "fp8": True,
@@ -111,7 +112,7 @@ TRAINED = {
     "reward": "`reward_model: true`",
     "steps": "`process_reward_model: true`",
     "more": "`lora_model_dir`: going on with a saved adapter",
-    "4bit": "`load_in_4bit`",
+    "4bit": "`load_in_4bit`, `gradient_checkpointing` (reentrant)",
     "8bit": "`load_in_8bit`",
     "kernels": "`lora_qkv_kernel`, `lora_o_kernel` with `salora.init: pissa`",
     "packing": "`sample_packing`, with attention by sdpa",
@@ -221,7 +222,12 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "sft": both_sides,
         "resumed": {**both_sides, "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")},
         "more": {"lora_model_dir": str(folder / "sft"), "lora_r": 2},
-        "4bit": {"load_in_4bit": True},
+        # Reentrant checkpoints need inputs with a gradient, which the preparation for quantized training sets.
+        "4bit": {
+            "load_in_4bit": True,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
         "8bit": {"load_in_8bit": True, "max_steps": 1, "save_steps": 1},
         "checkpointing": {
             **both_sides,

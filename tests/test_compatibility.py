@@ -107,6 +107,13 @@ def test_models(name, tmp_path):
     assert not any("lm_head" in name or "experts" in name for name in names)
 
 
+@models_row("Tied embeddings, `lm_head` as a target")
+def test_a_tied_head_is_refused(refusal):
+    with pytest.raises(ValueError, match="tie_word_embeddings=False") as caught:
+        get_peft_model(llama(tie_word_embeddings=True), config(target_modules=["q_proj", "lm_head"]))
+    refusal(caught.value)
+
+
 @models_row("Fused experts by `target_parameters`")
 def test_fused_experts_are_refused(refusal):
     with pytest.raises(ValueError, match="target_parameters") as caught:

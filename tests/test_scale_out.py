@@ -1,8 +1,6 @@
 """Two processes: DDP as accelerate launches it, and FSDP2."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,28 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
+from processes import LAUNCHER, run
 from salora_plugins import SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows
-
-PREAMBLE = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from tiny import llama, relative_difference, token_batch, token_rows
-from salora_plugins import SaLoRAConfig
-folder = Path(sys.argv[1])
-"""
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-
-
-def run(launcher: list[str], program: str, folder: Path, *arguments: str) -> None:
-    file = folder / "program.py"
-    file.write_text(PREAMBLE + program)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(file), str(folder), *arguments], check=True, timeout=600, env=environment)
-
 
 FSDP2 = """
 import pytest

@@ -28,6 +28,7 @@ _UNSUPPORTED = {
     "layers in the base model first.",
     "relora": "ReLoRA merges the adapter into the base weights at every restart; SaLoRA never changes them. Remove it.",
     "gptq": "The initialization needs weights that can be dequantized. Use load_in_4bit instead.",
+    "qlora_sharded_model_loading": "Axolotl has it for adapter: qlora only. Remove it.",
     "use_onebitllms": "Its layers have no weights that the initialization can decompose. Remove it.",
     "qat": "It changes the weights that the safety module was computed from while training. Remove it.",
     "fp8": "It replaces the layers of the adapter, and with them what keeps it out of the safety directions. Use bf16.",
@@ -228,7 +229,7 @@ def _check_host_options(data: Mapping[str, Any]) -> None:
     if data.get("rl") == "ebft":
         raise ValueError(
             "rl: ebft: not supported with adapter: salora, since its feature network has not been tried with a "
-            "parametrized adapter. Use dpo, ipo, kto, orpo, simpo, grpo or gdpo."
+            "parametrized adapter. Use dpo, ipo, kto, orpo, simpo or grpo."
         )
     if data.get("load_in_4bit") and data.get("load_in_8bit"):
         raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")

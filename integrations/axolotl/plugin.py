@@ -49,6 +49,16 @@ class SaLoRAPlugin(BasePlugin):
 
         fill_in_quantization_config(cfg)
 
+    def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        """Prepare a quantized base for training, as Axolotl does for its own adapters."""
+        if cfg.adapter != ADAPTER or cfg.inference or cfg.merge_lora:
+            return
+        if not (cfg.load_in_4bit or cfg.load_in_8bit):
+            return
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
+
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
     ) -> tuple[PreTrainedModel | PeftModel | None, PeftConfig | None] | None:

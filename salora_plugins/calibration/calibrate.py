@@ -22,6 +22,7 @@ from ..layers import (
     check_weights,
     model_fingerprint,
     target_module_names,
+    unreachable_weight,
     weight_samples,
 )
 from ..plugins import basis_methods, judges
@@ -160,8 +161,14 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
     Returns:
         Module name -> (d_out, r_t) float32, on the device of the layer; fewer columns where the data has fewer
         positions.
+
+    Raises:
+        CalibrationError: A layer is not used or gives NaN, or the weights are sharded.
+        DataError: The task data cannot be read.
     """
     names = target_module_names(model, config)
+    if (found := unreachable_weight(model, names)) is not None:
+        raise CalibrationError(f"{found}, so that no task data can be run through it. Set init='pissa' or 'zero'.")
     layers = {name: base_layer(model.get_submodule(name)) for name in names}
     source = config.task_data if rows is None else rows
     examples = load_examples(source, option="task_data", max_rows=max(MAX_ROWS, config.num_task_samples))

@@ -1,0 +1,199 @@
+"""
+DeepSpeed ZeRO on two processes and a CPU, where DeepSpeed is installed; it compiles its communication first.
+
+accelerate, and with it the trainers, know DeepSpeed on accelerators only, or in one process.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from certificate import largest_share_inside
+from processes import LAUNCHER, run
+from salora_plugins import SaLoRAConfig, calibrate
+from tiny import llama, relative_difference, token_batch, token_rows, tokenizer
+
+pytest.importorskip("deepspeed")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OPTIONS = {"r": 4, "target_modules": ["q_proj", "v_proj"], "safety_rank": 8, "task_type": "CAUSAL_LM"}
+
+ZERO = """
+import json
+import deepspeed
+import pytest
+from accelerate import Accelerator
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+from salora_plugins import calibrate
+
+stage, options = int(sys.argv[2]), json.loads(sys.argv[3])
+deepspeed.init_distributed(dist_backend="gloo")
+rank = dist.get_rank()
+settings = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+}
+active = HfDeepSpeedConfig(settings) if stage == 3 else None
+base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+refusals = {}
+if stage == 3:
+    assert base.model.layers[0].self_attn.q_proj.weight.numel() == 0
+    with pytest.raises(ValueError, match="salora calibrate") as caught:
+        calibrate(base, safety_data=token_rows(16), target_modules=["q_proj"], safety_rank=8)
+    refusals["calibrating"] = str(caught.value)
+options = {**options, "safety_module": str(folder / "safety.safetensors")}
+if stage == 3:
+    with pytest.raises(ValueError, match="init='pissa'") as caught:
+        get_peft_model(base, SaLoRAConfig(**options, task_data=token_rows(16)))
+    refusals["task"] = str(caught.value)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+model = get_peft_model(base, SaLoRAConfig(**options, init="pissa")).train()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+losses = []
+for step in range(4):
+    tokens = token_batch(batch=4, seed=step)
+    mine = tokens[2 * rank : 2 * rank + 2]
+    loss = engine(input_ids=mine, labels=mine).loss
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    losses.append(mean.item() / 2)
+engine.eval()
+with torch.no_grad():
+    logits = engine(token_batch()).logits.detach().clone()
+state_dict = None
+if stage == 3:
+    engine.empty_partition_cache()
+    with pytest.raises(RuntimeError, match="ZeRO-3") as caught:
+        model.save_pretrained(folder / "refused")
+    refusals["saving"] = str(caught.value)
+    state_dict = engine._zero3_consolidated_16bit_state_dict()
+if rank == 0:
+    model.save_pretrained(folder / f"stage{stage}", state_dict=state_dict)
+    torch.save((losses, logits), folder / f"stage{stage}.pt")
+    (folder / f"refusals{stage}.json").write_text(json.dumps(refusals))
+dist.barrier()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    llama().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    calibrate(llama(), safety_data=token_rows(16), target_modules=OPTIONS["target_modules"], safety_rank=8).save(
+        folder / "safety.safetensors"
+    )
+    for stage in (2, 3):
+        run(LAUNCHER, ZERO, folder, str(stage), json.dumps(OPTIONS), DS_ACCELERATOR="cpu")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(2, marks=pytest.mark.compatibility("Several processes", "DeepSpeed ZeRO stage 2")),
+        pytest.param(
+            3, marks=pytest.mark.compatibility("Several processes", "DeepSpeed ZeRO stage 3, calibrated before")
+        ),
+    ],
+)
+def test_zero_trains_as_one_process(folder, stage):
+    losses, logits = torch.load(folder / f"stage{stage}.pt")
+    config = SaLoRAConfig(**OPTIONS, init="pissa", safety_module=str(folder / "safety.safetensors"))
+    model = get_peft_model(llama(), config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for step, expected in enumerate(losses):
+        tokens = token_batch(batch=4, seed=step)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative_difference(model.eval()(token_batch()).logits, logits) < 1e-4
+    reloaded = PeftModel.from_pretrained(llama(), folder / f"stage{stage}")
+    assert relative_difference(reloaded(token_batch()).logits, logits) < 1e-5
+    assert largest_share_inside(folder / f"stage{stage}") <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.compatibility("Several processes", what))
+        for kind, what in {
+            "calibrating": "DeepSpeed ZeRO stage 3: calibrating on the sharded model",
+            "task": 'DeepSpeed ZeRO stage 3: `init="task"` with `task_data`',
+            "saving": "DeepSpeed ZeRO stage 3: `save_pretrained` without the gathered weights",
+        }.items()
+    ],
+)
+def test_what_zero3_cannot_do(folder, kind, refusal):
+    refusal(RuntimeError(json.loads((folder / "refusals3.json").read_text())[kind]), hide=folder)
+    assert not (folder / "refused" / "adapter_model.safetensors").exists()
+
+
+TRAINER = """
+from trl import SFTConfig, SFTTrainer
+from tiny import sum_rows, tokenizer
+import json
+config = SaLoRAConfig(**json.loads(sys.argv[3]), init=sys.argv[4], safety_module=str(folder / "safety.safetensors"))
+trainer = SFTTrainer(
+    model=str(folder / "base"),
+    args=SFTConfig(
+        output_dir=str(folder / sys.argv[5]), deepspeed=sys.argv[2], max_steps=4, save_steps=2, learning_rate=1e-2,
+        per_device_train_batch_size=4, logging_steps=1, report_to="none", bf16=False, gradient_checkpointing=False,
+        lr_scheduler_type="constant", model_init_kwargs={"dtype": "float32"},
+    ),
+    train_dataset=sum_rows(),
+    processing_class=tokenizer(),
+    peft_config=config,
+)
+trainer.train()
+trainer.save_model(str(folder / sys.argv[5] / "adapter"))
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+(folder / sys.argv[5] / "losses.json").write_text(json.dumps(losses))
+"""
+ONE = [*LAUNCHER[:-2], "--nproc-per-node=1", "--standalone"]
+
+
+@pytest.mark.compatibility(
+    "Several processes", "DeepSpeed with SFTTrainer (examples/deepspeed-zero2.json, -zero3.json)"
+)
+def test_sft_with_the_examples(folder):
+    pytest.importorskip("trl")
+    losses = {}
+    for stage in (2, 3):
+        out = f"sft{stage}"
+        # accelerate passes over DeepSpeed where it is told to use the CPU, and finds that by itself.
+        example = str(EXAMPLES / f"deepspeed-zero{stage}.json")
+        run(
+            ONE,
+            TRAINER,
+            folder,
+            example,
+            json.dumps(OPTIONS),
+            "pissa",
+            out,
+            ACCELERATE_USE_CPU="false",
+            DS_ACCELERATOR="cpu",
+        )
+        losses[stage] = json.loads((folder / out / "losses.json").read_text())
+        assert largest_share_inside(folder / out / "adapter") <= 1e-5
+        assert largest_share_inside(folder / out / "checkpoint-4") <= 1e-5
+    assert losses[2] == pytest.approx(losses[3], rel=1e-5)
+    assert losses[2][-1] < losses[2][0]
+    logits = [PeftModel.from_pretrained(llama(), folder / f"sft{s}" / "adapter")(token_batch()).logits for s in (2, 3)]
+    assert relative_difference(*logits) < 1e-4
+    assert relative_difference(logits[0], llama()(token_batch()).logits) > 1e-2
