@@ -241,7 +241,8 @@ class SaLoRAConfig(LoraConfig):
             if value == default or (not value and not default):  # such as an empty list for None
                 continue
             advice = _WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
-            raise ValueError(f"{option.name}={value!r} cannot be combined with SaLoRA. {advice}")
+            shown = f"{type(value).__name__}(...)" if dataclasses.is_dataclass(value) else repr(value)
+            raise ValueError(f"{option.name}={shown} cannot be combined with SaLoRA. {advice}")
 
     def warn_about_weights_outside_the_safety_module(self) -> None:
         """

@@ -27,6 +27,7 @@ __all__ = [
     "TokenizedExample",
     "data_digest",
     "load_examples",
+    "parse_row",
     "render_prompt",
     "select_examples",
     "tokenize_examples",
@@ -57,7 +58,8 @@ _MASKS = ("completion_mask", "assistant_masks")
 _CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "response")
 _TOKENIZED = ("input_ids", "labels", "attention_mask", "seq_lengths", *_MASKS, *chain(*_TOKEN_PAIRS))
-_TEXT = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, "text", "label")
+TEXT_COLUMNS = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, "text", "label")
+"""Columns of rows of text that are looked at."""
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
 
@@ -150,12 +152,12 @@ def load_examples(
     examples: list[Example | TokenizedExample] = []
     undesirable = 0
     unanswered: list[str] = []
-    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*_TOKENIZED, *_TEXT)):
+    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*_TOKENIZED, *TEXT_COLUMNS)):
         row_name = f"row {number} of {where}"
         if _is_undesirable(row):
             undesirable += 1
             continue
-        for example in _parse_row(row, row_name, allow_text=not allow_missing_response):
+        for example in parse_row(row, row_name, allow_text=not allow_missing_response):
             if isinstance(example, Example) and example.response is None and not allow_missing_response:
                 unanswered.append(row_name)
             else:
@@ -277,8 +279,18 @@ def _is_undesirable(row: Any) -> bool:
     )
 
 
-def _parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | TokenizedExample]:
-    """The examples of a row: one, or several if the row is packed."""
+def parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | TokenizedExample]:
+    """
+    The examples of a row: one, or several if the row is packed.
+
+    Args:
+        row: In any format of [`load_examples`].
+        where: What to call the row in messages.
+        allow_text: Whether a row of plain `text` is understood.
+
+    Raises:
+        DataError: The row is not understood.
+    """
     if isinstance(row, (Example, TokenizedExample)):
         return [row]
     if not isinstance(row, Mapping):

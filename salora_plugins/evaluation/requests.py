@@ -1,0 +1,100 @@
+"""Sets of requests to evaluate on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..calibration.data import MAX_ROWS, TEXT_COLUMNS, Example, parse_row
+from ..calibration.sources import DataError, describe, read_rows
+from ..data.builtin import builtin_prompts, harmless_prompts
+
+logger = logging.getLogger(__name__)
+
+_BUILTIN = {
+    "harmful": lambda: builtin_prompts("evaluation"),
+    "harmless": lambda: [row for row in harmless_prompts() if row["split"] == "evaluation"],
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of one user turn."""
+
+    prompt: str
+    category: str | None = None
+    response: str | None = None
+    """The answer that stands in the data, where there is one."""
+
+
+def load_requests(source: Any, *, option: str, num: int | None = None, seed: int = 0) -> list[Request]:
+    """
+    Read requests from wherever the user keeps them.
+
+    Args:
+        source: "builtin" (the held-out part of the built-in prompts of that kind); a text file of one request a line;
+            or whatever `salora_plugins.calibration.data.load_examples` reads. A column `category` is kept.
+        option: "harmful" or "harmless": which built-in set, and what the user calls this data, for messages.
+        num: Take at most so many, spread evenly over the categories; None takes all.
+        seed: Seed of that choice.
+
+    Returns:
+        At least one request, in the order of the data, each once.
+
+    Raises:
+        DataError: The data does not exist, cannot be read, or is no requests of one user turn.
+    """
+    rows = _rows(source, option)
+    where = describe(source, option)
+    requests: dict[str, Request] = {}
+    for number, row in rows:
+        request = _request(row, f"row {number} of {where}")
+        requests.setdefault(request.prompt, request)
+    if not requests:
+        raise DataError(f"{where}: there is no request in it. Give at least one.")
+    if len(requests) < len(rows):
+        logger.info("%s: %d requests stand there more than once", where, len(rows) - len(requests))
+    return _spread(list(requests.values()), num, seed)
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """SHA-256 of the requests in their order, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([asdict(request) for request in requests]).encode()).hexdigest()
+
+
+def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
+    if source == "builtin":
+        return list(enumerate(_BUILTIN[option](), start=1))
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".txt" and Path(source).is_file():
+        lines = Path(source).read_text(encoding="utf-8").split("\n")
+        return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
+    return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
+
+
+def _request(row: Any, where: str) -> Request:
+    examples = parse_row(row, where, allow_text=False)
+    example = examples[0] if len(examples) == 1 else None
+    if not isinstance(example, Example) or [message["role"] for message in example.messages] != ["user"]:
+        raise DataError(f"{where}: not a request of one user turn. Give rows with `prompt`, a text.")
+    category = row.get("category")
+    return Request(example.request, None if category is None else str(category), example.response)
+
+
+def _spread(requests: list[Request], num: int | None, seed: int) -> list[Request]:
+    if num is None or len(requests) <= num:
+        return requests
+    by_category: dict[str | None, list[int]] = {}
+    for index in random.Random(seed).sample(range(len(requests)), len(requests)):
+        by_category.setdefault(requests[index].category, []).append(index)
+    chosen: list[int] = []
+    while len(chosen) < num:
+        for category in sorted(by_category, key=str):
+            if by_category[category] and len(chosen) < num:
+                chosen.append(by_category[category].pop())
+    return [requests[index] for index in sorted(chosen)]
