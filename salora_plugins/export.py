@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import COMPATIBLE_LORA_FIELDS
-from .files import atomic_write
-from .model_card import export_section, write_card
+from .model_card import export_section
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import (
-    ADAPTER_CONFIG_FILE,
-    WEIGHTS_FILE,
     SavedAdapter,
+    check_destination,
+    check_plain_lora,
     largest_shares,
     safety_shares,
-    write_adapter_config,
+    write_adapter,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Initializations that leave the base weights as they are; the others need a base model that was changed with them.
-_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -133,9 +126,9 @@ def export_adapter(
     """
     adapter, out = Path(adapter), Path(out)
     _check_options(max_rank, share, dtype)
-    _check_destination(adapter, out, overwrite)
+    check_destination(adapter, out, overwrite)
     saved = SavedAdapter.load(adapter)
-    _check_exportable(saved, adapter)
+    check_plain_lora(saved, adapter, purpose="exported")
 
     decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
     if share is not None:
@@ -163,7 +156,12 @@ def export_adapter(
         modules=modules,
         safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
     )
-    _write(exported, report, safety_module, out)
+    write_adapter(
+        exported,
+        out,
+        card=export_section(report, safety_module),
+        tags=("lora",) if safety_module is None else ("lora", "salora"),
+    )
     return report
 
 
@@ -176,50 +174,6 @@ def _check_options(max_rank: int | None, share: float | None, dtype: str) -> Non
         raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
-
-
-def _check_destination(adapter: Path, out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if out.resolve() == adapter.resolve() or adapter.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out} holds the adapter that is exported. Name another folder to write.")
-    if not (out / ADAPTER_CONFIG_FILE).is_file():
-        raise FileExistsError(f"{out} exists and is not a saved adapter. Name another folder to write.")
-    if not overwrite:
-        raise FileExistsError(
-            f"{out} holds an adapter already. Name another folder, or give overwrite=True (--overwrite)."
-        )
-
-
-def _check_exportable(saved: SavedAdapter, folder: Path) -> None:
-    from peft import LoraConfig
-
-    config = saved.config
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r}; only LoRA adapters can be exported.")
-    defaults = LoraConfig().to_dict()
-    for option, value in config.items():
-        if option == "init_lora_weights":
-            unusual = value not in _PLAIN_INITIALIZATIONS
-        else:
-            unusual = option not in COMPATIBLE_LORA_FIELDS and bool(value) and value != defaults.get(option)
-        if unusual:
-            raise ValueError(
-                f"{folder}: {option}={value!r}. Only adapters of two plain factors per linear layer, on an "
-                "unchanged base model, can be exported."
-            )
-    if not saved.factors:
-        raise ValueError(f"{folder}: holds no lora_A and lora_B of a linear layer.")
-    odd = [key for key in saved.other_tensors if "lora_" in key]
-    odd += [name for name, pair in saved.factors.items() if any(factor.ndim != 2 for factor in pair)]
-    if odd:
-        raise ValueError(
-            f"{folder}: {odd[0]} does not belong to a plain linear layer (an embedding, a convolution or a bias of "
-            "lora_B). Such adapters cannot be exported."
-        )
-    for name, (a, b) in saved.factors.items():
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ValueError(f"{folder}: the weights of {name} are not finite.")
 
 
 def _singular_factors(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,30 +226,3 @@ def _config(saved: dict[str, Any], rank: int) -> dict[str, Any]:
     config = copy.deepcopy(saved)
     config.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
     return config
-
-
-def _write(exported: SavedAdapter, report: ExportReport, safety_module: SafetyModule | None, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / "new"
-        folder.mkdir()
-        tensors = dict(exported.other_tensors)
-        for name, (a, b) in exported.factors.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        write_adapter_config(folder, exported.config)
-        write_card(
-            folder,
-            exported.config.get("base_model_name_or_path"),
-            export_section(report, safety_module),
-            tags=("lora",) if safety_module is None else ("lora", "salora"),
-        )
-        if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if (Path(scratch) / "old").exists():
-                os.replace(Path(scratch) / "old", out)
-            raise

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import atomic_write
@@ -42,6 +43,9 @@ KEYS_OF_OLDEST_PEFT = frozenset(
         "task_type",
     }
 )
+
+# Initializations that leave the base weights as they are; the others need a base model that was changed with them.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 _PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -123,25 +127,149 @@ def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[st
     """
     shares = {}
     for name, (a, b) in adapter.factors.items():
-        if name not in safety_module.bases or safety_module.bases[name].shape[0] != b.shape[0]:
+        if not covers(safety_module, name, b):
             raise ValueError(f"{name}: the safety module has no directions for this module. Was it another model's?")
-        a, b = a.double(), b.double()
-        reduced = torch.linalg.qr(b).R
-        norm = torch.linalg.norm(reduced @ a)
-        is_zero = bool(norm <= _ZERO * torch.linalg.norm(a) * torch.linalg.norm(b))
-        inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
-        if name in safety_module.input_bases:
-            inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
-        shares[name] = {
-            side: 0.0 if is_zero else (torch.linalg.norm(part) / norm).item() for side, part in inside.items()
-        }
+        norm, inside = norms(a, b, safety_module, name)
+        shares[name] = {side: part / norm if norm else 0.0 for side, part in inside.items()}
     return shares
+
+
+def covers(safety_module: SafetyModule, name: str, b: Tensor) -> bool:
+    """Whether a safety module has directions for a module's update with the factor `b`, (d_out, k)."""
+    return name in safety_module.bases and safety_module.bases[name].shape[0] == b.shape[0]
+
+
+def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[float, dict[str, float]]:
+    """
+    The Frobenius norm of an update without its scaling, and of its part in the protected directions, in float64.
+
+    Args:
+        a: lora_A, (k, d_in).
+        b: lora_B, (d_out, k).
+        safety_module: The directions.
+        name: The module's name.
+
+    Returns:
+        ||B A||_F, 0 where it is rounding error only; and side -> ||U_C^T B A||_F or ||B A V_C||_F.
+    """
+    a, b = a.double(), b.double()
+    reduced = torch.linalg.qr(b).R
+    norm = torch.linalg.norm(reduced @ a).item()
+    if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
+        norm = 0.0
+    inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
+    if name in safety_module.input_bases:
+        inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
+    return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
 
 
 def largest_shares(shares: dict[str, dict[str, float]]) -> dict[str, float]:
     """Side -> the largest share over all modules."""
     sides = dict.fromkeys(side for of_module in shares.values() for side in of_module)
     return {side: max(of_module[side] for of_module in shares.values() if side in of_module) for side in sides}
+
+
+def check_destination(adapter: Path, out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        ValueError: `out` is the folder that is read, or holds it.
+        FileExistsError: There is something else than an adapter, or one that is not to be replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if out.resolve() == adapter.resolve() or adapter.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the adapter that is read. Name another folder to write.")
+    if not (out / ADAPTER_CONFIG_FILE).is_file():
+        raise FileExistsError(f"{out} exists and is not a saved adapter. Name another folder to write.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{out} holds an adapter already. Name another folder, or give overwrite=True (--overwrite)."
+        )
+
+
+def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None:
+    """
+    Args:
+        saved: An adapter.
+        folder: Where it was read, for messages.
+        purpose: What cannot be done otherwise, for messages: "exported".
+
+    Raises:
+        ValueError: Its update is not s B A of two finite factors per linear layer, on an unchanged base model.
+    """
+    from peft import LoraConfig
+
+    from .config import COMPATIBLE_LORA_FIELDS
+
+    config = saved.config
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r}; only LoRA adapters can be {purpose}.")
+    defaults = LoraConfig().to_dict()
+    for option, value in config.items():
+        if option == "init_lora_weights":
+            unusual = value not in _PLAIN_INITIALIZATIONS
+        else:
+            unusual = option not in COMPATIBLE_LORA_FIELDS and bool(value) and value != defaults.get(option)
+        if unusual:
+            raise ValueError(
+                f"{folder}: {option}={value!r}. Only adapters of two plain factors per linear layer, on an "
+                f"unchanged base model, can be {purpose}."
+            )
+    if not saved.factors:
+        raise ValueError(f"{folder}: holds no lora_A and lora_B of a linear layer.")
+    odd = [key for key in saved.other_tensors if "lora_" in key]
+    odd += [name for name, pair in saved.factors.items() if any(factor.ndim != 2 for factor in pair)]
+    if odd:
+        raise ValueError(
+            f"{folder}: {odd[0]} does not belong to a plain linear layer (an embedding, a convolution or a bias of "
+            f"lora_B). Such adapters cannot be {purpose}."
+        )
+    for name, (a, b) in saved.factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{folder}: the weights of {name} are not finite.")
+
+
+def write_adapter(
+    adapter: SavedAdapter,
+    out: Path,
+    *,
+    card: str,
+    tags: tuple[str, ...],
+    safety_module: SafetyModule | None = None,
+) -> None:
+    """
+    Write a plain LoRA adapter, all of its files or none, in the place of one that is there.
+
+    Args:
+        adapter: What to write.
+        out: The folder.
+        card: A section for the model card, Markdown.
+        tags: For the model card.
+        safety_module: Written beside it as `salora.safetensors`.
+    """
+    from .model_card import write_card
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        tensors = dict(adapter.other_tensors)
+        for name, (a, b) in adapter.factors.items():
+            tensors[f"{_PREFIX}{name}{_FACTORS[0]}"] = a
+            tensors[f"{_PREFIX}{name}{_FACTORS[1]}"] = b
+        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_adapter_config(folder, adapter.config)
+        write_card(folder, adapter.config.get("base_model_name_or_path"), card, tags=tags)
+        if safety_module is not None:
+            safety_module.save(folder)
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if (Path(scratch) / "old").exists():
+                os.replace(Path(scratch) / "old", out)
+            raise
 
 
 def write_adapter_config(folder: str | os.PathLike, values: dict[str, Any]) -> None:

@@ -444,7 +444,7 @@ def test_nothing_is_overwritten_unasked(adapter, own, tmp_path):
     assert config_of(out)["r"] == 2
     export_adapter(adapter, out, overwrite=True)
     assert config_of(out)["r"] == 4
-    with pytest.raises(ValueError, match="holds the adapter that is exported"):
+    with pytest.raises(ValueError, match="holds the adapter that is read"):
         export_adapter(own, own, overwrite=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
