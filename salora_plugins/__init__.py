@@ -12,10 +12,12 @@ _EXPORTS = {
     "SaLoRAConfig": "salora_plugins.config",
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
+    "audit": "salora_plugins.audit",
     "calibrate": "salora_plugins.calibration",
     "export_adapter": "salora_plugins.export",
     "last_complete_checkpoint": "salora_plugins.checkpoints",
     "load_for_training": "salora_plugins.tuner",
+    "project_adapter": "salora_plugins.projection",
     "push_to_hub": "salora_plugins.publishing",
 }
 
@@ -24,18 +26,22 @@ __all__ = [
     "SaLoRAModel",
     "SafetyModule",
     "__version__",
+    "audit",
     "calibrate",
     "export_adapter",
     "last_complete_checkpoint",
     "load_for_training",
+    "project_adapter",
     "push_to_hub",
 ]
 
 if TYPE_CHECKING:
+    from .audit import audit
     from .calibration import calibrate
     from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
     from .export import export_adapter
+    from .projection import project_adapter
     from .publishing import push_to_hub
     from .safety_module import SafetyModule
     from .tuner import SaLoRAModel, load_for_training

@@ -14,6 +14,7 @@ from .saved_adapter import WEIGHTS_FILE, SavedAdapter, largest_shares, safety_sh
 if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .export import ExportReport
+    from .projection import ProjectionReport
 
 CARD_FILE = "README.md"
 START, END = "<!-- salora-plugins: renewed with every save -->", "<!-- end of the part by salora-plugins -->"
@@ -115,6 +116,35 @@ def export_section(report: ExportReport, safety_module: SafetyModule | None) -> 
 ## Exported at a lower rank
 
 {origin} to a lower rank by {_PACKAGE} (`salora export`). It is for inference; the original can be trained further.
+
+{_table(rows)}
+
+```python
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+"""
+
+
+def projection_section(report: ProjectionReport, safety_module: SafetyModule) -> str:
+    """
+    The same for an adapter that [`project_adapter`] wrote.
+
+    Args:
+        report: What the projection found.
+        safety_module: The one that it was projected with.
+    """
+    rows = {
+        "Removed": f"{report.removed_share:.1%} of the norm of the update",
+        "Certificate": _certificate(report.safety_shares),
+        **_provenance(safety_module),
+    }
+    if report.not_covered:
+        rows["Not protected"] = ", ".join(report.not_covered[:5]) + (", ..." if len(report.not_covered) > 5 else "")
+    return f"""
+## Projected out of the safety directions
+
+A LoRA adapter whose update was projected out of the directions that carried the base model's refusals on the safety
+data, by {_PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
 
 {_table(rows)}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import typer
 
 from ..hookspecs import hookimpl
+from .audit import audit
 from .calibrate import calibrate
 from .export import export
 from .inspect import inspect
+from .project import project
+from .validate import validate
 
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    for command in (calibrate, inspect, export):
+    for command in (calibrate, inspect, audit, project, export, validate):
         app.command(name=command.__name__)(command)

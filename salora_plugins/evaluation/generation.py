@@ -36,6 +36,8 @@ def generate_responses(
 
     Training mode, the configuration's `use_cache` and the tokenizer's padding side are left as they were found.
     """
+    if not prompts:
+        return []
     if tokenizer.chat_template:
         texts = [
             tokenizer.apply_chat_template(

@@ -1,0 +1,35 @@
+"""`salora project`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def project(
+    adapter: Annotated[Path, typer.Argument(help="The saved LoRA adapter: a folder.")],
+    safety_module: Annotated[
+        str, typer.Option(help="The safety module of its base model: a file, a folder, a hub repository.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; in 16 bits the certificate holds to about 1e-3.")
+    ] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Write the closest adapter whose update avoids the safety directions, and show what is removed."""
+    from salora_plugins.projection import project_adapter
+
+    report = project_adapter(adapter, safety_module, out, dtype=dtype, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(report.table())
+    typer.echo(report.summary())
+    typer.echo(f"Wrote {out}, a plain LoRA adapter.")

@@ -1,0 +1,62 @@
+"""`salora validate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .loading import load_model, load_tokenizer
+
+
+def validate(
+    file: Annotated[str, typer.Argument(help="A safety module: a file, a folder with one, or a hub repository.")],
+    model: Annotated[str, typer.Option(help="The model that it belongs to: a folder or a hub repository.")],
+    harmful: Annotated[
+        str, typer.Option(help="Harmful requests: 'builtin' (held out), a file, a hub data set.")
+    ] = "builtin",
+    harmless: Annotated[
+        str, typer.Option(help="Harmless requests, with answers or without: 'builtin', a file, a hub data set.")
+    ] = "builtin",
+    num_requests: Annotated[int, typer.Option(min=2, help="Requests of each kind, at the most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights, or 'auto': as they are stored.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="'auto' splits a large model over GPUs and CPU (see accelerate).")
+    ] = None,
+    load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights as QLoRA does (bitsandbytes).")] = False,
+    load_in_8bit: Annotated[bool, typer.Option(help="Quantize the weights to 8 bits (bitsandbytes).")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model's hub repository.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the repository's own model code.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the requests' selection and the random directions.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw what the model loses (.png).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Remove a safety module's directions from the running model and see whether its refusals go with them."""
+    from salora_plugins import SafetyModule
+    from salora_plugins.validation import validate, write_plot
+
+    from ..evaluation.requests import load_requests
+
+    safety_module = SafetyModule.load(file)  # rather fail now than after loading the model
+    requests = {
+        option: load_requests(source, option=option, num=num_requests, seed=seed)
+        for option, source in (("harmful", harmful), ("harmless", harmless))
+    }
+    loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
+    tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"--model {model}: no tokenizer was found beside the model.")
+    report = validate(safety_module, loaded, tokenizer, **requests, batch_size=batch_size, seed=seed)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(report.table())
+        typer.echo(report.summary())
+    if plot is not None:
+        write_plot(plot, report)
+        typer.echo(f"Wrote {plot}.", err=as_json)
