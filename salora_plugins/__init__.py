@@ -12,6 +12,7 @@ _EXPORTS = {
     "SaLoRAConfig": "salora_plugins.config",
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
+    "SafetyMonitorCallback": "salora_plugins.monitor",
     "audit": "salora_plugins.audit",
     "calibrate": "salora_plugins.calibration",
     "export_adapter": "salora_plugins.export",
@@ -25,6 +26,7 @@ __all__ = [
     "SaLoRAConfig",
     "SaLoRAModel",
     "SafetyModule",
+    "SafetyMonitorCallback",
     "__version__",
     "audit",
     "calibrate",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
     from .export import export_adapter
+    from .monitor import SafetyMonitorCallback
     from .projection import project_adapter
     from .publishing import push_to_hub
     from .safety_module import SafetyModule

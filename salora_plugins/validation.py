@@ -84,6 +84,14 @@ class ValidationReport:
         drops = self.random_drops(side)
         return self.drop(side) > mean(drops) + _SPECIAL * stdev(drops)
 
+    def is_specific(self, side: str) -> bool:
+        """
+        Whether the margin is lower without the safety directions than without the most important ones of ordinary
+        answers, their 95 % intervals being apart.
+        """
+        found = self.sides[side]
+        return found.safety.harmful_margin.interval[1] < found.ordinary.harmful_margin.interval[0]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
 
@@ -105,6 +113,7 @@ class ValidationReport:
                     "margin_drop": self.drop(side),
                     "random_margin_drops": self.random_drops(side),
                     "special": self.is_special(side),
+                    "specific": self.is_specific(side),
                 }
                 for side, found in self.sides.items()
             },
@@ -142,7 +151,12 @@ class ValidationReport:
 
     def _verdict(self, side: str) -> Iterator[str]:
         found, drops = self.sides[side], self.random_drops(side)
-        holds = "holds refusals" if self.is_special(side) else "does not hold refusals more than chance would"
+        if not self.is_special(side):
+            holds = "does not hold refusals more than random directions do"
+        elif self.is_specific(side):
+            holds = "holds refusals"
+        else:
+            holds = "matters for refusals, but no more than the directions on which ordinary answers depend most"
         yield (
             f"The {side} side {holds}: without it the refusal margin falls by {self.drop(side):.2f} nats; without "
             f"random directions by {mean(drops):.2f} +- {stdev(drops):.2f}; without the most important directions of "

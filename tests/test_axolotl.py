@@ -60,6 +60,7 @@ NAMED = {"relora": "relora", "optimizer": "polora"}
 
 # Name -> (change of the config, what the message must contain).
 REFUSED = {
+    "misspelled monitor": ({"salora": {"monitor": {"every_step": 2}}}, ["salora.monitor", "every_step"]),
     "misspelled key": ({"salora": {"safty_rank": 8}}, ["salora.safty_rank", "Did you mean salora.safety_rank?"]),
     "unknown key": ({"salora": {"colour": "red"}}, ["salora.colour", "safety_data"]),
     "rank of zero": ({"salora": {"safety_rank": 0}}, ["salora.safety_rank"]),
@@ -230,7 +231,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         },
         "8bit": {"load_in_8bit": True, "max_steps": 1, "save_steps": 1},
         "checkpointing": {
-            **both_sides,
+            "salora": {**both_sides["salora"], "monitor": {"num_requests": 4, "every_steps": 2}},
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         },
@@ -540,6 +541,16 @@ def test_the_safety_module_can_be_computed_beforehand(runs):
         assert module.bases.keys() == expected.bases.keys()
         assert all(torch.equal(module.bases[name], basis) for name, basis in expected.bases.items())
     assert "adapter: lora. Set adapter: salora" in runs[1]["failed"]["calibrate for LoRA"]
+
+
+def test_the_monitor_logs_through_the_trainer(runs):
+    history = json.loads((_ran(runs, "checkpointing") / "checkpoint-4" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+    entries = [entry for entry in history if "safety/refusal_margin" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert all(entry["safety/certificate"] <= 1e-5 for entry in entries)
+    assert entries[-1]["safety/kl_harmful"] > 0
 
 
 @row("`axolotl inference`")

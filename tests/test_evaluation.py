@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from salora_plugins.evaluation import generate_responses, refusal_rate, response_loss, wilson_interval
+from salora_plugins.evaluation.statistics import Mean, Proportion, mcnemar
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +166,35 @@ def test_generation_restores_the_state_after_an_error():
     assert model.training
     assert tokenizer.padding_side == "right"
     assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize(
+    ("both", "only_first", "only_second", "neither", "p_value"),
+    [
+        # Armitage, Berry (1994), Statistical methods in medical research, p. 127: two culture media for sputum.
+        (20, 12, 2, 16, 0.0129),
+        # By hand: 2 (1 + 8) / 2^8, and twice one half, cut off at 1.
+        (1, 1, 7, 12, 0.0703),
+        (5, 3, 3, 5, 1.0),
+        (8, 0, 0, 2, 1.0),
+    ],
+)
+def test_mcnemar(both, only_first, only_second, neither, p_value):
+    first = [True] * both + [True] * only_first + [False] * only_second + [False] * neither
+    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
+    result = mcnemar(first, second)
+    assert (result.only_first, result.only_second, result.pairs) == (only_first, only_second, len(first))
+    assert result.p_value == pytest.approx(p_value, abs=5e-5)
+    assert mcnemar(second, first).p_value == result.p_value
+    with pytest.raises(ValueError, match="first has 1 entries and second 2"):
+        mcnemar([True], [True, False])
+
+
+def test_a_mean_has_the_interval_of_its_standard_error():
+    mean = Mean.of([1.0, 2.0, 3.0, 4.0])
+    half = 1.959964 * math.sqrt(5 / 3) / 2
+    assert mean.value == 2.5
+    assert mean.interval == pytest.approx((2.5 - half, 2.5 + half), rel=1e-6)
+    assert Mean.of([7.0]).interval == (7.0, 7.0)
+    assert Proportion(count=0, total=0).rate is None
+    assert Proportion(count=81, total=263).interval == wilson_interval(81, 263)

@@ -91,7 +91,8 @@ def test_refusals_depend_on_their_directions_more_than_on_random_ones(report):
     for side in ("output", "input"):
         assert len(report.sides[side].random) == RANDOM_SUBSPACES
         assert report.drop(side) > max(report.random_drops(side))
-    assert report.to_dict()["sides"]["output"]["special"] == report.is_special("output")
+    values = report.to_dict()["sides"]["output"]
+    assert (values["special"], values["specific"]) == (report.is_special("output"), report.is_specific("output"))
 
 
 def test_random_directions_are_not_special(demo):

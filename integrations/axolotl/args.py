@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 ADAPTER = "salora"
 
@@ -46,6 +46,29 @@ _FUSED_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class MonitorOptions(BaseModel):
+    """The `salora.monitor` block: options of `SafetyMonitorCallback`, whose defaults they have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    harmful: str | None = Field(
+        default=None, description="Harmful requests: `builtin`, a file or a hub data set id. Default: builtin."
+    )
+    num_requests: PositiveInt | None = Field(default=None, description="How many of them. Default: 32.")
+    every_steps: PositiveInt | None = Field(
+        default=None, description="Measure at these steps. Default: at every evaluation."
+    )
+    stop_at_margin_drop: PositiveFloat | None = Field(
+        default=None,
+        description="Stop training once the refusal margin has fallen by this share of the base model's. Default: "
+        "never.",
+    )
+    max_time_share: PositiveFloat | None = Field(
+        default=None, description="Share of the training time that measuring may take. Default: 0.05."
+    )
+    batch_size: PositiveInt | None = Field(default=None, description="Requests per forward pass. Default: 16.")
 
 
 class SaLoRAOptions(BaseModel):
@@ -121,6 +144,12 @@ class SaLoRAOptions(BaseModel):
         description="Seed of the selection of examples and of decompositions. Default: Axolotl's `seed`, or else 0.",
     )
 
+    monitor: bool | MonitorOptions | None = Field(
+        default=None,
+        description="Log the refusal margin, the KL divergence from the base model on harmful requests and the "
+        "certificate at every evaluation: true, or a block of options. Default: false.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
@@ -161,7 +190,7 @@ class SaLoRAArgs(BaseModel):
         if getattr(self, "adapter", None) != ADAPTER:
             self.inference = None  # Axolotl knows no such key: its own runs stay as they are
             return self
-        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
+        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude={"monitor"})
         if not (self.inference or self.merge_lora):
             _check_files(options)
             _check_kernels(self, options)

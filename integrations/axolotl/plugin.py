@@ -16,7 +16,7 @@ from .args import ADAPTER
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 
     from salora_plugins import SaLoRAConfig
 
@@ -107,6 +107,19 @@ class SaLoRAPlugin(BasePlugin):
         except DataError as error:
             LOG.warning(f"The task initialization will come from the first training batch, not from the rows: {error}")
 
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+        """The safety monitor, where `salora.monitor` asks for it."""
+        monitor = (cfg.salora or {}).get("monitor") if cfg.adapter == ADAPTER else None
+        if not monitor:
+            return []
+        from salora_plugins import SafetyMonitorCallback
+
+        options = {} if monitor is True else {key: value for key, value in monitor.items() if value is not None}
+        try:
+            return [SafetyMonitorCallback(trainer, **options)]
+        except ValueError as error:
+            raise ValueError(f"salora.monitor: {error}") from error
+
 
 def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
     """
@@ -128,7 +141,7 @@ def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
         if not options[name]:
             del options[name]  # not in the YAML file: SaLoRAConfig's default
     options["seed"] = cfg.seed or 0
-    options.update(cfg.salora or {})
+    options.update({key: value for key, value in (cfg.salora or {}).items() if key != "monitor"})
     checkpoint = _checkpoint(cfg)
     if checkpoint:
         options["safety_module"] = checkpoint  # the weights there belong to this one

@@ -116,6 +116,10 @@ class FirstTokenReference:
     log_probabilities: list[Tensor]
     """Per request (tokens, vocabulary), float32 on the CPU: 4 bytes x 5 tokens x 128k words = 2.6 MB each."""
 
+    def restricted_to(self, count: int) -> FirstTokenReference:
+        """The part for the first requests."""
+        return FirstTokenReference(self.prompts[:count], self.answers[:count], self.log_probabilities[:count])
+
 
 def first_token_reference(
     model: nn.Module,

@@ -82,3 +82,37 @@ class Mean(BaseModel):
         center = mean(values)
         half = NormalDist().inv_cdf(0.975) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         return cls(value=center, interval=(center - half, center + half), count=len(values))
+
+
+class McNemar(BaseModel):
+    """Two models on the same requests: how often an event happened with one of them only."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pairs: NonNegativeInt
+    only_first: NonNegativeInt
+    only_second: NonNegativeInt
+    p_value: float
+    """Exact and two-sided."""
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """
+    The test of McNemar (1947, Psychometrika 12, p. 153) of whether an event is as frequent in one series as in the
+    other, by the exact binomial distribution of the pairs that differ.
+
+    Args:
+        first: Whether the event happened, per request.
+        second: The same for the other model, on the same requests.
+
+    Raises:
+        ValueError: The series are not of one length.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"first has {len(first)} entries and second {len(second)}: give one for every request")
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    differing = only_first + only_second
+    tail = sum(math.comb(differing, k) for k in range(min(only_first, only_second) + 1)) / 2**differing
+    return McNemar(pairs=len(pairs), only_first=only_first, only_second=only_second, p_value=min(1.0, 2 * tail))
