@@ -15,6 +15,7 @@ _EXPORTS = {
     "SafetyMonitorCallback": "salora_plugins.monitor",
     "audit": "salora_plugins.audit",
     "calibrate": "salora_plugins.calibration",
+    "evaluate": "salora_plugins.evaluation.evaluate",
     "export_adapter": "salora_plugins.export",
     "last_complete_checkpoint": "salora_plugins.checkpoints",
     "load_for_training": "salora_plugins.tuner",
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "audit",
     "calibrate",
+    "evaluate",
     "export_adapter",
     "last_complete_checkpoint",
     "load_for_training",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
+    from .evaluation.evaluate import evaluate
     from .export import export_adapter
     from .monitor import SafetyMonitorCallback
     from .projection import project_adapter
