@@ -282,18 +282,14 @@ def write_heat_map(path: Path, report: AuditReport) -> None:
 
 def layer_grid(report: AuditReport) -> tuple[list[str], list[str], dict[tuple[int, int], str]]:
     """Layers and kinds of modules in the model's order, and (row, column) -> module name."""
-    layers: list[str] = []
-    kinds: list[str] = []
-    cells = {}
-    for name in report.modules:
-        found = _LAYER.search(name)
-        layer = found.group(1) if found else ""
-        kind = name[found.end() :] if found else name
-        kind = kind.rpartition(".")[2]
-        for values, value in ((layers, layer), (kinds, kind)):
-            if value not in values:
-                values.append(value)
-        cells[layers.index(layer), kinds.index(kind)] = name
-    order = sorted(range(len(layers)), key=lambda index: int(layers[index] or -1))
-    place = {old: new for new, old in enumerate(order)}
-    return [layers[i] for i in order], kinds, {(place[row], column): name for (row, column), name in cells.items()}
+    found = {name: _LAYER.search(name) for name in report.modules}
+    # What stands before the number tells an encoder's layers from a decoder's.
+    rows = {name: name[: match.end()].strip(".") if match else "" for name, match in found.items()}
+    columns = {name: name[match.end() :] if match else name for name, match in found.items()}
+    prefixes = {row.rpartition(".")[0] for row in rows.values()}
+    layers, kinds = list(dict.fromkeys(rows.values())), list(dict.fromkeys(columns.values()))
+    cells = {(layers.index(rows[name]), kinds.index(columns[name])): name for name in report.modules}
+    if len(prefixes) == 1:
+        layers = [layer.rpartition(".")[2] for layer in layers]
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return layers, last if len(set(last)) == len(last) else kinds, cells

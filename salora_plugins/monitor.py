@@ -152,7 +152,9 @@ class SafetyMonitorCallback(TrainerCallback):
         if safety_module is not None and isinstance(model, PeftModel):
             values["safety/certificate"] = largest_live_share(model, safety_module)
         ended = time.perf_counter()
+        should_log = control.should_log  # which logging sets back, so that the step's loss would not be logged
         self.trainer.log({**values, "safety/requests": count, "safety/seconds": round(ended - started, 3)})
+        control.should_log = should_log
         self._keep_within_budget(ended - started, started - self._last_end)
         self._last_end = time.perf_counter()
         if self.stop_at_margin_drop is not None and base - margin > self.stop_at_margin_drop * base:

@@ -159,6 +159,11 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
         norm = 0.0
     inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
     if name in safety_module.input_bases:
+        if safety_module.input_bases[name].shape[0] != a.shape[1]:
+            raise ValueError(
+                f"{name}: the safety module's directions are for {safety_module.input_bases[name].shape[0]} inputs, "
+                f"the adapter has {a.shape[1]}. Was it another model's?"
+            )
         inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
     return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
 

@@ -425,19 +425,20 @@ def write_plot(path: Path, report: ValidationReport) -> None:
         ),
         ("Loss gained on harmless answers, nats per token", lambda m: m.harmless_loss - unchanged.harmless_loss),
     )
-    for axes, (side, found) in zip(grid, report.sides.items(), strict=True):
-        rows = (
+    for row, (axes, (side, found)) in enumerate(zip(grid, report.sides.items(), strict=True)):
+        states_by_kind = (
             (f"safety directions, {side}", [found.safety], "#c8553d"),
             ("ordinary directions", [found.ordinary], "#2a6f97"),
             (f"random directions ({RANDOM_SUBSPACES} draws)", found.random, "#555555"),
         )
-        for axis, (title, change) in zip(axes, panels, strict=True):
-            for position, (_, states, color) in enumerate(rows):
+        for column, (axis, (title, change)) in enumerate(zip(axes, panels, strict=True)):
+            for position, (_, states, color) in enumerate(states_by_kind):
                 axis.plot([change(state) for state in states], [position] * len(states), "o", color=color, alpha=0.75)
             axis.axvline(0, color="#999999", linewidth=1)
-            axis.set_yticks(range(len(rows)), [label for label, _, _ in rows] if axis is axes[0] else [])
-            axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.set_title(title if axes is grid[0] else "", fontsize=10)
+            labels = [label for label, _, _ in states_by_kind]
+            axis.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+            axis.set_ylim(len(labels) - 0.5, -0.5)
+            axis.set_title(title if row == 0 else "", fontsize=10)
             axis.grid(axis="x", alpha=0.3)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(axis="y", length=0)

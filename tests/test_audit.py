@@ -230,3 +230,9 @@ def test_the_heat_maps_rows_are_layers(tmp_path, safety_module):
     assert (layers, kinds) == (["0", "1"], TARGETS)
     assert cells[1, 0] == "model.layers.1.self_attn.q_proj"
     write_heat_map(tmp_path / "map.png", report)
+    # GPT-2 has a c_proj in its attention and another one in its MLP.
+    targets = ["c_attn", "c_proj"]
+    report = audit(save_adapter(tmp_path / "gpt2", gpt2, target_modules=targets), calibrated(gpt2(), targets))
+    layers, kinds, cells = layer_grid(report)
+    assert (layers, kinds) == (["0", "1"], ["attn.c_attn", "attn.c_proj", "mlp.c_proj"])
+    assert sorted(cells.values()) == sorted(report.modules)

@@ -95,7 +95,7 @@ def refusal_margins(
         raise ValueError(
             f"refusing and complying share an opening: {tokenizer.decode(next(iter(shared)))!r}. Take it out of one."
         )
-    prompts = _prompts(tokenizer, requests)
+    prompts = render_requests(tokenizer, requests)
     margins = torch.empty(len(prompts), dtype=torch.float64)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "measuring margins", progress):
@@ -139,7 +139,7 @@ def first_token_reference(
         num_tokens: How many tokens of the answer; fewer where it ends before.
         batch_size: Requests per forward pass.
     """
-    prompts = _prompts(tokenizer, requests)
+    prompts = render_requests(tokenizer, requests)
     answers: list[list[int]] = [[] for _ in prompts]
     end = {tokenizer.eos_token_id}
     with _measuring(model):
@@ -151,7 +151,7 @@ def first_token_reference(
                     logits = _last_logits(model, [prompts[i] + answers[i] for i in open_rows], 1)[:, -1]
                     for i, token in zip(open_rows, logits.argmax(-1).tolist(), strict=True):
                         answers[i].append(token)
-        log_probabilities = _answer_log_probabilities(model, prompts, answers, batch_size)
+        log_probabilities = answer_log_probabilities(model, prompts, answers, batch_size)
     return FirstTokenReference(prompts, answers, log_probabilities)
 
 
@@ -174,7 +174,7 @@ def first_token_kl(model: nn.Module, reference: FirstTokenReference, *, batch_si
         ValueError: The vocabularies differ in size.
     """
     with _measuring(model):
-        ours = _answer_log_probabilities(model, reference.prompts, reference.answers, batch_size)
+        ours = answer_log_probabilities(model, reference.prompts, reference.answers, batch_size)
     values = torch.empty(len(ours), dtype=torch.float64)
     for i, (base, tuned) in enumerate(zip(reference.log_probabilities, ours, strict=True)):
         if base.shape != tuned.shape:
@@ -187,7 +187,8 @@ def first_token_kl(model: nn.Module, reference: FirstTokenReference, *, batch_si
     return values
 
 
-def _prompts(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+def render_requests(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+    """Token ids of requests, up to where a model begins to answer."""
     return [render_prompt(Example(({"role": "user", "content": request},)), tokenizer) for request in requests]
 
 
@@ -242,15 +243,38 @@ def _logits_behind(
     return logits[:, -longest:].float().unflatten(0, (rows, count))
 
 
-def _answer_log_probabilities(
-    model: nn.Module, prompts: list[list[int]], answers: list[list[int]], batch_size: int
+def answer_log_probabilities(
+    model: nn.Module,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    batch_size: int,
+    *,
+    chosen_only: bool = False,
 ) -> list[Tensor]:
+    """
+    The next-token distributions at every token of given answers.
+
+    Args:
+        model: In evaluation mode, without gradients.
+        prompts: Token ids.
+        answers: Token ids behind each prompt, at least one.
+        batch_size: Answers per forward pass.
+        chosen_only: Only the answers' own tokens.
+
+    Returns:
+        Per answer the log-probabilities, (tokens, vocabulary), or (tokens,) if `chosen_only`; float32 on the CPU.
+    """
     result: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for chosen in _by_length(prompts, batch_size, "", False):
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    for chosen in _by_length(sequences, batch_size, "", False):
         longest = max(len(answers[i]) for i in chosen)
-        logits = _last_logits(model, [prompts[i] + answers[i][:-1] for i in chosen], longest)
+        logits = _last_logits(model, [sequences[i][:-1] for i in chosen], longest)
         for row, i in enumerate(chosen):
-            result[i] = logits[row, -len(answers[i]) :].log_softmax(-1).cpu()
+            values = logits[row, -len(answers[i]) :].log_softmax(-1)
+            if chosen_only:
+                tokens = torch.tensor(answers[i], device=values.device)
+                values = values.gather(1, tokens[:, None]).squeeze(1)
+            result[i] = values.cpu()
     return result
 
 
