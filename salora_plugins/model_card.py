@@ -109,7 +109,7 @@ def export_section(report: ExportReport, safety_module: SafetyModule | None) -> 
     rows = {"Rank": f"{report.rank}, from {saved_rank}", "Lost": f"{report.lost_share:.1e} of the norm of the update"}
     if safety_module is not None and report.safety_shares is not None:
         rows |= {"Certificate": _certificate(report.safety_shares), **_provenance(safety_module)}
-        origin = f"A LoRA adapter that was trained with {_PAPER} and brought"
+        origin = f"A LoRA adapter with the safety module of {_PAPER} that is described below, brought"
     else:
         origin = "A LoRA adapter, brought"
     return f"""
