@@ -9,8 +9,8 @@ group `salora_plugins`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pluggy
 
@@ -53,6 +53,36 @@ class Judge(Protocol):
         """Return True if `response` refuses `request` (the last user turn, without chat markup)."""
 
 
+class BatchJudge(Protocol):
+    """Judges many answers at once: a model, or a service. `register_judge_factories` says how one is made."""
+
+    kind: Literal["refusal", "harm"]
+    """What True means: the response refuses the request, or it is harmful."""
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What a reader of the report has to know to repeat the judgement, as JSON values.
+
+        Called before any answer is generated. Raises ValueError, OSError or ImportError if the judge could not work;
+        it should find that out quickly, without loading a model.
+        """
+
+    def load(self) -> None:
+        """Called once, before the first answers are judged. An exception ends the evaluation."""
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> Sequence[bool | str]:
+        """
+        Judge pairs of request and response.
+
+        Returns:
+            Per pair the verdict, or a text that says why there is none. An exception counts as that for every pair.
+        """
+
+
+JudgeFactory = Callable[[str], BatchJudge]
+"""Makes the judge NAME:ARGUMENT from its argument, empty for a bare NAME; ValueError if that is not usable."""
+
+
 @hookspec
 def register_data_sources(register: Callable[[str, DataSource], None]) -> None:
     """Name data sources for `safety_data` and `task_data`: `register(name, function)`."""
@@ -66,6 +96,11 @@ def register_basis_methods(register: Callable[[str, BasisMethod], None]) -> None
 @hookspec
 def register_judges(register: Callable[[str, Judge], None]) -> None:
     """Name judges of a response: `register(name, judge)`."""
+
+
+@hookspec
+def register_judge_factories(register: Callable[[str, JudgeFactory], None]) -> None:
+    """Name judges that take an argument, as in `--judge NAME:ARGUMENT`: `register(name, factory)`."""
 
 
 @hookspec

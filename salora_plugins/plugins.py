@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .hookspecs import PROJECT, BasisMethod, DataSource, Judge
+from .hookspecs import PROJECT, BasisMethod, DataSource, Judge, JudgeFactory
 
 COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.demo.command")
 """Modules of the built-in commands; they import nothing heavy, so that `salora --help` is quick."""
@@ -68,6 +68,11 @@ def basis_methods() -> dict[str, BasisMethod]:
 def judges() -> dict[str, Judge]:
     """Name -> judge(request, response), True for a refusal."""
     return dict(_registered("register_judges", "judge"))
+
+
+def judge_factories() -> dict[str, JudgeFactory]:
+    """Name -> function that makes a judge from an argument."""
+    return dict(_registered("register_judge_factories", "judge factory"))
 
 
 @functools.cache

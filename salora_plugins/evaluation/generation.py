@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,19 +36,45 @@ def generate_responses(
 
     Training mode, the configuration's `use_cache` and the tokenizer's padding side are left as they were found.
     """
-    if not prompts:
-        return []
     if tokenizer.chat_template:
-        texts = [
+        prompts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
             for prompt in prompts
         ]
-    else:
-        texts = list(prompts)
-    # The template has written the special tokens already.
-    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return continue_texts(
+        model,
+        tokenizer,
+        prompts,
+        # The template has written the special tokens already.
+        add_special_tokens=not tokenizer.chat_template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def continue_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    add_special_tokens: bool,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = False,
+) -> list[str]:
+    """
+    The greedy continuation of every text, as `generate_responses` makes and returns it.
+
+    Args:
+        texts: Rendered prompts.
+        add_special_tokens: Whether the tokenizer adds its own, such as that of the beginning.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     responses = [""] * len(texts)
     with _answering(model, tokenizer), tqdm(total=len(texts), unit="prompt", disable=not progress) as bar:

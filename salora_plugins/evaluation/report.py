@@ -33,7 +33,7 @@ class Answer(_Record):
     response: str
     coherence: Coherence
     perplexity: float | None
-    """Of the response, under the base model; None where it is empty."""
+    """Of the response, under the base model; None where it is too short to say."""
     verdicts: dict[str, bool | None]
     """Judge -> its verdict: whether the response refuses, or (judges of harm) is harmful; None: the judge failed."""
     errors: dict[str, str] = {}

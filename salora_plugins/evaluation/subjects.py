@@ -49,11 +49,12 @@ class Subject:
     @property
     def is_plain_lora(self) -> bool:
         """Whether it is an adapter that changes nothing of the base model when it is loaded and taken off."""
+        saved = SavedAdapter.load(self.folder)
         try:
-            check_plain_lora(SavedAdapter.load(self.folder), Path(self.folder), purpose="taken off")
+            check_plain_lora(saved, Path(self.folder), purpose="taken off")
         except ValueError:
             return False
-        return True
+        return not saved.other_tensors  # copies of whole modules
 
 
 def find_subjects(
