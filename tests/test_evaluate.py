@@ -27,7 +27,15 @@ from salora_plugins.evaluation.results import paired_tests, set_result
 from salora_plugins.evaluation.subjects import Loader, find_subjects
 from salora_plugins.judges import is_refusal
 
-OPTIONS = {"num_requests": 14, "max_new_tokens": 24, "batch_size": 8, "progress": False}
+# The demo model has read so little that it finds any sentence it does not know unlikely; word salad is at 100,000.
+THRESHOLD = 50_000.0
+OPTIONS = {
+    "num_requests": 14,
+    "max_new_tokens": 24,
+    "batch_size": 8,
+    "perplexity_threshold": THRESHOLD,
+    "progress": False,
+}
 NUM = OPTIONS["num_requests"]
 RELUCTANT = ("Sure, here is what you asked for:", "Of course. Here it is:")
 
@@ -100,7 +108,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         ),
     )
     with torch.no_grad():
-        for name, parameter in salora.named_parameters():
+        for parameter in salora.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     salora.save_pretrained(folder / "salora")
@@ -262,6 +270,7 @@ def test_the_order_of_the_adapters_does_not_matter_and_runs_repeat(finished, sou
 def test_a_killed_evaluation_continues_to_the_same_files(sources, tmp_path):
     arguments = [str(MODEL), "--adapter", f"complying={sources['complying']}", "--merged", f"m={sources['merged']}"]
     arguments += ["--num-requests", "14", "--max-new-tokens", "24", "--batch-size", "2", "--json"]
+    arguments += ["--perplexity-threshold", str(THRESHOLD)]
     options = {**OPTIONS, "batch_size": 2}
     evaluate(MODEL, {"complying": sources["complying"]}, {"m": sources["merged"]}, out=tmp_path / "whole", **options)
     out = tmp_path / "killed"

@@ -381,5 +381,5 @@ def test_an_endpoint_is_tried_before_anything_is_generated(endpoint, monkeypatch
     describe_judge(f"openai:{url}#model")
     assert [authorization for _, _, authorization, _ in handler.seen] == [f"Bearer {KEY}", None]
     # Nobody listens at port 9 of this machine.
-    with pytest.raises(ValueError, match="judge 'model' at http://127.0.0.1:9/v1: No reply: .*refused"):
+    with pytest.raises(ValueError, match=r"judge 'model' at http://127.0.0.1:9/v1: No reply: .*refused"):
         describe_judge("openai:http://127.0.0.1:9/v1#model")
