@@ -1,0 +1,53 @@
+"""`salora compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Reports of `salora evaluate`: files or their folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write all of it, with plots and answers, as one page (.html).")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write the plots into this folder (.png).")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the comparison.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the models of one or more evaluations beside each other: tables, plots, and a page with all answers."""
+    from ..evaluation.compare import compare
+
+    # Rather now than after the work.
+    if out is not None and out.exists() and (out.is_dir() or not overwrite):
+        raise FileExistsError(
+            f"{out} exists. Name another file" + (" to write." if out.is_dir() else ", or give --overwrite.")
+        )
+    comparison = compare(reports, title=title)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from ..evaluation.tables import table, visible
+
+        Console().print(table(comparison.report))
+        for note in comparison.notes:
+            typer.echo(f"Note: {visible(note)}")
+    if out is None and plots is None:
+        return
+    from ..evaluation.plots import draw, write_plots
+
+    drawn = draw(comparison.report)
+    if plots is not None:
+        for file in write_plots(plots, drawn, overwrite=overwrite):
+            typer.echo(f"Wrote {file}.", err=as_json)
+    if out is not None:
+        from ..evaluation.html import write_page
+
+        write_page(out, comparison, drawn)
+        typer.echo(f"Wrote {out}.", err=as_json)
