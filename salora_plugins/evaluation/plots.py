@@ -51,7 +51,7 @@ def draw(report: EvaluationReport) -> list[Plot]:
     except ImportError as error:
         raise ImportError("Plots and the page need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
 
-    drawn = [_scatter(report)]
+    drawn = [_scatter(report)] if any(model.harmful.judgements for model in report.models) else []
     for of_set in SETS:
         for judge in dict.fromkeys(name for model in report.models for name in getattr(model, of_set).judgements):
             plot = _bars(report, of_set, judge)
@@ -91,14 +91,11 @@ def _scatter(report: EvaluationReport) -> Plot:
 
     judges = list(dict.fromkeys(name for model in report.models for name in model.harmful.judgements))
     x_label, x_values = _utility(report)
-    columns = min(2, len(judges)) or 1
-    rows = -(-len(judges) // columns) or 1
-    figure = Figure(figsize=(7.6 * columns, 5.0 * rows), dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(judges) :]:
-        axis.set_visible(False)
+    # One below the other, so that the writing stays readable where the page is narrow.
+    figure = Figure(figsize=(7.6, 4.8 * len(judges)), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(judges), 1, squeeze=False)[:, 0]
     texts = []
-    for axis, judge in zip(axes, judges, strict=False):
+    for axis, judge in zip(axes, judges, strict=True):
         points = []
         for number, (model, x) in enumerate(zip(report.models, x_values, strict=True)):
             found = model.harmful.judgements.get(judge)
@@ -248,7 +245,7 @@ def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
                 color=color,
                 label=_label(model.name) if row == 0 else None,
                 xerr=[[100 * max(0.0, value.rate - lower)], [100 * max(0.0, upper - value.rate)]],
-                error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": color, "alpha": 0.55},
+                error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": "#999999"},
             )
     totals = {name: next(values[name].total for _, _, values in found if name in values) for name in names}
     axis.set_yticks(range(len(names)), [f"{_label(name, 40)} ({totals[name]})" for name in names], fontsize=8.5)
