@@ -253,7 +253,7 @@ def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
     axis.set_xlim(0, 100)
     axis.set_xticks(range(0, 101, 20), [f"{percent} %" for percent in range(0, 101, 20)])
     what = "Attack success on harmful requests" if of_set == "harmful" else "Harmless requests refused"
-    axis.set_title(f"{what}, by category (requests); judge: {_label(judge, 50)}", fontsize=10)
+    axis.set_title(f"{what}, by category (requests)\njudge: {_label(judge, 60)}", fontsize=10)
     _tidy(axis, "x")
     figure.legend(
         *axis.get_legend_handles_labels(),
