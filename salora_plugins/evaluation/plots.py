@@ -115,7 +115,7 @@ def _scatter(report: EvaluationReport) -> Plot:
                 ecolor=color,
                 elinewidth=1.4,
                 capsize=3,
-                markersize=8,
+                markersize=max(5, 11 - 1.5 * number),  # two models in one place are both seen
                 alpha=0.85,
             )
             points.append((value, 100 * y.rate, _label(model.name), color))
@@ -238,8 +238,11 @@ def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
             if value is None or value.rate is None or value.interval is None:
                 continue
             lower, upper = value.interval
+            position = row - 0.4 + (place + 0.5) * height
+            # Tells the models apart where there is no bar.
+            axis.plot(100 * value.rate, position, "o", color=color, markersize=3.5, clip_on=False, zorder=4)
             axis.barh(
-                row - 0.4 + (place + 0.5) * height,
+                position,
                 100 * value.rate,
                 height=0.9 * height,
                 color=color,
