@@ -250,7 +250,7 @@ def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
                 xerr=[[100 * max(0.0, value.rate - lower)], [100 * max(0.0, upper - value.rate)]],
                 error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": "#999999"},
             )
-    totals = {name: next(values[name].total for _, _, values in found if name in values) for name in names}
+    totals = {name: max(values[name].total for _, _, values in found if name in values) for name in names}
     axis.set_yticks(range(len(names)), [f"{_label(name, 40)} ({totals[name]})" for name in names], fontsize=8.5)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlim(0, 100)
