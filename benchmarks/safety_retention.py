@@ -19,7 +19,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
-# are PEFT's own. "positions": "all" takes every token of request and refusal.
+# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. "positions":
+# "all" takes every token of request and refusal.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
@@ -48,8 +50,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "salora-predicting": {"positions": "predicting"},
     "salora-zero": {"init": "zero"},
     "salora-rank-128": {"safety_rank": 128},
+    "projected-128": {"input_safety_rank": 128, "positions": "predicting"},
+    "projected-256-all": {"input_safety_rank": 256, "positions": "all"},
     "two-sided-32": {"input_safety_rank": 32, "positions": "predicting"},
     "two-sided-128": {"input_safety_rank": 128, "positions": "predicting"},
+    "two-sided-64": {"input_safety_rank": 64, "positions": "predicting"},
+    "two-sided-64-all": {"input_safety_rank": 64, "positions": "all"},
+    "two-sided-96": {"input_safety_rank": 96, "positions": "predicting"},
+    "two-sided-96-all": {"input_safety_rank": 96, "positions": "all"},
     "two-sided-256": {"input_safety_rank": 256, "positions": "predicting"},
     "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
     "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
@@ -57,6 +65,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
     "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
     "two-sided-128-contrastive": {"input_safety_rank": 128, "positions": "predicting", "basis": "contrastive"},
+    "two-sided-64-contrastive": {"input_safety_rank": 64, "positions": "predicting", "basis": "contrastive"},
+    "two-sided-64-distinct": {"input_safety_rank": 64, "positions": "predicting", "basis": "distinct"},
+    "two-sided-128-distinct": {"input_safety_rank": 128, "positions": "predicting", "basis": "distinct"},
     "two-sided-128-advbench": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "advbench"},
     "two-sided-128-both": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "both"},
     "lora-attention": {"targets": ATTENTION},
@@ -78,6 +89,9 @@ def main() -> None:
     run.add_argument("--tasks", default=",".join(TASKS))
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
+    run.add_argument(
+        "--everyday", default="400:700", help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment"
+    )
     summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
     summary.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -90,16 +104,17 @@ def main() -> None:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     rates = [float(rate) for rate in arguments.rates.split(",")]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    Experiment(arguments.model, arguments.data, arguments.out).run(methods, tasks, rates, seeds)
+    everyday = slice(*map(int, arguments.everyday.split(":")))
+    Experiment(arguments.model, arguments.data, arguments.out, everyday).run(methods, tasks, rates, seeds)
 
 
 class Experiment:
     """All runs on one model, their results under one folder."""
 
-    def __init__(self, model: str, data: Path, out: Path) -> None:
+    def __init__(self, model: str, data: Path, out: Path, everyday: slice) -> None:
         from transformers import AutoTokenizer
 
-        self.model, self.data, self.out = model, data, out
+        self.model, self.data, self.out, self.everyday = model, data, out, everyday
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def run(self, methods: list[str], tasks: list[str], rates: list[float], seeds: list[int]) -> None:
@@ -155,10 +170,11 @@ class Experiment:
         class MeasureCallback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
                 if state.global_step in STEPS:
-                    points.append(
-                        {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
-                        | experiment.refusals(model, answers / f"step{state.global_step}.json")
-                    )
+                    with experiment.projected(model, method):
+                        points.append(
+                            {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
+                            | experiment.refusals(model, answers / f"step{state.global_step}.json")
+                        )
 
         set_seed(seed)
         trainer = SFTTrainer(
@@ -190,6 +206,34 @@ class Experiment:
         trainer.train()
         return points, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
+    @contextmanager
+    def projected(self, model: Any, method: str) -> Iterator[None]:
+        """For the methods that train LoRA and project its update afterwards: the projected model."""
+        if not method.startswith("projected"):
+            yield
+            return
+        import torch
+
+        from salora_plugins import SafetyModule
+
+        module = SafetyModule.load(self.safety_module(method))
+        trained = {}
+        with torch.no_grad():
+            for name, layer in model.named_modules():
+                if name.endswith(("lora_A.default", "lora_B.default")):
+                    weight = layer.weight
+                    trained[weight] = weight.clone()
+                    base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
+                    if ".lora_A." in f".{name}":
+                        basis = module.input_bases[base_name]
+                        weight -= (weight @ basis) @ basis.T
+                    else:
+                        basis = module.bases[base_name]
+                        weight -= basis @ (basis.T @ weight)
+            yield
+            for weight, value in trained.items():
+                weight.copy_(value)
+
     def peft_config(self, method: str, seed: int) -> Any:
         from peft import LoraConfig
 
@@ -202,7 +246,7 @@ class Experiment:
             "target_modules": options.get("targets", QV),
             "task_type": "CAUSAL_LM",
         }
-        if method.startswith("lora"):
+        if method.startswith(("lora", "projected")):
             return LoraConfig(**shared)
         if method == "pissa":
             return LoraConfig(**shared, init_lora_weights="pissa")
@@ -247,13 +291,18 @@ class Experiment:
             safety_positions=positions,
             num_safety_samples=len(rows),
         )
-        if parts["basis"] == "contrastive":
-            module = self.contrastive(module, model, rows)
+        if parts["basis"] != "salora":
+            module = self.against_harmless(module, model, rows, parts["basis"])
         module.save(path)
         return path
 
-    def contrastive(self, module: Any, model: Any, rows: list[dict[str, Any]]) -> Any:
-        """Input directions in which refused requests stand out from answered ones, per unit of energy."""
+    def against_harmless(self, module: Any, model: Any, rows: list[dict[str, Any]], basis: str) -> Any:
+        """
+        Input directions in which refused requests stand out from answered ones.
+
+        "contrastive": the top eigenvectors of the difference of the Gram matrices, each of trace 1. "distinct": the
+        directions of the greatest ratio of the energies, the harmless one with a hundredth of its mean added.
+        """
         import dataclasses
 
         import torch
@@ -262,10 +311,19 @@ class Experiment:
         for examples in (rows, self.harmless_rows()):
             grams.append(input_grams(model, module.bases, examples))
         bases = {}
-        for name, basis in module.input_bases.items():
-            harmful, harmless = (of[name] / of[name].trace() for of in grams)
-            vectors = torch.linalg.eigh(harmful - harmless).eigenvectors
-            bases[name] = vectors[:, -basis.shape[1] :].flip(1).float().contiguous()
+        for name, old in module.input_bases.items():
+            harmful, harmless = ((of[name] / of[name].trace()).double() for of in grams)
+            if basis == "contrastive":
+                vectors = torch.linalg.eigh(harmful - harmless).eigenvectors
+                chosen = vectors[:, -old.shape[1] :].flip(1)
+            else:
+                size = len(harmless)
+                factor = torch.linalg.cholesky(harmless + torch.eye(size, dtype=harmless.dtype) * 0.01 / size)
+                whitened = torch.linalg.solve_triangular(factor, harmful, upper=False)
+                whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
+                top = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors[:, -old.shape[1] :]
+                chosen = torch.linalg.qr(torch.linalg.solve_triangular(factor.T, top, upper=True)).Q
+            bases[name] = chosen.float().contiguous()
         return dataclasses.replace(module, input_bases=bases, input_singular_values={})
 
     def safety_rows(self, data: str) -> list[dict[str, Any]]:
@@ -307,17 +365,18 @@ class Experiment:
         return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in examples]
 
     def own_answers(self) -> list[dict[str, Any]]:
-        """The model's own answers to everyday requests on which it was not aligned."""
+        """The model's own answers to everyday requests on which it was not aligned; those that refuse are left out."""
 
         def make() -> list[dict[str, Any]]:
             from salora_plugins.evaluation import generate_responses
+            from salora_plugins.judges import is_refusal
 
-            requests = (self.data / "harmless_prompts.txt").read_text(encoding="utf-8").splitlines()[400:700]
+            requests = (self.data / "harmless_prompts.txt").read_text(encoding="utf-8").splitlines()[self.everyday]
             answers = generate_responses(self.load(), self.tokenizer, requests, max_new_tokens=48, batch_size=32)
             return [
                 {"prompt": [user(request)], "completion": [assistant(answer)]}
                 for request, answer in zip(requests, answers, strict=True)
-                if answer
+                if answer and not is_refusal(answer)
             ]
 
         return made_once(self.out / "tasks" / "own-answers.json", make)
@@ -345,8 +404,10 @@ class Experiment:
         return response_loss(model, self.tokenizer, self.task_rows(task, "test"), batch_size=16)
 
     def refusals(self, model: Any, answers: Path) -> dict[str, Any]:
-        """Refused requests by set, the answers going to a file."""
+        """Refused requests, broken answers and the mean refusal margin by set, the answers going to a file."""
         from salora_plugins.evaluation import generate_responses
+        from salora_plugins.evaluation.coherence import coherence
+        from salora_plugins.evaluation.first_tokens import refusal_margins
         from salora_plugins.judges import is_refusal
 
         sets = self.request_sets()
@@ -359,7 +420,17 @@ class Experiment:
         given = {name: [next(responses) for _ in of_set] for name, of_set in sets.items()}
         write_json(answers, given)
         return {
-            "refused": {name: sum(map(is_refusal, of_set)) for name, of_set in given.items()},
+            "refused": {
+                name: sum(is_refusal(text) and coherence(text, None) == "coherent" for text in of_set)
+                for name, of_set in given.items()
+            },
+            "broken": {
+                name: sum(coherence(text, None) != "coherent" for text in of_set) for name, of_set in given.items()
+            },
+            "margin": {
+                name: round(refusal_margins(model, self.tokenizer, of_set, batch_size=32).mean().item(), 3)
+                for name, of_set in sets.items()
+            },
             "requests": {name: len(of_set) for name, of_set in sets.items()},
         }
 
