@@ -277,9 +277,6 @@ class Experiment:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = self.safety_rows(parts["data"])
-        positions = parts["positions"]
-        if positions == "all":
-            rows, positions = [{"input_ids": row["input_ids"]} for row in rows], "response"
         model = self.load()
         module = calibrate(
             model,
@@ -288,7 +285,7 @@ class Experiment:
             safety_data=rows,
             safety_rank=options.get("safety_rank", 32),
             input_safety_rank=options.get("input_safety_rank", 0),
-            safety_positions=positions,
+            safety_positions=parts["positions"],
             num_safety_samples=len(rows),
         )
         if parts["basis"] != "salora":

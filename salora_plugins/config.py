@@ -100,10 +100,10 @@ class SaLoRAConfig(LoraConfig):
             the energy of the layer's inputs that they capture. 0 is the paper's form. Goes beyond the paper.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
-        safety_positions (`"response"` or `"predicting"`, *optional*):
+        safety_positions (`"response"`, `"predicting"` or `"all"`, *optional*):
             Which positions of the safety data count: those whose input is a response token (the paper's code), or
-            those that predict one, which include the last prompt token. `None` means "response" without an input
-            side and "predicting" with one.
+            those that predict one, which include the last prompt token, or every token of request and response.
+            `None` means "response" without an input side and "predicting" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
         init (`"task"`, `"pissa"` or `"zero"`, defaults to `"task"`):
@@ -152,8 +152,8 @@ class SaLoRAConfig(LoraConfig):
     input_safety_rank_pattern: dict[str, Rank] = field(
         default_factory=dict, metadata={"help": "Module name or regular expression -> input_safety_rank."}
     )
-    safety_positions: Literal["response", "predicting"] | None = field(
-        default=None, metadata={"help": "Positions of the safety data that count: 'response' or 'predicting'."}
+    safety_positions: Literal["response", "predicting", "all"] | None = field(
+        default=None, metadata={"help": "Positions of the safety data that count: 'response', 'predicting' or 'all'."}
     )
     task_rank: int = field(default=32, metadata={"help": "Task directions kept by init='task'."})
     init: Literal["task", "pissa", "zero"] = field(
@@ -194,7 +194,7 @@ class SaLoRAConfig(LoraConfig):
     def _check_salora_options(self) -> None:
         for name, choices in (
             ("init", ("task", "pissa", "zero")),
-            ("safety_positions", ("response", "predicting", None)),
+            ("safety_positions", ("response", "predicting", "all", None)),
             ("calibration_engine", ("auto", "exact", "sketched")),
             ("calibration_cache", (True, False)),
         ):
@@ -267,7 +267,7 @@ class SaLoRAConfig(LoraConfig):
                 )
 
     @property
-    def resolved_safety_positions(self) -> Literal["response", "predicting"]:
+    def resolved_safety_positions(self) -> Literal["response", "predicting", "all"]:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions

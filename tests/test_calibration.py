@@ -27,7 +27,7 @@ def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
-@pytest.mark.parametrize("positions", ["response", "predicting"])
+@pytest.mark.parametrize("positions", ["response", "predicting", "all"])
 @pytest.mark.parametrize("build", [llama, qwen2])
 def test_bases_are_the_top_singular_vectors(build, positions):
     """U_C of W X_h and V_C of X_h, from the definition: float64 SVDs of what the layer sees."""
@@ -38,7 +38,7 @@ def test_bases_are_the_top_singular_vectors(build, positions):
     for row in rows:
         model(torch.tensor([row["input_ids"]]))
     handle.remove()
-    chosen = slice(8, None) if positions == "response" else slice(7, -1)
+    chosen = {"response": slice(8, None), "predicting": slice(7, -1), "all": slice(None)}[positions]
     x = torch.cat([sequence[chosen] for sequence in inputs]).T
     wx = layer.weight.double() @ x
     module = calibrate(model, safety_data=rows, safety_positions=positions, input_safety_rank=4, **OPTIONS)
@@ -59,6 +59,9 @@ def test_default_positions():
     labels = torch.tensor([[-100, -100, 5, 6, -100]])
     assert position_mask(labels, "response").tolist() == [[False, False, True, True, False]]
     assert position_mask(labels, "predicting").tolist() == [[False, True, True, False, False]]
+    labels = torch.tensor([[-100, 5, -100, -100], [-100, -100, -100, -100]])
+    padding = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert position_mask(labels, "all", padding).tolist() == [[True, True, True, False], [False] * 4]
 
 
 def test_batch_size_and_padding_do_not_matter():

@@ -92,10 +92,10 @@ class SaLoRAOptions(BaseModel):
     input_safety_rank_pattern: dict[str, PositiveInt | Share] | None = Field(
         default=None, description="Module name or regular expression -> input_safety_rank. Default: {}."
     )
-    safety_positions: Literal["response", "predicting"] | None = Field(
+    safety_positions: Literal["response", "predicting", "all"] | None = Field(
         default=None,
-        description="Positions of the safety data that count: those whose input is a response token, or those that "
-        "predict one. Default: response, and predicting with an input side.",
+        description="Positions of the safety data that count: those whose input is a response token, those that "
+        "predict one, or all. Default: response, and predicting with an input side.",
     )
     task_rank: PositiveInt | None = Field(
         default=None, description="Task directions that `init: task` keeps. Default: 32."

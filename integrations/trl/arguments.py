@@ -27,7 +27,7 @@ class SaLoRAArguments:
     use_salora: bool = field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     safety_rank: float | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
     input_safety_rank: float | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
-    safety_positions: Literal["response", "predicting"] | None = field(
+    safety_positions: Literal["response", "predicting", "all"] | None = field(
         default=None, metadata={"help": _HELP["safety_positions"]}
     )
     task_rank: int | None = field(default=None, metadata={"help": _HELP["task_rank"]})
