@@ -42,7 +42,7 @@ ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
 # are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. "positions":
-# "all" takes every token of request and refusal.
+# "all" takes every token of request and refusal, "request" those of the request and the chat template around it.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
@@ -55,7 +55,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-32": {"input_safety_rank": 32, "positions": "predicting"},
     "two-sided-128": {"input_safety_rank": 128, "positions": "predicting"},
     "two-sided-64": {"input_safety_rank": 64, "positions": "predicting"},
+    "two-sided-16-all": {"input_safety_rank": 16, "positions": "all"},
+    "two-sided-32-all": {"input_safety_rank": 32, "positions": "all"},
     "two-sided-64-all": {"input_safety_rank": 64, "positions": "all"},
+    "two-sided-64-request": {"input_safety_rank": 64, "positions": "request"},
+    "two-sided-64-response": {"input_safety_rank": 64, "positions": "response"},
+    "two-sided-64-all-contrastive": {"input_safety_rank": 64, "positions": "all", "basis": "contrastive"},
+    "two-sided-64-all-distinct": {"input_safety_rank": 64, "positions": "all", "basis": "distinct"},
+    "input-64-all": {"safety_rank": 1, "input_safety_rank": 64, "positions": "all"},
     "two-sided-96": {"input_safety_rank": 96, "positions": "predicting"},
     "two-sided-96-all": {"input_safety_rank": 96, "positions": "all"},
     "two-sided-256": {"input_safety_rank": 256, "positions": "predicting"},
@@ -276,7 +283,9 @@ class Experiment:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.safety_rows(parts["data"])
+        rows, positions = self.safety_rows(parts["data"]), parts["positions"]
+        if positions == "request":
+            rows, positions = [with_labels_on_the_request(row) for row in rows], "response"
         model = self.load()
         module = calibrate(
             model,
@@ -285,15 +294,15 @@ class Experiment:
             safety_data=rows,
             safety_rank=options.get("safety_rank", 32),
             input_safety_rank=options.get("input_safety_rank", 0),
-            safety_positions=parts["positions"],
+            safety_positions=positions,
             num_safety_samples=len(rows),
         )
         if parts["basis"] != "salora":
-            module = self.against_harmless(module, model, rows, parts["basis"])
+            module = self.against_harmless(module, model, rows, parts["basis"], positions)
         module.save(path)
         return path
 
-    def against_harmless(self, module: Any, model: Any, rows: list[dict[str, Any]], basis: str) -> Any:
+    def against_harmless(self, module: Any, model: Any, rows: list[dict[str, Any]], basis: str, positions: Any) -> Any:
         """
         Input directions in which refused requests stand out from answered ones.
 
@@ -306,7 +315,7 @@ class Experiment:
 
         grams = []
         for examples in (rows, self.harmless_rows()):
-            grams.append(input_grams(model, module.bases, examples))
+            grams.append(input_grams(model, module.bases, examples, positions))
         bases = {}
         for name, old in module.input_bases.items():
             harmful, harmless = ((of[name] / of[name].trace()).double() for of in grams)
@@ -453,8 +462,15 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def input_grams(model: Any, names: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Module name -> sum of the outer products of its inputs where they predict a response token, (d_in, d_in)."""
+def with_labels_on_the_request(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with labels on all tokens before the response and on none of it."""
+    start = next(index for index, label in enumerate(row["labels"]) if label != -100)
+    ids = row["input_ids"]
+    return {"input_ids": ids, "labels": ids[:start] + [-100] * (len(ids) - start)}
+
+
+def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: Any) -> dict[str, Any]:
+    """Module name -> sum of the outer products of its inputs at the positions, (d_in, d_in)."""
     from salora_plugins.calibration.batching import batches
     from salora_plugins.calibration.capture import collect_statistics
     from salora_plugins.calibration.data import TokenizedExample
@@ -466,7 +482,7 @@ def input_grams(model: Any, names: Any, rows: list[dict[str, Any]]) -> dict[str,
         {name: model.get_submodule(name) for name in names},
         batches(examples, 16, pad_token_id=0),
         Engine("exact"),
-        positions="predicting",
+        positions=positions,
         with_inputs=True,
     )
     return {name: entry.input.gram() for name, entry in statistics.items()}
