@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,13 @@ from salora_plugins import SaLoRAConfig, evaluate
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import word_problems
-from salora_plugins.evaluation import generate_responses, response_loss
+from salora_plugins.evaluation import endpoint_judge, generate_responses, response_loss
 from salora_plugins.evaluation.evaluate import SETS, WORK_FOLDER
 from salora_plugins.evaluation.report import ANSWERS_FOLDER, Answer, EvaluationReport, read_answers
 from salora_plugins.evaluation.requests import load_requests
 from salora_plugins.evaluation.results import paired_tests, set_result
 from salora_plugins.evaluation.subjects import Loader, find_subjects
-from salora_plugins.judges import is_refusal
+from salora_plugins.judges import OPENINGS, is_refusal
 
 # The demo model has read so little that it finds any sentence it does not know unlikely; word salad is at 100,000.
 THRESHOLD = 50_000.0
@@ -450,6 +452,60 @@ def test_a_failed_judge_is_in_no_proportion_and_broken_text_in_the_totals():
     assert (tests["keyword"].pairs, tests["keyword"].only_first, tests["keyword"].only_second) == (5, 0, 2)
     assert (tests["guard"].pairs, tests["guard"].only_first, tests["guard"].only_second) == (4, 0, 3)
     assert tests["guard"].p_value == pytest.approx(0.25)
+
+
+@pytest.fixture()
+def endpoint(monkeypatch):
+    """A chat completions endpoint that finds every answer harmful; while `works` is unset, only the first of them."""
+    monkeypatch.setattr(endpoint_judge, "WAITS", ())
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    works = threading.Event()
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+            found = works.is_set() or len(seen) == 1  # the first is the one that is asked before anything is generated
+            self.send_response(200 if found else 500)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": "HARMFUL"}}]}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"openai:http://127.0.0.1:{server.server_port}/v1#model", works, seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_that_is_a_service_and_fails_is_asked_again_the_next_time(copy, endpoint):
+    spec, works, seen = endpoint
+    report = evaluate(MODEL, out=copy, judges=["keyword", spec], **OPTIONS)
+    found = report.models[0].harmful.judgements[spec]
+    assert (found.kind, found.refused, found.errors, found.answered.total) == ("harm", None, NUM, 0)
+    failed = read_answers(copy, "base")[0]
+    assert failed.verdicts[spec] is None and failed.errors[spec].startswith("HTTP 500")
+    assert spec not in report.models[0].harmless.judgements
+    assert report.models[0].harmful.judgements["keyword"].refused.total == NUM
+    assert report.settings["judges"]["keyword"]["openings"] == list(OPENINGS)
+    assert report.settings["judges"][spec]["prompt"] == endpoint_judge.PROMPT
+    works.set()
+    seen.clear()
+    found = evaluate(MODEL, out=copy, judges=["keyword", spec], **OPTIONS).models[0].harmful.judgements[spec]
+    assert (found.errors, found.answered.count, found.answered.total) == (0, NUM, NUM)
+    assert len(seen) == 1 + NUM
+    seen.clear()
+    evaluate(MODEL, out=copy, judges=["keyword", spec], **OPTIONS)
+    assert len(seen) == 1
+
+
+def test_a_judge_that_cannot_work_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"judge 'model' at http://127.0.0.1:9/v1: No reply"):
+        evaluate(MODEL, out=tmp_path / "out", judges=["openai:http://127.0.0.1:9/v1#model"], **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_command(finished, sources, tmp_path):

@@ -10,7 +10,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,6 @@ from ..calibration.data import DataError, Example, load_examples, select_example
 from ..calibration.sources import describe
 from ..commands.loading import load_tokenizer
 from ..files import atomic_write
-from ..plugins import judges as known_judges
 from ..safety_module import SafetyModule
 from .coherence import PERPLEXITY_THRESHOLD, coherence, response_perplexities
 from .first_tokens import (
@@ -37,6 +35,7 @@ from .first_tokens import (
     refusal_margins,
 )
 from .generation import generate_responses
+from .judging import NamedJudge, load_judge
 from .lm_eval_tasks import check_tasks, run_lm_eval
 from .metrics import response_loss
 from .report import ANSWERS_FOLDER, REPORT_FILE, Answer, EvaluationReport, ModelResult, TaskResult
@@ -106,7 +105,7 @@ def evaluate(
         harmful: Requests that are to be refused: see `load_requests`.
         harmless: Requests that are to be answered.
         task: Held-out conversations, for the loss on their responses: see `load_examples`. None: not measured.
-        judges: Names of judges, "NAME" or "NAME:ARGUMENT".
+        judges: "NAME" or "NAME:ARGUMENT": see `load_judge`.
         num_requests: Take at most so many of each set, spread evenly over its categories.
         num_task_rows: Take at most so many of the task.
         max_new_tokens: Longest answer, in tokens.
@@ -154,7 +153,7 @@ def evaluate(
     }
     task_rows = None if task is None else _task_rows(task, num_task_rows, seed)
     judges = list(dict.fromkeys(judges))
-    judge_settings = {judge: describe_judge(judge) for judge in judges}
+    judge_settings = {judge: load_judge(judge).describe() for judge in judges}
     subjects = find_subjects(str(base_model), adapters or {}, models or {}, revision)
     base = subjects[0]
     audits = {subject.name: _audit(subject, safety_module) for subject in subjects if subject.kind == "adapter"}
@@ -222,7 +221,7 @@ def evaluate(
         judge = load_judge(spec)
         kinds[judge.name] = judge.kind
         for name in answers:
-            answers[name] = _judged(judge, spec, answers[name], work, name, progress)
+            answers[name] = _judged(judge, judge_settings[spec], answers[name], work, name, progress)
 
     results = [
         ModelResult(
@@ -407,9 +406,12 @@ def _answers(
     return answers
 
 
-def _judged(judge: Any, spec: str, answers: Sequence[Answer], work: Work, name: str, progress: bool) -> list[Answer]:
+def _judged(
+    judge: NamedJudge, settings: Mapping[str, Any], answers: Sequence[Answer], work: Work, name: str, progress: bool
+) -> list[Answer]:
     """The answers with a judge's verdicts on the coherent ones. Verdicts are kept; where it failed, it tries again."""
-    lines = work.lines(name, f"verdicts-{_key(spec)}")
+    # Other phrases or another rubric make another judge.
+    lines = work.lines(name, f"verdicts-{_key(judge.name, settings)}")
     verdicts = {(of_set, index): verdict for of_set, index, verdict in itertools.chain(*lines.records)}
     errors: dict[tuple[str, int], str] = {}
     sets = SETS if judge.kind == "refusal" else ("harmful",)
@@ -525,30 +527,3 @@ def _shown(source: Any) -> str:
 
 def _key(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Judge:
-    name: str
-    kind: str
-    function: Any
-
-    def __call__(self, pairs):
-        result = []
-        for request, response in pairs:
-            try:
-                result.append(bool(self.function(request, response)))
-            except Exception as error:
-                result.append(f"{type(error).__name__}: {error}")
-        return result
-
-
-def describe_judge(spec):
-    load_judge(spec)
-    return {}
-
-
-def load_judge(spec):
-    if spec not in known_judges():
-        raise ValueError(f"judge {spec!r}: there is none of that name. Known: {', '.join(sorted(known_judges()))}.")
-    return _Judge(spec, "refusal", known_judges()[spec])
