@@ -358,6 +358,10 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(sources, tmp_path, 
     refused("'Base' names two models|'base' names two models", adapters={"Base": sources["zero"]})
     refused("nosuch", judges=["nosuch"])
     refused("plain text", task=["x"] and [{"text": "Only a text."}])
+    refused("num_task_rows has no effect without task", num_task_rows=4)
+    refused("lm_eval_limit has no effect without lm_eval_tasks", lm_eval_limit=4)
+    refused("safety_module has no effect without adapters", safety_module=sources["salora"])
+    refused("load_in_4bit and load_in_8bit are both set", load_in_4bit=True, load_in_8bit=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(FileExistsError, match="holds no evaluation"):
@@ -369,6 +373,24 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(sources, tmp_path, 
     refused("another vocabulary", models={"other": other})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     refused(r"pip install 'salora-plugins\[lm-eval\]'", ImportError, lm_eval_tasks=["arc_easy"])
+
+
+def test_a_model_without_a_chat_template_is_evaluated_on_plain_text(sources, tmp_path):
+    model, tokenizer = load_demo_model()
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {**OPTIONS, "num_requests": 2, "max_new_tokens": 2}
+    rows = [{"prompt": "Two and two?", "response": "Four."}]
+    report = evaluate(
+        tmp_path / "model", {"zero": sources["zero"]}, out=tmp_path / "out", task=rows, num_task_rows=1, **options
+    )
+    assert report.models[1].task == report.models[0].task
+    assert report.models[0].task.rows == 1
+    turns = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(ValueError, match=r"task: .*no chat template"):
+        evaluate(tmp_path / "model", out=tmp_path / "other", task=[{"messages": turns * 2}], **options)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_base_model_is_the_same_afterwards(sources, tmp_path):

@@ -17,7 +17,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder or a hub repository, in evaluation mode."""
+    """
+    The model of a folder or a hub repository, in evaluation mode.
+
+    Raises:
+        ValueError: It is to be quantized in two ways.
+    """
+    check_quantization(load_in_4bit, load_in_8bit)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -35,6 +41,15 @@ def load_model(
     elif load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+
+
+def check_quantization(load_in_4bit: bool, load_in_8bit: bool) -> None:
+    """
+    Raises:
+        ValueError: Both are set.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one of them.")
 
 
 def load_tokenizer(

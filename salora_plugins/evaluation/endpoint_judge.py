@@ -80,7 +80,10 @@ class EndpointJudge:
         """
         verdict = self._judge("What is the capital of Peru?", "The capital of Peru is Lima.")
         if isinstance(verdict, str):
-            raise ValueError(f"judge {self._model!r} at {self._url}: {verdict}")
+            raise ValueError(
+                f"judge {self._model!r} at {self._url}: {verdict}. Check the address, the model's name and "
+                f"{KEY_VARIABLE}, or leave this judge out."
+            )
         return {"url": self._url, "model": self._model, "temperature": 0, "prompt": PROMPT}
 
     def load(self) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .. import audit
 from ..calibration.data import DataError, Example, load_examples, select_examples
 from ..calibration.sources import describe
-from ..commands.loading import load_tokenizer
+from ..commands.loading import check_quantization, load_tokenizer
 from ..files import atomic_write
 from ..safety_module import SafetyModule
 from .coherence import PERPLEXITY_THRESHOLD, coherence, response_perplexities
@@ -37,7 +37,7 @@ from .first_tokens import (
 from .generation import generate_responses
 from .judging import NamedJudge, load_judge
 from .lm_eval_tasks import check_tasks, run_lm_eval
-from .metrics import response_loss
+from .metrics import encode_conversation, response_loss
 from .report import ANSWERS_FOLDER, REPORT_FILE, Answer, EvaluationReport, ModelResult, TaskResult
 from .requests import Request, load_requests, requests_digest
 from .results import paired_tests, set_result
@@ -145,6 +145,11 @@ def evaluate(
         lm_eval_limit=lm_eval_limit,
         perplexity_threshold=perplexity_threshold,
     )
+    check_quantization(load_in_4bit, load_in_8bit)
+    _check_of_use("num_task_rows", num_task_rows, "task", task is not None)
+    _check_of_use("lm_eval_limit", lm_eval_limit, "lm_eval_tasks", bool(lm_eval_tasks))
+    _check_of_use("lm_eval_include_path", lm_eval_include_path, "lm_eval_tasks", bool(lm_eval_tasks))
+    _check_of_use("safety_module", safety_module, "adapters", bool(adapters))
     if lm_eval_tasks:
         check_tasks(lm_eval_tasks, lm_eval_include_path)
     requests = {
@@ -162,6 +167,11 @@ def evaluate(
     if tokenizer is None:
         raise ValueError(f"base_model={base.source!r}: no tokenizer was found beside the model.")
     check_vocabularies(tokenizer, subjects, trust_remote_code)
+    for row in task_rows or ():
+        try:
+            encode_conversation(tokenizer, row)
+        except ValueError as error:
+            raise DataError(f"{describe(task, 'task')}: {error}") from error
 
     out = Path(out)
     work = Work(out / WORK_FOLDER)
@@ -508,6 +518,11 @@ def _check_numbers(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value}: give a number above 0.")
+
+
+def _check_of_use(name: str, value: Any, needed: str, given: bool) -> None:
+    if value is not None and not given:
+        raise ValueError(f"{name} has no effect without {needed}. Give {needed}, or leave {name} out.")
 
 
 def _check_finite(value: Any, subject: Subject) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.data import Example
+from ..calibration.rendering import prompt_and_response_ids
 from ..judges import is_refusal
 
 
@@ -27,22 +29,24 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
 
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter, on any device.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: its tokenizer.
         rows: conversations in TRL's prompt-completion form: `prompt` and `completion`, each a list of messages
-            with `role` and `content`. Response tokens are those that the chat template adds for the completion.
+            with `role` and `content`. Response tokens are those that the chat template adds for the completion;
+            without a template, those of the plain text behind a single request, and the end of text.
         batch_size: number of conversations in a forward pass; affects memory and speed, not the value.
 
     Returns:
         The sum over all response tokens of all rows divided by their number, so long responses weigh more.
 
     Raises:
-        ValueError: there is no row, or a row's rendered prompt is not how its rendered conversation begins.
+        ValueError: there is no row, a row's rendered prompt is not how its rendered conversation begins, or there
+            is no chat template for a conversation of several turns.
 
     Training mode is left as it was found.
     """
     if not rows:
         raise ValueError("rows is empty: a loss needs at least one conversation")
-    encoded = [_encode(tokenizer, row) for row in rows]
+    encoded = [encode_conversation(tokenizer, row) for row in rows]
     encoded.sort(key=lambda pair: len(pair[0]))
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -70,14 +74,27 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
     return total / count
 
 
-def _encode(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], int]:
-    """Token ids of a conversation, and how many of them are its prompt."""
+def encode_conversation(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """
+    Token ids of a conversation, and how many of them are its prompt.
+
+    Args:
+        tokenizer: see `response_loss`.
+        row: one of its rows.
+
+    Raises:
+        ValueError: see `response_loss`.
+    """
     prompt, completion = list(row["prompt"]), list(row["completion"])
+    asked = repr(prompt[-1]["content"][:80])
+    if not tokenizer.chat_template:
+        example = Example(tuple(prompt), "".join(message["content"] for message in completion))
+        return prompt_and_response_ids(example, tokenizer, f"the row that asks {asked}")
     prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
     if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
         raise ValueError(
             "the tokenizer's chat template renders a conversation that does not begin with its rendered prompt, so "
-            f"the response tokens cannot be told apart: {prompt[-1]['content'][:80]!r}"
+            f"the response tokens cannot be told apart: {asked}"
         )
     return ids, len(prompt_ids)

@@ -49,7 +49,10 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
 
     Raises:
         DataError: The data does not exist, cannot be read, or is no requests of one user turn.
+        ValueError: `num` is below 1.
     """
+    if num is not None and num < 1:
+        raise ValueError(f"num_requests={num}: give a whole number of at least 1.")
     rows = _rows(source, option)
     where = describe(source, option)
     requests: dict[str, Request] = {}
