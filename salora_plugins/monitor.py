@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +71,16 @@ class SafetyMonitorCallback(TrainerCallback):
         harmful: Any = "builtin",
         num_requests: int = 32,
         every_steps: int | None = None,
-        safety_module: SafetyModule | str | None = None,
+        safety_module: SafetyModule | str | os.PathLike | None = None,
         stop_at_margin_drop: float | None = None,
         max_time_share: float = 0.05,
         batch_size: int = 16,
     ) -> None:
-        if every_steps is not None and every_steps < 1:
-            raise ValueError(f"every_steps={every_steps}: give a whole number of at least 1.")
+        for option, value in (("every_steps", every_steps), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value}: give a whole number of at least 1.")
+        if not max_time_share > 0:
+            raise ValueError(f"max_time_share={max_time_share}: give a positive share of the time, such as 0.05.")
         if stop_at_margin_drop is not None and stop_at_margin_drop <= 0:
             raise ValueError(f"stop_at_margin_drop={stop_at_margin_drop}: give a positive share, such as 0.5.")
         if every_steps is None and trainer.args.eval_strategy == "no":
@@ -97,7 +102,15 @@ class SafetyMonitorCallback(TrainerCallback):
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
         self.requests = [request.prompt for request in load_requests(harmful, option="harmful", num=num_requests)]
         self.every_steps = every_steps
-        self.safety_module = SafetyModule.load(safety_module) if isinstance(safety_module, str) else safety_module
+        if safety_module is not None and not isinstance(safety_module, SafetyModule):
+            safety_module = SafetyModule.load(safety_module)
+        self.safety_module = safety_module
+        if safety_module is not None and not any(True for _ in _covered_factors(self._model(), safety_module)):
+            raise ValueError(
+                "safety_module: it has no directions for any module with a LoRA adapter of this model, so that there "
+                f"would be no certificate (it has {next(iter(safety_module.bases))!r}). Give the one of the base model "
+                "and these target modules, or leave it out."
+            )
         self.stop_at_margin_drop = stop_at_margin_drop
         self.max_time_share = max_time_share
         self.batch_size = batch_size
@@ -202,6 +215,16 @@ def largest_live_share(model: PeftModel, safety_module: SafetyModule) -> float:
         safety_module: The directions.
     """
     largest = 0.0
+    for name, a, b in _covered_factors(model, safety_module):
+        norm, inside = norms(a, b, safety_module, name)
+        largest = max(largest, *((part / norm if norm else 0.0) for part in inside.values()))
+    return largest
+
+
+def _covered_factors(model: nn.Module, safety_module: SafetyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, lora_A and lora_B of every adapter in use on a layer that the safety module has directions for."""
+    if not isinstance(model, PeftModel):
+        return
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -209,9 +232,7 @@ def largest_live_share(model: PeftModel, safety_module: SafetyModule) -> float:
             if adapter in layer.lora_A:
                 a, b = (_whole(part[adapter].weight) for part in (layer.lora_A, layer.lora_B))
                 if covers(safety_module, name, b):
-                    norm, inside = norms(a, b, safety_module, name)
-                    largest = max(largest, *((part / norm if norm else 0.0) for part in inside.values()))
-    return largest
+                    yield name, a, b
 
 
 def _whole(weight: Tensor) -> Tensor:

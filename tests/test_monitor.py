@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from salora_plugins import SafetyMonitorCallback, SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation.first_tokens import refusal_margins
 from salora_plugins.evaluation.requests import load_requests
@@ -150,6 +150,15 @@ def test_options_that_make_no_sense(tmp_path):
         SafetyMonitorCallback(trainer)
     with pytest.raises(ValueError, match="every_steps=0"):
         SafetyMonitorCallback(trainer, every_steps=0)
+    of_another = SafetyModule({"model.layers.9.self_attn.q_proj": torch.eye(8)[:, :2]}, {})
+    with pytest.raises(ValueError, match=r"no directions for any module.*layers\.9"):
+        SafetyMonitorCallback(trainer, every_steps=1, safety_module=of_another)
+    with pytest.raises(ValueError, match="num_requests=0"):
+        SafetyMonitorCallback(trainer, every_steps=1, num_requests=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        SafetyMonitorCallback(trainer, every_steps=1, batch_size=0)
+    with pytest.raises(ValueError, match="max_time_share=0"):
+        SafetyMonitorCallback(trainer, every_steps=1, max_time_share=0)
     with pytest.raises(ValueError, match="stop_at_margin_drop=-1"):
         SafetyMonitorCallback(trainer, every_steps=1, stop_at_margin_drop=-1)
     with torch.no_grad():
