@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,8 @@ from .safety_module import SafetyModule
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 RANDOM_SUBSPACES = 5
 RESPONSE_TOKENS = 64
@@ -215,7 +218,7 @@ def validate(
 
     Raises:
         SafetyModuleError: The safety module is another model's.
-        ValueError: There are no requests.
+        ValueError: There are no requests, or the model says nothing to the harmless ones.
     """
     if not harmful or not harmless:
         raise ValueError("harmful and harmless: give at least one request of each.")
@@ -230,7 +233,7 @@ def validate(
         bases["input"] = safety_module.input_bases
     with adapters_disabled(model):
         rows = _with_answers(model, tokenizer, harmless, batch_size, progress)
-        asked = [[request.prompt for request in requests] for requests in (harmful, harmless)]
+        asked = [[request.prompt for request in harmful], [row["prompt"][0]["content"] for row in rows]]
         ordinary = _ordinary_directions(model, tokenizer, rows, safety_module, batch_size)
         bar = tqdm(total=1 + len(bases) * (2 + RANDOM_SUBSPACES), desc="validating", unit="state", disable=not progress)
 
@@ -268,7 +271,7 @@ def validate(
         "safety_rank": safety_module.safety_rank,
         "input_safety_rank": safety_module.input_safety_rank,
         "harmful_requests": len(harmful),
-        "harmless_requests": len(harmless),
+        "harmless_requests": len(rows),
         "random_subspaces": RANDOM_SUBSPACES,
         "seed": seed,
     }
@@ -344,25 +347,32 @@ def _ordinary_directions(
 ) -> dict[str, Mapping[str, Tensor]]:
     """Side -> module name -> the top directions on the harmless rows, as many as the safety module has."""
     from .calibration import calibrate
+    from .calibration.capture import CalibrationError
 
     names = list(safety_module.bases)
     ranks = {
         "safety_rank_pattern": _exact(safety_module.bases),
         "input_safety_rank_pattern": _exact(safety_module.input_bases),
     }
-    ordinary = calibrate(
-        model,
-        tokenizer,
-        safety_data=[{"messages": [*row["prompt"], *row["completion"]]} for row in rows],
-        target_modules=names,
-        safety_rank=safety_module.safety_rank,
-        input_safety_rank=safety_module.input_safety_rank,
-        safety_positions=safety_module.provenance.get("safety_positions"),
-        num_safety_samples=len(rows),
-        calibration_batch_size=batch_size,
-        calibration_cache=False,
-        **ranks,
-    )
+    try:
+        ordinary = calibrate(
+            model,
+            tokenizer,
+            safety_data=[{"messages": [*row["prompt"], *row["completion"]]} for row in rows],
+            target_modules=names,
+            safety_rank=safety_module.safety_rank,
+            input_safety_rank=safety_module.input_safety_rank,
+            safety_positions=safety_module.provenance.get("safety_positions"),
+            num_safety_samples=len(rows),
+            calibration_batch_size=batch_size,
+            calibration_cache=False,
+            **ranks,
+        )
+    except CalibrationError as error:
+        raise ValueError(
+            f"harmless: as many directions as the safety module has cannot be found in these {len(rows)} rows. Give "
+            f"more of them, or ones with longer answers. ({error})"
+        ) from error
     return {"output": ordinary.bases, "input": ordinary.input_bases}
 
 
@@ -373,21 +383,32 @@ def _exact(bases: Mapping[str, Tensor]) -> dict[str, int]:
 def _with_answers(
     model: nn.Module, tokenizer: Any, requests: Sequence[Request], batch_size: int, progress: bool
 ) -> list[dict[str, Any]]:
-    """The requests with their responses, or the model's own, in TRL's prompt-completion form."""
-    unanswered = [request.prompt for request in requests if request.response is None]
+    """
+    The requests with their responses, or the model's own, in TRL's prompt-completion form; without those to which the
+    model says nothing.
+
+    Raises:
+        ValueError: It says nothing to any.
+    """
+    unanswered = [request.prompt for request in requests if not request.response]
     own = iter(
         generate_responses(
             model, tokenizer, unanswered, max_new_tokens=RESPONSE_TOKENS, batch_size=batch_size, progress=progress
         )
     )
+    answers = [request.response or next(own) for request in requests]
+    silent = sum(not answer for answer in answers)
+    if silent == len(answers):
+        raise ValueError("harmless: the model answers none of these requests. Give others, or rows with responses.")
+    if silent:
+        logger.warning("The model says nothing to %d of %d harmless requests; they are left out.", silent, len(answers))
     return [
         {
             "prompt": [{"role": "user", "content": request.prompt}],
-            "completion": [
-                {"role": "assistant", "content": next(own) if request.response is None else request.response}
-            ],
+            "completion": [{"role": "assistant", "content": answer}],
         }
-        for request in requests
+        for request, answer in zip(requests, answers, strict=True)
+        if answer
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import tiny
-from salora_plugins import SafetyModule, calibrate
+from salora_plugins import SafetyModule, calibrate, validation
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.evaluation import response_loss
@@ -122,6 +122,25 @@ def test_answers_in_the_data_are_used(demo):
         for request in answered
     ]
     assert report.unchanged.harmless_loss == pytest.approx(response_loss(model, tokenizer, rows), rel=1e-5)
+
+
+def test_harmless_requests_to_which_the_model_says_nothing_are_left_out(demo, monkeypatch, caplog):
+    model, tokenizer, module, requests = demo
+    monkeypatch.setattr(validation, "generate_responses", lambda *_, **__: [""])
+    answer = "Two and two make four, as one and three do, and as five less one does."
+    harmless = [Request("Two and two?", response=answer), Request("Three and three?")]
+    found, expected = (
+        validate(module, model, tokenizer, harmful=requests["harmful"][:2], harmless=rows, progress=False)
+        for rows in (harmless, harmless[:1])
+    )
+    assert "says nothing to 1 of 2" in caplog.text
+    assert found.to_dict() == expected.to_dict()
+    with pytest.raises(ValueError, match=r"harmless: as many directions.*safety_rank=8, but"):
+        validate(
+            module, model, tokenizer, harmful=requests["harmful"], harmless=[Request("?", response="4")], progress=False
+        )
+    with pytest.raises(ValueError, match="harmless: the model answers none"):
+        validate(module, model, tokenizer, harmful=requests["harmful"][:2], harmless=harmless[1:], progress=False)
 
 
 def test_another_model_is_refused(demo):
