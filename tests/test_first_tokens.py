@@ -144,6 +144,17 @@ def test_requests(tmp_path):
         "One?",
         "Two?",
     ]
+    (tmp_path / "requests.TXT").write_bytes("\ufeffOne?\r\nTwo?\r\n".encode())
+    assert [request.prompt for request in load_requests(tmp_path / "requests.TXT", option="harmful")] == [
+        "One?",
+        "Two?",
+    ]
+    (tmp_path / "latin.txt").write_bytes(b"Caf\xe9?\n")
+    with pytest.raises(ValueError, match=r"harmful=.*latin\.txt': not UTF-8 text \(byte 3\)"):
+        load_requests(tmp_path / "latin.txt", option="harmful")
+    (tmp_path / "requests.csv").write_text("prompt,category\nOne?,\nTwo?,x\n")
+    assert [request.category for request in load_requests(tmp_path / "requests.csv", option="harmful")] == [None, "x"]
+    assert load_requests([{"prompt": "One?", "category": 0}], option="harmful")[0].category == "0"
     rows = [{"prompt": f"{c}{i}?", "category": c} for c in "abc" for i in range(10)]
     chosen = load_requests(rows, option="harmful", num=7, seed=3)
     assert sorted([request.category for request in chosen].count(c) for c in "abc") == [2, 2, 3]

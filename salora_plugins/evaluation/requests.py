@@ -74,8 +74,12 @@ def requests_digest(requests: Sequence[Request]) -> str:
 def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
     if source == "builtin":
         return list(enumerate(_BUILTIN[option](), start=1))
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".txt" and Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").split("\n")
+    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt" and Path(source).is_file():
+        try:
+            lines = Path(source).read_bytes().decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            where = describe(source, option)
+            raise DataError(f"{where}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
         return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
     return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
 
@@ -86,7 +90,8 @@ def _request(row: Any, where: str) -> Request:
     if not isinstance(example, Example) or [message["role"] for message in example.messages] != ["user"]:
         raise DataError(f"{where}: not a request of one user turn. Give rows with `prompt`, a text.")
     category = row.get("category")
-    return Request(example.request, None if category is None else str(category), example.response)
+    category = "" if category is None else str(category).strip()
+    return Request(example.request, category or None, example.response)  # an empty cell of a CSV file is none
 
 
 def _spread(requests: list[Request], num: int | None, seed: int) -> list[Request]:
