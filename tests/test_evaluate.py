@@ -361,6 +361,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(sources, tmp_path, 
     refused("num_task_rows has no effect without task", num_task_rows=4)
     refused("lm_eval_limit has no effect without lm_eval_tasks", lm_eval_limit=4)
     refused("safety_module has no effect without adapters", safety_module=sources["salora"])
+    refused("dtype='float99': give 'auto' or", dtype="float99")
     refused("load_in_4bit and load_in_8bit are both set", load_in_4bit=True, load_in_8bit=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

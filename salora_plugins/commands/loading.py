@@ -21,9 +21,9 @@ def load_model(
     The model of a folder or a hub repository, in evaluation mode.
 
     Raises:
-        ValueError: It is to be quantized in two ways.
+        ValueError: See `check_loading`.
     """
-    check_quantization(load_in_4bit, load_in_8bit)
+    check_loading(dtype, load_in_4bit, load_in_8bit)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -43,11 +43,15 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(source, **options).eval()
 
 
-def check_quantization(load_in_4bit: bool, load_in_8bit: bool) -> None:
+def check_loading(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> None:
     """
     Raises:
-        ValueError: Both are set.
+        ValueError: There is no such dtype, or the weights are to be quantized in two ways.
     """
+    import torch
+
+    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+        raise ValueError(f"dtype={dtype!r}: give 'auto' or a dtype of torch, such as float32, bfloat16 or float16.")
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one of them.")
 

@@ -43,8 +43,7 @@ class ClassifierJudge:
         The model's name.
 
         Raises:
-            OSError: It is not there.
-            ValueError: It has no chat template that shows both the request and the response.
+            ValueError: It is not there, or has no chat template that shows both the request and the response.
         """
         self._load_tokenizer()
         return {"model": self._source, "max_new_tokens": MAX_NEW_TOKENS}
@@ -82,7 +81,13 @@ class ClassifierJudge:
 
         if self._tokenizer is not None:
             return
-        tokenizer = AutoTokenizer.from_pretrained(self._source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"judge 'classifier': no tokenizer can be loaded from {self._source} ({error}). Name the folder or the "
+                "hub repository of a model in the form of Llama Guard."
+            ) from error
         if not tokenizer.chat_template:
             raise ValueError(
                 f"judge 'classifier': {self._source} has no chat template. Use a model in the form of Llama Guard."

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .. import audit
 from ..calibration.data import DataError, Example, load_examples, select_examples
 from ..calibration.sources import describe
-from ..commands.loading import check_quantization, load_tokenizer
+from ..commands.loading import check_loading, load_tokenizer
 from ..files import atomic_write
 from ..safety_module import SafetyModule
 from .coherence import PERPLEXITY_THRESHOLD, coherence, response_perplexities
@@ -145,7 +145,7 @@ def evaluate(
         lm_eval_limit=lm_eval_limit,
         perplexity_threshold=perplexity_threshold,
     )
-    check_quantization(load_in_4bit, load_in_8bit)
+    check_loading(dtype, load_in_4bit, load_in_8bit)
     _check_of_use("num_task_rows", num_task_rows, "task", task is not None)
     _check_of_use("lm_eval_limit", lm_eval_limit, "lm_eval_tasks", bool(lm_eval_tasks))
     _check_of_use("lm_eval_include_path", lm_eval_include_path, "lm_eval_tasks", bool(lm_eval_tasks))

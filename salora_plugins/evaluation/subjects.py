@@ -79,7 +79,10 @@ def find_subjects(
     names = [BASE, *adapters, *models]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of a file. Use letters, digits, spaces and _.,+=@()-.")
+            raise ValueError(
+                f"{name!r} cannot be the name of a file. Give the model another name (NAME=PATH): letters, digits, "
+                "spaces and _.,+=@()-."
+            )
         # Some file systems do not tell a from A.
         if [other.lower() for other in names].count(name.lower()) > 1:
             raise ValueError(f"{name!r} names two models; {BASE!r} is the base model's name. Choose other names.")
