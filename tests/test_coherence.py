@@ -13,6 +13,9 @@ from salora_plugins.evaluation.coherence import NEUTRAL_REQUEST, coherence, resp
 LABELLED = [
     ("", "empty"),
     (" \n...\u2026 !?", "empty"),
+    ("<think>\nThe user wants to bake bread, so I could", "empty"),
+    ("<think>\nBread.\n</think>\n\n", "empty"),
+    ("<think>\nBread.\n</think>\n\nBake it.", "coherent"),
     ("Sure. " * 12, "repeated"),
     ("I can't help with that. I can't help with that. I can't help with that. I can't help with that.", "repeated"),
     ("The bread is bread and bread and bread and bread and bread and bread and bread and bre", "repeated"),

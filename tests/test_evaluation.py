@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tiny
-from salora_plugins.evaluation import generate_responses, refusal_rate, response_loss, wilson_interval
+from salora_plugins.evaluation import generate_responses, generation, refusal_rate, response_loss, wilson_interval
+from salora_plugins.evaluation.first_tokens import render_requests
 from salora_plugins.evaluation.statistics import Mean, Proportion, mcnemar
 
 
@@ -198,3 +199,16 @@ def test_a_mean_has_the_interval_of_its_standard_error():
     assert Mean.of([7.0]).interval == (7.0, 7.0)
     assert Proportion(count=0, total=0).rate is None
     assert Proportion(count=81, total=263).interval == wilson_interval(81, 263)
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_answers_begin_where_the_first_tokens_are_measured(monkeypatch, thinks):
+    """With the thinking of a reasoning model turned off, as in calibration; else it would be cut off and judged."""
+    tokenizer = tiny.tokenizer()
+    if thinks:
+        tokenizer.chat_template += "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}"
+    texts = []
+    monkeypatch.setattr(generation, "continue_texts", lambda model, tokenizer, prompts, **_: texts.extend(prompts))
+    generate_responses(None, tokenizer, ["Hi", "Two and two?"])
+    assert texts[0].endswith("</think>\n\n") == thinks
+    assert [tokenizer(text)["input_ids"] for text in texts] == render_requests(tokenizer, ["Hi", "Two and two?"])

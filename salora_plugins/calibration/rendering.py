@@ -84,7 +84,7 @@ def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase, name: str
     """Whether the request went through the chat template already, as in data made for plain-text training."""
     if not tokenizer.chat_template or not _is_single_request(example):
         return False
-    for options in ({}, _template_options(tokenizer)):
+    for options in ({}, template_options(tokenizer)):
         rendered = _render(({"role": "user", "content": _MARKER},), tokenizer, name, options=options)
         end_of_request = rendered.rpartition(_MARKER)[2].strip()
         if end_of_request and example.request.rstrip().endswith(end_of_request):
@@ -101,7 +101,8 @@ def _render_answered(example: Example, response: str, tokenizer: PreTrainedToken
     return _render((*example.messages, answer), tokenizer, name, generation_prompt=False)
 
 
-def _template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a chat template is given besides the conversation."""
     # Without its thinking, a reasoning model's answer begins at once: the response is what the user reads.
     return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
 
@@ -122,7 +123,7 @@ def _render(
             list(messages),
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            **(_template_options(tokenizer) if options is None else options),
+            **(template_options(tokenizer) if options is None else options),
         )
     except (TemplateError, ValueError) as error:
         roles = [message["role"] for message in messages]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration.capture import evaluation_mode
+from ..judges import without_reasoning
 from .first_tokens import answer_log_probabilities, render_requests
 from .report import Coherence
 
@@ -41,11 +42,12 @@ def coherence(response: str, perplexity: float | None, *, threshold: float = PER
         threshold: Perplexity above which the text counts as broken.
 
     Returns:
-        "empty": no letter and no digit; "repeated": it ends in a piece of text of up to 80 characters that stands
-        there three times in a row or more, over 40 characters in all, lines of dashes and the like excepted;
+        "empty": no letter and no digit outside of a `<think>` block, which may be cut off; "repeated": it ends in a
+        piece of text of up to 80 characters that stands there three times in a row or more, over 40 characters in all,
+        lines of dashes and the like excepted;
         "high_perplexity"; or "coherent".
     """
-    if not _WORD.search(response):
+    if not _WORD.search(without_reasoning(response)):
         return "empty"
     for loop in _LOOP.finditer(response[-_END:]):
         if len(loop.group(1)) >= _LOOP_CHARACTERS and not set(loop.group(2)) <= _SEPARATORS:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.rendering import template_options
+
 
 def generate_responses(
     model: nn.Module,
@@ -24,8 +26,9 @@ def generate_responses(
 
     Args:
         model: a causal language model of transformers, with or without a PEFT adapter, on any device.
-        tokenizer: its tokenizer. A request is rendered as a user turn of its chat template; without a template
-            the model continues the plain text.
+        tokenizer: its tokenizer. A request is rendered as a user turn of its chat template, with the thinking
+            of reasoning models turned off where the template can; without a template the model continues the plain
+            text.
         prompts: the requests. They are answered in batches of like length, padded on the left.
         max_new_tokens: longest response, in tokens.
         batch_size: number of requests that are answered at once; affects memory and speed.
@@ -39,7 +42,10 @@ def generate_responses(
     if tokenizer.chat_template:
         prompts = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_options(tokenizer),
             )
             for prompt in prompts
         ]
