@@ -107,6 +107,7 @@ def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
 
 # Every batch takes a while, for the signal to fall into one.
 SLOWLY = """
+import signal
 import time
 from salora_plugins.calibration import batching
 from salora_plugins.cli import main
@@ -119,6 +120,8 @@ def slow_collate(*arguments):
     return collate(*arguments)
 
 batching.collate = slow_collate
+# A shell that runs the tests in the background lets its processes ignore the signal of Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 
