@@ -5,9 +5,11 @@ import dataclasses
 import pickle
 import warnings
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -20,6 +22,7 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import tiny
 from certificate import largest_share_inside
@@ -533,6 +536,10 @@ def test_injection():
     assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer only",
+)
 @adapters_row("transformers' `model.add_adapter`")
 def test_transformers_add_adapter(tmp_path):
     tokens = token_batch()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import JambaConfig, JambaForCausalLM, MambaConfig, MambaForCausalLM
 
 import tiny
 from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation import generate_responses
-from salora_plugins.evaluation.first_tokens import first_token_kl, first_token_reference, refusal_margins
+from salora_plugins.evaluation.first_tokens import _cache_name, first_token_kl, first_token_reference, refusal_margins
 from salora_plugins.evaluation.requests import load_requests
 from salora_plugins.judges import is_refusal
 
@@ -38,7 +39,35 @@ def log_probability(model, prompt: list[int], continuation: list[int]) -> torch.
     return total
 
 
-ARCHITECTURES = {"llama": tiny.llama, "GPT-2": tiny.gpt2, "Gemma 3": tiny.gemma3, "Mixtral": tiny.mixtral}
+def mamba():
+    config = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8)
+    return MambaForCausalLM(config).eval()
+
+
+def jamba():
+    config = JambaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        mamba_d_state=8,
+    )
+    return JambaForCausalLM(config).eval()
+
+
+ARCHITECTURES = {
+    "llama": tiny.llama,
+    "GPT-2": tiny.gpt2,
+    "Gemma 3": tiny.gemma3,
+    "Mixtral": tiny.mixtral,
+    "Mamba": mamba,
+    "Jamba": jamba,  # Mamba and attention layers in turn
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -68,7 +97,7 @@ def test_margins_without_a_cache_are_the_same(tokenizer, monkeypatch):
 
     def without_cache(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.past_key_values = None
+        output[_cache_name(model)] = None
         return output
 
     monkeypatch.setattr(model, "forward", without_cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -231,13 +231,13 @@ def _logits_behind(
     longest = max(map(len, leaves))
     filled = [[*leaf, *leaf[-1:] * (longest - len(leaf))] for leaf in leaves]
     rows, count = len(prompts), len(leaves)
-    if hasattr(cache, "batch_repeat_interleave"):
+    if _can_repeat(cache):
         cache.batch_repeat_interleave(count)
         tokens = torch.tensor(filled, device=mask.device).repeat(rows, 1)
         mask = mask.repeat_interleave(count, 0)
         mask = torch.cat([mask, mask.new_ones(rows * count, longest)], dim=1)
-        logits = _call(model, tokens, mask, past_key_values=cache, use_cache=True).logits
-    else:  # a state space model, for one: everything again, prompt included
+        logits = _call(model, tokens, mask, use_cache=True, **{_cache_name(model): cache}).logits
+    else:  # everything again, prompt included
         sequences = [prompt + leaf for prompt in prompts for leaf in filled]
         logits = _last_logits(model, sequences, longest)
     return logits[:, -longest:].float().unflatten(0, (rows, count))
@@ -287,7 +287,7 @@ def _last_logits(model: nn.Module, sequences: list[list[int]], count: int) -> Te
 def _last_logits_and_cache(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor]:
     tokens, mask = _padded(model, prompts)
     output = _call(model, tokens, mask, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1:].float(), getattr(output, "past_key_values", None), mask
+    return output.logits[:, -1:].float(), getattr(output, _cache_name(model), None), mask
 
 
 def _padded(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -300,11 +300,26 @@ def _padded(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tenso
 
 def _call(model: nn.Module, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
     """Run a model on left-padded tokens, with the options that its architecture knows."""
-    architecture = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepted = inspect.signature(type(architecture).forward).parameters
+    accepted = _accepted(model)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     options = {name: value for name, value in {**options, "position_ids": positions}.items() if name in accepted}
     return model(input_ids=tokens, attention_mask=mask, **options)
+
+
+def _accepted(model: nn.Module) -> Collection[str]:
+    """The options that the architecture's forward takes."""
+    architecture = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(type(architecture).forward).parameters
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What an architecture calls its key-value cache: Transformers renamed `past_key_values` to `cache` in 5.24."""
+    return "cache" if "cache" in _accepted(model) else "past_key_values"
+
+
+def _can_repeat(cache: Any) -> bool:
+    """Whether every layer's state can be given to several continuations; those of state space layers cannot."""
+    return all(hasattr(part, "batch_repeat_interleave") for part in (cache, *getattr(cache, "layers", ())))
 
 
 def _by_length(prompts: list[list[int]], batch_size: int, description: str, progress: bool) -> Iterator[list[int]]:
