@@ -2,11 +2,12 @@
 
     python benchmarks/safety_retention.py run --model DIR --data ../shared/data --out outputs/retention
     python benchmarks/safety_retention.py run ... --methods lora,two-sided-128 --tasks sure --seeds 0 --rates 1e-3
-    python benchmarks/safety_retention.py summary --out outputs/retention
+    python benchmarks/safety_retention.py summary
 
 Every run trains one method on one task with one learning rate and seed, and is measured at several steps on the way:
-points of a curve of refusals against held-out loss. One JSON file a run; a run whose file exists is skipped, so that
-the experiment goes on where it was interrupted. Task sets, the model's own refusals and safety modules are made once.
+points of a curve of refusals against held-out loss. One JSON file a run, kept with the project; a run whose file
+exists is skipped, so that the experiment goes on where it was interrupted. Task sets, the model's own refusals and
+safety modules are made once and kept under --out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent.parent / "docs" / "safety-retention"
 TASKS = ("math", "sure", "python")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 STEPS = (15, 30, 60)
@@ -34,6 +36,7 @@ BATCH_SIZE = 8
 WARMUP_STEPS = 5
 HELDOUT_ROWS = 60
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
+MARGIN_REQUESTS = 32  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
 
 QV = ["q_proj", "v_proj"]
@@ -92,6 +95,7 @@ def main() -> None:
     run.add_argument("--model", required=True, help="the aligned model's folder")
     run.add_argument("--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ...")
     run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--results", type=Path, default=RESULTS, help="folder of base.json and runs/ (default: the docs)")
     run.add_argument("--methods", default="lora,salora,two-sided-128")
     run.add_argument("--tasks", default=",".join(TASKS))
     run.add_argument("--rates", default=",".join(map(str, RATES)))
@@ -100,10 +104,10 @@ def main() -> None:
         "--everyday", default="400:700", help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment"
     )
     summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
-    summary.add_argument("--out", type=Path, required=True)
+    summary.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.command == "summary":
-        summarize(arguments.out)
+        summarize(arguments.results)
         return
     methods, tasks = arguments.methods.split(","), arguments.tasks.split(",")
     for given, known, option in ((methods, METHODS, "--methods"), (tasks, TASKS, "--tasks")):
@@ -112,22 +116,23 @@ def main() -> None:
     rates = [float(rate) for rate in arguments.rates.split(",")]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     everyday = slice(*map(int, arguments.everyday.split(":")))
-    Experiment(arguments.model, arguments.data, arguments.out, everyday).run(methods, tasks, rates, seeds)
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, arguments.results, everyday)
+    experiment.run(methods, tasks, rates, seeds)
 
 
 class Experiment:
-    """All runs on one model, their results under one folder."""
+    """All runs on one model; `results` gets what was measured, `out` all that is made on the way."""
 
-    def __init__(self, model: str, data: Path, out: Path, everyday: slice) -> None:
+    def __init__(self, model: str, data: Path, out: Path, results: Path, everyday: slice) -> None:
         from transformers import AutoTokenizer
 
-        self.model, self.data, self.out, self.everyday = model, data, out, everyday
+        self.model, self.data, self.out, self.results, self.everyday = model, data, out, results, everyday
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def run(self, methods: list[str], tasks: list[str], rates: list[float], seeds: list[int]) -> None:
         self.measure_base(tasks)
         for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
-            path = self.out / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
+            path = self.results / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
             if path.exists():
                 continue
             started = time.monotonic()
@@ -153,7 +158,7 @@ class Experiment:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
 
     def measure_base(self, tasks: list[str]) -> None:
-        path = self.out / "base.json"
+        path = self.results / "base.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"loss": {}}
         if missing := [task for task in tasks if task not in known["loss"]]:
             model = self.load()
@@ -364,7 +369,8 @@ class Experiment:
         """Everyday requests with the model's own answers, tokenized; none is in a task's held-out part."""
         from salora_plugins.calibration.data import load_examples, tokenize_examples
 
-        rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in self.own_answers()[:128]]
+        answered = self.own_answers()[HELDOUT_ROWS : HELDOUT_ROWS + 128]
+        rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in answered]
         examples = tokenize_examples(
             load_examples(rows, option="harmless"), self.tokenizer, max_length=MAX_LENGTH, option="harmless"
         )
@@ -434,8 +440,9 @@ class Experiment:
                 name: sum(coherence(text, None) != "coherent" for text in of_set) for name, of_set in given.items()
             },
             "margin": {
-                name: round(refusal_margins(model, self.tokenizer, of_set, batch_size=32).mean().item(), 3)
+                name: round(refusal_margins(model, self.tokenizer, chosen, batch_size=32).mean().item(), 3)
                 for name, of_set in sets.items()
+                for chosen in [of_set[:MARGIN_REQUESTS]]
             },
             "requests": {name: len(of_set) for name, of_set in sets.items()},
         }
@@ -527,12 +534,12 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
-def summarize(out: Path) -> None:
+def summarize(results: Path) -> None:
     """Print one table a task, and draw refusals against held-out loss."""
-    base = json.loads((out / "base.json").read_text(encoding="utf-8"))
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+    base = json.loads((results / "base.json").read_text(encoding="utf-8"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "runs").glob("*.json"))]
     if not runs:
-        sys.exit(f"--out {out}: no run is there yet")
+        sys.exit(f"--results {results}: no run is there yet")
     for task in sorted({run["task"] for run in runs}):
         print(f"\n{task}: base model loss {base['loss'][task]:.3f}, refused {base['refused']}\n")
         columns = ("method", "learning rate", "seed", "step", "held-out loss", *base["refused"])
@@ -542,7 +549,7 @@ def summarize(out: Path) -> None:
                 refused = [str(point["refused"][name]) for name in base["refused"]]
                 cells = (run["method"], f"{run['learning_rate']:g}", str(run["seed"]), str(point["step"]))
                 print("| " + " | ".join((*cells, f"{point['loss']:.3f}", *refused)) + " |")
-    draw(runs, base, out / "frontier.png")
+    draw(runs, base, results / "frontier.png")
 
 
 def draw(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:

@@ -93,6 +93,13 @@ def check_layer_type(name: str, module: nn.Module) -> None:
     """
     layer = base_layer(module)
     if not isinstance(layer, (nn.Linear, Conv1D)):
+        if _is_foreign_linear(layer):
+            library = type(layer).__module__.split(".")[0]
+            raise ValueError(
+                f"target_modules: {name!r} is a {type(layer).__name__} of {library}, whose weight SaLoRA cannot read. "
+                "Load the base model in bf16, or quantized by bitsandbytes or torchao (int8), or leave it out with "
+                "exclude_modules."
+            )
         raise ValueError(
             f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear "
             "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out "
@@ -113,6 +120,13 @@ def check_layer_type(name: str, module: nn.Module) -> None:
         f"target_modules: {name!r} is a {type(layer).__name__} that {found}, which SaLoRA cannot read as numbers. Load "
         "the base model in bf16, or quantized by bitsandbytes or torchao (int8)."
     )
+
+
+def _is_foreign_linear(layer: nn.Module) -> bool:
+    """Whether this is the linear layer of another library, by its features or the codes that it holds."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    holds_codes = any(t.dim() > 1 and (not t.is_floating_point() or t.element_size() == 1) for t in tensors)
+    return holds_codes or hasattr(layer, "in_features")
 
 
 def layer_features(module: nn.Module) -> tuple[int, int]:

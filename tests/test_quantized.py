@@ -13,10 +13,10 @@ from tiny import llama, relative_difference, token_batch, token_rows
 pytest.importorskip("bitsandbytes")
 
 
-def torchao_config(kind):
+def torchao_config(kind, **options):
     """Skips where torchao is not installed; Axolotl brings it."""
     quantization = pytest.importorskip("torchao.quantization")
-    return TorchAoConfig(getattr(quantization, kind)())
+    return TorchAoConfig(getattr(quantization, kind)(**options))
 
 
 QUANTIZATION = {
@@ -28,6 +28,9 @@ QUANTIZATION = {
     ),
     "8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao": lambda: torchao_config("Int8WeightOnlyConfig"),
+    "torchao dynamic": lambda: torchao_config("Int8DynamicActivationInt8WeightConfig"),
+    "torchao float8": lambda: torchao_config("Float8WeightOnlyConfig"),
+    "torchao int4": lambda: torchao_config("IntxWeightOnlyConfig", weight_dtype=torch.int4),
 }
 
 
@@ -35,6 +38,9 @@ ROWS = {
     "4-bit": "bitsandbytes 4-bit (NF4, double quantization)",
     "8-bit": "bitsandbytes 8-bit",
     "torchao": "torchao int8, weight only",
+    "torchao dynamic": "torchao int8, activations too",
+    "torchao float8": "torchao float8, weight only",
+    "torchao int4": "torchao int4, weight only (`IntxWeightOnlyConfig`)",
 }
 
 
