@@ -97,8 +97,8 @@ def check_layer_type(name: str, module: nn.Module) -> None:
             library = type(layer).__module__.split(".")[0]
             raise ValueError(
                 f"target_modules: {name!r} is a {type(layer).__name__} of {library}, whose weight SaLoRA cannot read. "
-                "Load the base model in bf16, or quantized by bitsandbytes or torchao (int8), or leave it out with "
-                "exclude_modules."
+                "Load the base model in bf16, or quantized by bitsandbytes or torchao (weights only), or leave it out "
+                "with exclude_modules."
             )
         raise ValueError(
             f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear "
@@ -107,6 +107,13 @@ def check_layer_type(name: str, module: nn.Module) -> None:
         )
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and is_quantized(layer):
+        # torchao's own name; its layers would train nothing without a word (torchao 0.17).
+        if getattr(weight, "act_quant_kwargs", None) is not None:
+            raise ValueError(
+                f"target_modules: {name!r} quantizes its activations, too, and torchao passes no gradients through "
+                "such layers, so that nothing would be trained. Quantize the weights only (Int8WeightOnlyConfig, for "
+                "one)."
+            )
         return
     if weight is None:
         found = "has no weight"
@@ -118,7 +125,7 @@ def check_layer_type(name: str, module: nn.Module) -> None:
         return
     raise ValueError(
         f"target_modules: {name!r} is a {type(layer).__name__} that {found}, which SaLoRA cannot read as numbers. Load "
-        "the base model in bf16, or quantized by bitsandbytes or torchao (int8)."
+        "the base model in bf16, or quantized by bitsandbytes or torchao (weights only)."
     )
 
 

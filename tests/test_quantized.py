@@ -28,7 +28,6 @@ QUANTIZATION = {
     ),
     "8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao": lambda: torchao_config("Int8WeightOnlyConfig"),
-    "torchao dynamic": lambda: torchao_config("Int8DynamicActivationInt8WeightConfig"),
     "torchao float8": lambda: torchao_config("Float8WeightOnlyConfig"),
     "torchao int4": lambda: torchao_config("IntxWeightOnlyConfig", weight_dtype=torch.int4),
 }
@@ -38,7 +37,6 @@ ROWS = {
     "4-bit": "bitsandbytes 4-bit (NF4, double quantization)",
     "8-bit": "bitsandbytes 8-bit",
     "torchao": "torchao int8, weight only",
-    "torchao dynamic": "torchao int8, activations too",
     "torchao float8": "torchao float8, weight only",
     "torchao int4": "torchao int4, weight only (`IntxWeightOnlyConfig`)",
 }
@@ -85,6 +83,17 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
     # Merging quantizes the sum again; it must be far closer to the trained model than the base is.
     merged = model.merge_and_unload()(tokens).logits
     assert (merged - trained).norm() < 0.5 * (expected - trained).norm()
+
+
+@pytest.mark.compatibility("Weights", "torchao int8, activations too")
+def test_quantized_activations_are_refused(tmp_path, refusal):
+    llama().save_pretrained(tmp_path)
+    quantization = torchao_config("Int8DynamicActivationInt8WeightConfig")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    options = {"target_modules": ["q_proj"], "safety_rank": 8, "safety_data": token_rows(16)}
+    with pytest.raises(ValueError, match="q_proj' quantizes its activations, too") as caught:
+        get_peft_model(model, SaLoRAConfig(**options))
+    refusal(caught.value)
 
 
 def test_a_safety_module_of_the_full_model_fits_its_quantized_form(tmp_path):
