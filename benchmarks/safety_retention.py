@@ -29,14 +29,14 @@ from typing import Any
 RESULTS = Path(__file__).parent.parent / "docs" / "safety-retention"
 TASKS = ("math", "sure", "python")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-STEPS = (15, 30, 60)
+STEPS = (30, 60)
 RANK = 16
 MAX_LENGTH = 256
 BATCH_SIZE = 8
 WARMUP_STEPS = 5
 HELDOUT_ROWS = 60
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
-MARGIN_REQUESTS = 32  # of each set: margins take longer than answers
+MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
 
 QV = ["q_proj", "v_proj"]
@@ -72,6 +72,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
     "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
     "two-sided-256-all": {"input_safety_rank": 256, "positions": "all"},
+    "two-sided-128-all-upper": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
+    "two-sided-256-all-upper": {"input_safety_rank": 256, "positions": "all", "layers": "upper half"},
+    "lora-upper": {"layers": "upper half"},
     "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
     "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
     "two-sided-128-contrastive": {"input_safety_rank": 128, "positions": "predicting", "basis": "contrastive"},
@@ -216,6 +219,7 @@ class Experiment:
             callbacks=[MeasureCallback()],
         )
         trainer.train()
+        trainer.model.save_pretrained(self.out / "adapters" / answers.name)
         return points, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     @contextmanager
@@ -248,6 +252,7 @@ class Experiment:
 
     def peft_config(self, method: str, seed: int) -> Any:
         from peft import LoraConfig
+        from transformers import AutoConfig
 
         from salora_plugins import SaLoRAConfig
 
@@ -258,6 +263,9 @@ class Experiment:
             "target_modules": options.get("targets", QV),
             "task_type": "CAUSAL_LM",
         }
+        if "layers" in options:
+            layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
+            shared["layers_to_transform"] = list(range(layers // 2, layers))
         if method.startswith(("lora", "projected")):
             return LoraConfig(**shared)
         if method == "pissa":
