@@ -29,7 +29,6 @@ from typing import Any
 RESULTS = Path(__file__).parent.parent / "docs" / "safety-retention"
 TASKS = ("math", "sure", "python")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-STEPS = (30, 60)
 RANK = 16
 MAX_LENGTH = 256
 BATCH_SIZE = 8
@@ -72,6 +71,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
     "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
     "two-sided-256-all": {"input_safety_rank": 256, "positions": "all"},
+    "two-sided": {"input_safety_rank": 144, "positions": "all"},
+    "two-sided-0.97-all": {"input_safety_rank": 0.97, "positions": "all"},
+    "two-sided-0.95-all": {"input_safety_rank": 0.95, "positions": "all"},
     "two-sided-128-all-upper": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
     "two-sided-256-all-upper": {"input_safety_rank": 256, "positions": "all", "layers": "upper half"},
     "lora-upper": {"layers": "upper half"},
@@ -103,6 +105,7 @@ def main() -> None:
     run.add_argument("--tasks", default=",".join(TASKS))
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
+    run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
     run.add_argument(
         "--everyday", default="400:700", help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment"
     )
@@ -117,19 +120,20 @@ def main() -> None:
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     rates = [float(rate) for rate in arguments.rates.split(",")]
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds, steps = ([int(number) for number in of.split(",")] for of in (arguments.seeds, arguments.steps))
     everyday = slice(*map(int, arguments.everyday.split(":")))
-    experiment = Experiment(arguments.model, arguments.data, arguments.out, arguments.results, everyday)
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, arguments.results, everyday, steps)
     experiment.run(methods, tasks, rates, seeds)
 
 
 class Experiment:
     """All runs on one model; `results` gets what was measured, `out` all that is made on the way."""
 
-    def __init__(self, model: str, data: Path, out: Path, results: Path, everyday: slice) -> None:
+    def __init__(self, model: str, data: Path, out: Path, results: Path, everyday: slice, steps: list[int]) -> None:
         from transformers import AutoTokenizer
 
-        self.model, self.data, self.out, self.results, self.everyday = model, data, out, results, everyday
+        self.model, self.data, self.out, self.results = model, data, out, results
+        self.everyday, self.steps = everyday, steps
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def run(self, methods: list[str], tasks: list[str], rates: list[float], seeds: list[int]) -> None:
@@ -174,7 +178,7 @@ class Experiment:
     def train(
         self, task: str, method: str, rate: float, seed: int, answers: Path
     ) -> tuple[list[dict[str, Any]], list[float]]:
-        """One run; what was measured after each of STEPS, and the training loss of every step."""
+        """One run; what was measured after each of the steps, and the training loss of every step."""
         from datasets import Dataset
         from transformers import TrainerCallback, set_seed
         from trl import SFTConfig, SFTTrainer
@@ -184,7 +188,7 @@ class Experiment:
 
         class MeasureCallback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-                if state.global_step in STEPS:
+                if state.global_step in experiment.steps:
                     with experiment.projected(model, method):
                         points.append(
                             {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
@@ -196,7 +200,7 @@ class Experiment:
             model=self.load(),
             args=SFTConfig(
                 output_dir=str(self.out / "trainer"),
-                max_steps=max(STEPS),
+                max_steps=max(self.steps),
                 per_device_train_batch_size=BATCH_SIZE,
                 max_length=MAX_LENGTH,
                 completion_only_loss=True,
