@@ -18,8 +18,10 @@ import importlib.util
 import itertools
 import json
 import random
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -496,7 +498,7 @@ def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: A
     from salora_plugins.calibration.statistics import Engine
 
     examples = [TokenizedExample(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
-    statistics = collect_statistics(
+    collected = collect_statistics(
         model.eval(),
         {name: model.get_submodule(name) for name in names},
         batches(examples, 16, pad_token_id=0),
@@ -504,7 +506,7 @@ def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: A
         positions=positions,
         with_inputs=True,
     )
-    return {name: entry.input.gram() for name, entry in statistics.items()}
+    return {name: entry.input.gram() for name, entry in collected.items()}
 
 
 def documented_functions() -> list[dict[str, Any]]:
@@ -547,60 +549,99 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def summarize(results: Path) -> None:
-    """Print one table a task, and draw refusals against held-out loss."""
+    """Print one table a task, and draw refusals against held-out loss; seeds are taken together."""
     base = json.loads((results / "base.json").read_text(encoding="utf-8"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "runs").glob("*.json"))]
     if not runs:
         sys.exit(f"--results {results}: no run is there yet")
-    for task in sorted({run["task"] for run in runs}):
-        print(f"\n{task}: base model loss {base['loss'][task]:.3f}, refused {base['refused']}\n")
-        columns = ("method", "learning rate", "seed", "step", "held-out loss", *base["refused"])
+    measured = pooled(runs)
+    sets = list(base["requests"])
+    for task in sorted({row["task"] for row in measured}):
+        refused = ", ".join(f"{name} {base['refused'][name]} of {base['requests'][name]}" for name in sets)
+        print(f"\n{task}: base model {base['loss'][task]:.3f}, refused: {refused}\n")
+        columns = ("method", "learning rate", "step", "seeds", "held-out loss", *sets, "broken")
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-        for run in sorted((run for run in runs if run["task"] == task), key=lambda run: run["method"]):
-            for point in run["points"]:
-                refused = [str(point["refused"][name]) for name in base["refused"]]
-                cells = (run["method"], f"{run['learning_rate']:g}", str(run["seed"]), str(point["step"]))
-                print("| " + " | ".join((*cells, f"{point['loss']:.3f}", *refused)) + " |")
-    draw(runs, base, results / "frontier.png")
+        for row in measured:
+            if row["task"] != task:
+                continue
+            cells = [row["method"], f"{row['learning_rate']:g}", str(row["step"]), str(len(row["losses"])), losses(row)]
+            for name in sets:
+                share, lower, upper = percentages(row["refused"][name], row["requests"][name])
+                cells.append(f"{share:.0f} % [{lower:.0f}, {upper:.0f}]")
+            cells.append(f"{sum(row['broken'].values())} of {sum(row['requests'].values())}")
+            print("| " + " | ".join(cells) + " |")
+    draw(measured, base, results / "frontier.png")
 
 
-def draw(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
-    """A panel a task and source: refused share against held-out loss, a colour a method."""
+def pooled(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured by task, method, learning rate and step, over all seeds, in the order of METHODS."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for point in run["points"]:
+            key = (run["task"], run["method"], run["learning_rate"], point["step"])
+            names = dict(zip(("task", "method", "learning_rate", "step"), key, strict=True))
+            counted = ("refused", "broken", "requests")
+            row = rows.setdefault(key, names | {"losses": []} | {kind: Counter() for kind in counted})
+            row["losses"].append(point["loss"])
+            for kind in counted:
+                row[kind].update(point[kind])
+    order = list(METHODS)
+    return sorted(rows.values(), key=lambda row: (order.index(row["method"]), row["learning_rate"], row["step"]))
+
+
+def losses(row: dict[str, Any]) -> str:
+    mean = f"{statistics.mean(row['losses']):.3f}"
+    return mean if len(row["losses"]) == 1 else f"{mean} ({min(row['losses']):.3f} to {max(row['losses']):.3f})"
+
+
+def percentages(count: int, total: int) -> tuple[float, float, float]:
+    """The share in percent and its Wilson 95 % interval."""
+    from salora_plugins.evaluation.statistics import wilson_interval
+
+    lower, upper = wilson_interval(count, total)
+    return 100 * count / total, 100 * lower, 100 * upper
+
+
+def draw(measured: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
+    """A panel a task and source: refused share with its interval against mean held-out loss, a colour a method."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = sorted({run["task"] for run in runs})
-    methods = list(
-        dict.fromkeys(run["method"] for run in sorted(runs, key=lambda run: list(METHODS).index(run["method"])))
-    )
+    tasks = sorted({row["task"] for row in measured})
+    methods = list(dict.fromkeys(row["method"] for row in measured))
     sources = ("advbench", "builtin")
-    figure = Figure(figsize=(6 * len(tasks), 4.2 * len(sources)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5 * len(tasks), 3.6 * len(sources) + 0.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(sources), len(tasks), squeeze=False)
-    for (row, source), (column, task) in itertools.product(enumerate(sources), enumerate(tasks)):
-        axis = axes[row][column]
-        axis.axhline(100 * base["refused"][source] / base["requests"][source], color="#999999", linestyle=":")
+    handles = {}
+    for (line, source), (column, task) in itertools.product(enumerate(sources), enumerate(tasks)):
+        axis = axes[line][column]
+        base_share = 100 * base["refused"][source] / base["requests"][source]
+        handles["base model"] = axis.axhline(base_share, color="#777777", linestyle=":")
         for number, method in enumerate(methods):
-            points = [p for run in runs if (run["task"], run["method"]) == (task, method) for p in run["points"]]
-            if points:
-                axis.plot(
-                    [point["loss"] for point in points],
-                    [100 * point["refused"][source] / point["requests"][source] for point in points],
-                    "o",
-                    color=colormaps["tab20"](number % 20),
-                    alpha=0.8,
-                    markersize=5,
-                    label=method,
-                )
+            points = [row for row in measured if (row["task"], row["method"]) == (task, method)]
+            if not points:
+                continue
+            shares = [percentages(row["refused"][source], row["requests"][source]) for row in points]
+            handles[method] = axis.errorbar(
+                [statistics.mean(row["losses"]) for row in points],
+                [share for share, _, _ in shares],
+                [[share - lower for share, lower, _ in shares], [upper - share for share, _, upper in shares]],
+                fmt="osD^v"[number // 10 % 5],
+                color=colormaps["tab10"](number % 10),
+                alpha=0.8,
+                markersize=6,
+                capsize=2,
+            )
         axis.set_title(f"{task}: refused of {source}, %", fontsize=10)
         axis.set_xlabel("held-out loss, nats per token")
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path)
-    print(f"wrote {path}")
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
