@@ -2,6 +2,7 @@
 
     python benchmarks/safety_retention.py run --model DIR --data ../shared/data --out outputs/retention
     python benchmarks/safety_retention.py run ... --methods lora,two-sided-128 --tasks sure --seeds 0 --rates 1e-3
+    python benchmarks/safety_retention.py leak --model DIR --data ../shared/data --out outputs/retention
     python benchmarks/safety_retention.py summary
 
 Every run trains one method on one task with one learning rate and seed, and is measured at several steps on the way:
@@ -46,14 +47,14 @@ ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
 # are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. "positions":
-# "all" takes every token of request and refusal, "request" those of the request and the chat template around it.
+# "all" takes every token of request and refusal.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
-    "salora": {},
-    "salora-predicting": {"positions": "predicting"},
-    "salora-zero": {"init": "zero"},
-    "salora-rank-128": {"safety_rank": 128},
+    "paper": {},
+    "paper-predicting": {"positions": "predicting"},
+    "paper-zero": {"init": "zero"},
+    "paper-rank-128": {"safety_rank": 128},
     "projected-128": {"input_safety_rank": 128, "positions": "predicting"},
     "projected-256-all": {"input_safety_rank": 256, "positions": "all"},
     "two-sided-32": {"input_safety_rank": 32, "positions": "predicting"},
@@ -62,10 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-16-all": {"input_safety_rank": 16, "positions": "all"},
     "two-sided-32-all": {"input_safety_rank": 32, "positions": "all"},
     "two-sided-64-all": {"input_safety_rank": 64, "positions": "all"},
-    "two-sided-64-request": {"input_safety_rank": 64, "positions": "request"},
     "two-sided-64-response": {"input_safety_rank": 64, "positions": "response"},
-    "two-sided-64-all-contrastive": {"input_safety_rank": 64, "positions": "all", "basis": "contrastive"},
-    "two-sided-64-all-distinct": {"input_safety_rank": 64, "positions": "all", "basis": "distinct"},
     "input-64-all": {"safety_rank": 1, "input_safety_rank": 64, "positions": "all"},
     "two-sided-96": {"input_safety_rank": 96, "positions": "predicting"},
     "two-sided-96-all": {"input_safety_rank": 96, "positions": "all"},
@@ -81,16 +79,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-upper": {"layers": "upper half"},
     "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
     "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
-    "two-sided-128-contrastive": {"input_safety_rank": 128, "positions": "predicting", "basis": "contrastive"},
-    "two-sided-64-contrastive": {"input_safety_rank": 64, "positions": "predicting", "basis": "contrastive"},
-    "two-sided-64-distinct": {"input_safety_rank": 64, "positions": "predicting", "basis": "distinct"},
-    "two-sided-128-distinct": {"input_safety_rank": 128, "positions": "predicting", "basis": "distinct"},
     "two-sided-128-advbench": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "advbench"},
     "two-sided-128-both": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "both"},
     "lora-attention": {"targets": ATTENTION},
     "two-sided-128-attention": {"input_safety_rank": 128, "positions": "predicting", "targets": ATTENTION},
     "lora-all-linear": {"targets": ALL_LINEAR},
-    "salora-all-linear": {"targets": ALL_LINEAR},
+    "paper-all-linear": {"targets": ALL_LINEAR},
     "two-sided-128-all-linear": {"input_safety_rank": 128, "positions": "predicting", "targets": ALL_LINEAR},
 }
 
@@ -99,23 +93,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and measure what is not there yet")
-    run.add_argument("--model", required=True, help="the aligned model's folder")
-    run.add_argument("--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ...")
-    run.add_argument("--out", type=Path, required=True)
+    leak = commands.add_parser("leak", help="predict, without training, how harmful requests reach an adapter")
+    for command in (run, leak):
+        command.add_argument("--model", required=True, help="the aligned model's folder")
+        command.add_argument(
+            "--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ..."
+        )
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument(
+            "--everyday",
+            default="400:700",
+            help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment",
+        )
     run.add_argument("--results", type=Path, default=RESULTS, help="folder of base.json and runs/ (default: the docs)")
-    run.add_argument("--methods", default="lora,salora,two-sided-128")
+    run.add_argument("--methods", default="lora,paper,two-sided")
     run.add_argument("--tasks", default=",".join(TASKS))
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
-    run.add_argument(
-        "--everyday", default="400:700", help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment"
-    )
     summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
     summary.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.command == "summary":
         summarize(arguments.results)
+        return
+    everyday = slice(*map(int, arguments.everyday.split(":")))
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday)
+    if arguments.command == "leak":
+        experiment.leak()
         return
     methods, tasks = arguments.methods.split(","), arguments.tasks.split(",")
     for given, known, option in ((methods, METHODS, "--methods"), (tasks, TASKS, "--tasks")):
@@ -123,29 +128,34 @@ def main() -> None:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     rates = [float(rate) for rate in arguments.rates.split(",")]
     seeds, steps = ([int(number) for number in of.split(",")] for of in (arguments.seeds, arguments.steps))
-    everyday = slice(*map(int, arguments.everyday.split(":")))
-    experiment = Experiment(arguments.model, arguments.data, arguments.out, arguments.results, everyday, steps)
-    experiment.run(methods, tasks, rates, seeds)
+    experiment.run(arguments.results, methods, tasks, rates, seeds, steps)
 
 
 class Experiment:
-    """All runs on one model; `results` gets what was measured, `out` all that is made on the way."""
+    """All runs on one model; `out` gets all that is made on the way."""
 
-    def __init__(self, model: str, data: Path, out: Path, results: Path, everyday: slice, steps: list[int]) -> None:
+    def __init__(self, model: str, data: Path, out: Path, everyday: slice) -> None:
         from transformers import AutoTokenizer
 
-        self.model, self.data, self.out, self.results = model, data, out, results
-        self.everyday, self.steps = everyday, steps
+        self.model, self.data, self.out, self.everyday = model, data, out, everyday
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
-    def run(self, methods: list[str], tasks: list[str], rates: list[float], seeds: list[int]) -> None:
-        self.measure_base(tasks)
+    def run(
+        self,
+        results: Path,
+        methods: list[str],
+        tasks: list[str],
+        rates: list[float],
+        seeds: list[int],
+        steps: list[int],
+    ) -> None:
+        self.measure_base(results / "base.json", tasks)
         for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
-            path = self.results / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
+            path = results / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
             if path.exists():
                 continue
             started = time.monotonic()
-            points, losses = self.train(task, method, rate, seed, self.out / "answers" / path.stem)
+            points, losses = self.train(task, method, rate, seed, steps, self.out / "answers" / path.stem)
             result = {
                 "task": task,
                 "method": method,
@@ -160,14 +170,74 @@ class Experiment:
             last = {key: points[-1][key] for key in ("loss", "refused")}
             print(f"{path.stem}: {last} in {result['minutes']} min", flush=True)
 
+    def leak(self) -> None:
+        """
+        Print how strongly adapters react to harmful requests, as the input side's calibration lets them.
+
+        An adapter whose A takes the 16 strongest directions of the task's inputs that the input side leaves; its
+        reaction to requests of other sources over that to the task's own, and what is left of the energy of the
+        task's inputs. Geometric means over every third layer, of squared norms, at the prompt's last tokens.
+        """
+        import torch
+
+        model = self.load().eval()
+        names = [name for name, _ in model.named_modules() if name.endswith("q_proj")][
+            ::3
+        ]  # v_proj has the same inputs
+        seen = {
+            (kind, positions): input_grams(model, names, rows, positions)
+            for kind, rows in (("harmful", self.safety_rows("builtin")), ("harmless", self.harmless_rows()))
+            for positions in ("response", "predicting", "all")
+        }
+        unseen = {
+            name: input_grams(model, names, [self.last_prompt_tokens(request) for request in requests], "response")
+            for name, requests in self.request_sets().items()
+        }
+        for task in ("sure", "math"):
+            requests = [row["prompt"][-1]["content"] for row in self.task_rows(task, "test")]
+            unseen[task] = input_grams(model, names, [self.last_prompt_tokens(r) for r in requests], "response")
+        print(
+            "| directions | positions | r_in | "
+            + " | ".join(f"{t}: advbench | builtin | energy left" for t in ("sure", "math"))
+        )
+        for (kind, find), positions, rank in itertools.product(
+            DIRECTIONS.items(), ("response", "predicting", "all"), (64, 128, 256)
+        ):
+            cells = []
+            for task in ("sure", "math"):
+                rows = []
+                for name in names:
+                    harmful, harmless, of_task, *others = (
+                        (gram[name] / gram[name].trace()).double()
+                        for gram in (
+                            seen["harmful", positions],
+                            seen["harmless", positions],
+                            unseen[task],
+                            unseen["advbench"],
+                            unseen["builtin"],
+                        )
+                    )
+                    basis = find(harmful, harmless, rank)
+                    outside = torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
+                    left = outside @ of_task @ outside
+                    filters = torch.linalg.eigh(left).eigenvectors[:, -RANK:]
+                    reaction = [(filters.T @ gram @ filters).trace() for gram in (of_task, *others)]
+                    rows.append(torch.stack([reaction[1] / reaction[0], reaction[2] / reaction[0], left.trace()]))
+                cells += [f"{value:.3f}" for value in torch.stack(rows).log().mean(0).exp().tolist()]
+            print(f"| {kind} | {positions} | {rank} | " + " | ".join(cells) + " |", flush=True)
+
+    def last_prompt_tokens(self, request: str, count: int = 4) -> dict[str, list[int]]:
+        """The rendered request with labels on its last tokens, those of the generation prompt."""
+        ids = list(self.tokenizer.apply_chat_template([user(request)], add_generation_prompt=True, return_dict=False))
+        return {"input_ids": ids, "labels": [-100] * (len(ids) - count) + ids[-count:]}
+
     def load(self) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
 
-    def measure_base(self, tasks: list[str]) -> None:
-        path = self.results / "base.json"
+    def measure_base(self, path: Path, tasks: list[str]) -> None:
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"loss": {}}
         if missing := [task for task in tasks if task not in known["loss"]]:
             model = self.load()
@@ -178,7 +248,7 @@ class Experiment:
             write_json(path, known)
 
     def train(
-        self, task: str, method: str, rate: float, seed: int, answers: Path
+        self, task: str, method: str, rate: float, seed: int, steps: list[int], answers: Path
     ) -> tuple[list[dict[str, Any]], list[float]]:
         """One run; what was measured after each of the steps, and the training loss of every step."""
         from datasets import Dataset
@@ -190,7 +260,7 @@ class Experiment:
 
         class MeasureCallback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-                if state.global_step in experiment.steps:
+                if state.global_step in steps:
                     with experiment.projected(model, method):
                         points.append(
                             {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
@@ -202,7 +272,7 @@ class Experiment:
             model=self.load(),
             args=SFTConfig(
                 output_dir=str(self.out / "trainer"),
-                max_steps=max(self.steps),
+                max_steps=max(steps),
                 per_device_train_batch_size=BATCH_SIZE,
                 max_length=MAX_LENGTH,
                 completion_only_loss=True,
@@ -296,15 +366,12 @@ class Experiment:
             "data": options.get("safety_data", "builtin"),
             "positions": options.get("positions", "response"),
             "ranks": f"{options.get('safety_rank', 32)}-{options.get('input_safety_rank', 0)}",
-            "basis": options.get("basis", "salora"),
         }
         path = self.out / "safety-modules" / f"{'-'.join(parts.values())}.safetensors"
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows, positions = self.safety_rows(parts["data"]), parts["positions"]
-        if positions == "request":
-            rows, positions = [with_labels_on_the_request(row) for row in rows], "response"
         model = self.load()
         module = calibrate(
             model,
@@ -316,40 +383,8 @@ class Experiment:
             safety_positions=positions,
             num_safety_samples=len(rows),
         )
-        if parts["basis"] != "salora":
-            module = self.against_harmless(module, model, rows, parts["basis"], positions)
         module.save(path)
         return path
-
-    def against_harmless(self, module: Any, model: Any, rows: list[dict[str, Any]], basis: str, positions: Any) -> Any:
-        """
-        Input directions in which refused requests stand out from answered ones.
-
-        "contrastive": the top eigenvectors of the difference of the Gram matrices, each of trace 1. "distinct": the
-        directions of the greatest ratio of the energies, the harmless one with a hundredth of its mean added.
-        """
-        import dataclasses
-
-        import torch
-
-        grams = []
-        for examples in (rows, self.harmless_rows()):
-            grams.append(input_grams(model, module.bases, examples, positions))
-        bases = {}
-        for name, old in module.input_bases.items():
-            harmful, harmless = ((of[name] / of[name].trace()).double() for of in grams)
-            if basis == "contrastive":
-                vectors = torch.linalg.eigh(harmful - harmless).eigenvectors
-                chosen = vectors[:, -old.shape[1] :].flip(1)
-            else:
-                size = len(harmless)
-                factor = torch.linalg.cholesky(harmless + torch.eye(size, dtype=harmless.dtype) * 0.01 / size)
-                whitened = torch.linalg.solve_triangular(factor, harmful, upper=False)
-                whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
-                top = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors[:, -old.shape[1] :]
-                chosen = torch.linalg.qr(torch.linalg.solve_triangular(factor.T, top, upper=True)).Q
-            bases[name] = chosen.float().contiguous()
-        return dataclasses.replace(module, input_bases=bases, input_singular_values={})
 
     def safety_rows(self, data: str) -> list[dict[str, Any]]:
         """Requests with the model's own refusals, tokenized: 128 of a source, or 64 of each of both."""
@@ -458,7 +493,6 @@ class Experiment:
                 for name, of_set in sets.items()
                 for chosen in [of_set[:MARGIN_REQUESTS]]
             },
-            "requests": {name: len(of_set) for name, of_set in sets.items()},
         }
 
     def request_sets(self) -> dict[str, list[str]]:
@@ -475,19 +509,44 @@ class Experiment:
         return (self.data / "advbench_70.txt").read_text(encoding="utf-8").splitlines()
 
 
+def strongest(harmful: Any, harmless: Any, rank: int) -> Any:
+    """The top eigenvectors of the harmful inputs' Gram matrix: the input side of SaLoRA."""
+    import torch
+
+    return torch.linalg.eigh(harmful).eigenvectors[:, -rank:]
+
+
+def contrastive(harmful: Any, harmless: Any, rank: int) -> Any:
+    """Those of the difference of the Gram matrices of harmful and harmless requests, each of trace 1."""
+    import torch
+
+    return torch.linalg.eigh(harmful - harmless).eigenvectors[:, -rank:]
+
+
+def ratio(harmful: Any, harmless: Any, rank: int) -> Any:
+    """
+    What leaves the filters of the smallest ratio of harmful to harmless energy: with harmless + ridge = L Lᵀ, the span
+    of L z for the top eigenvectors z of L⁻¹ harmful L⁻ᵀ. The ridge is a hundredth of the mean energy.
+    """
+    import torch
+
+    ridge = torch.eye(len(harmless), dtype=harmless.dtype) * 0.01 / len(harmless)
+    factor = torch.linalg.cholesky(harmless + ridge)
+    whitened = torch.linalg.solve_triangular(factor, harmful, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
+    top = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors[:, -rank:]
+    return torch.linalg.qr(factor @ top).Q
+
+
+DIRECTIONS = {"strongest": strongest, "contrastive": contrastive, "ratio": ratio}
+
+
 def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
-
-
-def with_labels_on_the_request(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with labels on all tokens before the response and on none of it."""
-    start = next(index for index, label in enumerate(row["labels"]) if label != -100)
-    ids = row["input_ids"]
-    return {"input_ids": ids, "labels": ids[:start] + [-100] * (len(ids) - start)}
 
 
 def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: Any) -> dict[str, Any]:
