@@ -278,6 +278,7 @@ def safety_module(arguments: argparse.Namespace, method: str) -> Path:
             safety_data=data,
             safety_rank=SAFETY_RANK,
             input_safety_rank=input_safety_rank(method),
+            safety_positions="predicting" if input_safety_rank(method) else "response",
         ).save(path)
     return path
 

@@ -8,7 +8,7 @@ import enum
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 
 from .files import atomic_write
 from .model_card import write_training_card
-from .ranks import Rank, check_pattern, check_rank, ranks_of
+from .ranks import Rank, check_pattern, check_rank, default_input_rank, ranks_of
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import write_adapter_config
 
@@ -95,15 +95,20 @@ class SaLoRAConfig(LoraConfig):
             Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
             values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
             0.95: as many as capture that share of the energy of the layer's outputs on the safety data.
-        input_safety_rank (`int` or `float`, defaults to 0):
+        variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
+            "two-sided": the update may neither write into directions that refusals use, nor react to those in which
+            refused requests come in. Goes beyond the paper; what it keeps is measured in docs/safety-retention.md.
+            "paper": the output side only, calibrated on the positions of the response.
+        input_safety_rank (`int` or `float`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
-            the energy of the layer's inputs that they capture. 0 is the paper's form. Goes beyond the paper.
+            the energy of the layer's inputs that they capture. `None`: those of `safety_module` where one is given,
+            otherwise a quarter of the layer's inputs, and at most 256. 0 is no input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
         safety_positions (`"response"`, `"predicting"` or `"all"`, *optional*):
             Which positions of the safety data count: those whose input is a response token (the paper's code), or
             those that predict one, which include the last prompt token, or every token of request and response.
-            `None` means "response" without an input side and "predicting" with one.
+            `None` means "response" without an input side and "all" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
         init (`"task"`, `"pissa"` or `"zero"`, defaults to `"task"`):
@@ -142,9 +147,12 @@ class SaLoRAConfig(LoraConfig):
     safety_rank: Rank = field(
         default=32, metadata={"help": "Output directions per layer that are protected, or a share such as 0.95."}
     )
-    input_safety_rank: Rank = field(
-        default=0,
-        metadata={"help": "Input directions per layer that are protected, or a share; 0 is the paper's form."},
+    variant: Literal["two-sided", "paper"] = field(
+        default="two-sided", metadata={"help": "'two-sided', or 'paper': the output side only."}
+    )
+    input_safety_rank: Rank | None = field(
+        default=None,
+        metadata={"help": "Input directions per layer that are protected, or a share; None: a quarter, at most 256."},
     )
     safety_rank_pattern: dict[str, Rank] = field(
         default_factory=dict, metadata={"help": "Module name or regular expression -> safety_rank."}
@@ -194,6 +202,7 @@ class SaLoRAConfig(LoraConfig):
     def _check_salora_options(self) -> None:
         for name, choices in (
             ("init", ("task", "pissa", "zero")),
+            ("variant", ("two-sided", "paper")),
             ("safety_positions", ("response", "predicting", "all", None)),
             ("calibration_engine", ("auto", "exact", "sketched")),
             ("calibration_cache", (True, False)),
@@ -212,13 +221,19 @@ class SaLoRAConfig(LoraConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
         check_rank("safety_rank", self.safety_rank, 1)
-        check_rank("input_safety_rank", self.input_safety_rank, 0)
+        if self.input_safety_rank is not None:
+            check_rank("input_safety_rank", self.input_safety_rank, 0)
+            if self.variant == "paper" and self.input_safety_rank:
+                raise ValueError(
+                    f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, "
+                    "or choose variant='two-sided'."
+                )
         check_pattern("safety_rank_pattern", self.safety_rank_pattern)
         check_pattern("input_safety_rank_pattern", self.input_safety_rank_pattern)
-        if self.input_safety_rank_pattern and not self.input_safety_rank:
+        if self.input_safety_rank_pattern and not self.has_input_side:
             raise ValueError(
-                "input_safety_rank_pattern has no effect without an input side: set input_safety_rank for the modules "
-                "that it does not name, too."
+                "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
+                "their defaults, or set input_safety_rank for the modules that it does not name, too."
             )
         if isinstance(self.task_data, str) and self.task_data == "builtin":
             raise ValueError(
@@ -267,19 +282,31 @@ class SaLoRAConfig(LoraConfig):
                 )
 
     @property
+    def has_input_side(self) -> bool:
+        """Whether a safety module that is computed for this configuration has an input side."""
+        return self.variant != "paper" and self.input_safety_rank != 0
+
+    @property
     def resolved_safety_positions(self) -> Literal["response", "predicting", "all"]:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions
-        return "predicting" if self.input_safety_rank else "response"
+        return "all" if self.has_input_side else "response"
 
-    def safety_ranks(self, names: Iterable[str]) -> dict[str, dict[str, Rank]]:
-        """Side ("output" and, if there is one, "input") -> module name -> rank."""
-        names = list(names)
-        ranks = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
-        if self.input_safety_rank:
+    def safety_ranks(self, inputs: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
+        """
+        Args:
+            inputs: Module name -> the number of its inputs.
+
+        Returns:
+            Side ("output" and, if there is one, "input") -> module name -> rank.
+        """
+        ranks = {"output": ranks_of(inputs, self.safety_rank, self.safety_rank_pattern)}
+        if self.has_input_side:
             pattern = self.input_safety_rank_pattern
-            ranks["input"] = ranks_of(names, self.input_safety_rank, pattern, option="input_safety_rank_pattern")
+            by_width = {name: default_input_rank(width) for name, width in inputs.items()}
+            default = by_width if self.input_safety_rank is None else self.input_safety_rank
+            ranks["input"] = ranks_of(inputs, default, pattern, option="input_safety_rank_pattern")
         return ranks
 
     def to_dict(self) -> dict[str, Any]:

@@ -176,6 +176,11 @@ def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
+def input_widths(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Name of a linear layer -> d_in."""
+    return {name: layer_features(model.get_submodule(name))[0] for name in names}
+
+
 def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
     """
     Raises:

@@ -41,15 +41,27 @@ def check_pattern(option: str, pattern: object) -> None:
         check_rank(f"{option}[{key!r}]", value, 1)
 
 
+def default_input_rank(width: int) -> int:
+    """
+    A quarter of a layer's inputs, as in docs/safety-retention.md; at most 256, so that the bases of wide models stay
+    small beside their weights.
+    """
+    return max(1, min(width // 4, 256))
+
+
 def ranks_of(
-    names: Iterable[str], rank: Rank, pattern: Mapping[str, Rank] | None = None, *, option: str = "safety_rank_pattern"
+    names: Iterable[str],
+    rank: Rank | Mapping[str, Rank],
+    pattern: Mapping[str, Rank] | None = None,
+    *,
+    option: str = "safety_rank_pattern",
 ) -> dict[str, Rank]:
     """
     The rank of every module. A pattern matches the end of a module's name, as in PEFT's `rank_pattern`.
 
     Args:
         names: Module names.
-        rank: For the modules that no pattern matches.
+        rank: For the modules that no pattern matches: one for all, or by module name.
         pattern: Regular expression -> rank; the first match counts.
         option: What the user calls the pattern, for messages.
 
@@ -62,7 +74,7 @@ def ranks_of(
     for name in names:
         key = next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", name)), None)
         used.add(key)
-        ranks[name] = rank if key is None else pattern[key]
+        ranks[name] = pattern[key] if key is not None else rank[name] if isinstance(rank, Mapping) else rank
     if unused := [key for key in pattern if key not in used]:
         raise ValueError(
             f"{option}: {unused[0]!r} decides the rank of no target module. Check it against the target modules, for "

@@ -35,6 +35,7 @@ from .layers import (
     check_belongs,
     check_layer_type,
     check_ranks,
+    input_widths,
     linear_weight,
     target_module_names,
 )
@@ -179,11 +180,15 @@ class SaLoRAModel(LoraModel):
         return self.__dict__.setdefault("_task_hooks", {})
 
     def _safety_module(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
-        ranks = config.safety_ranks(names)
-        check_ranks(model, ranks)
+        ranks = config.safety_ranks(input_widths(model, names))
         given = config.safety_module
         if given is not None:
             safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
+            if config.has_input_side and config.input_safety_rank is None and not config.input_safety_rank_pattern:
+                del ranks["input"]
+                if safety_module.input_bases:
+                    ranks["input"] = {n: b.shape[1] for n, b in safety_module.input_bases.items() if n in names}
+            check_ranks(model, ranks)
             positions = safety_module.provenance.get("safety_positions")
             if config.safety_positions is not None and positions not in (None, config.safety_positions):
                 raise ValueError(
@@ -551,7 +556,7 @@ def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
 def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
     """Whether the safety module that this configuration led to before was for this very model."""
     try:
-        safety_module.restricted_to(config.safety_ranks(names))
+        safety_module.restricted_to(config.safety_ranks(input_widths(model, names)))
         check_belongs(safety_module, model, names)
     except ValueError:
         return False

@@ -54,8 +54,10 @@ def test_bases_are_the_top_singular_vectors(build, positions):
 
 
 def test_default_positions():
-    assert SaLoRAConfig().resolved_safety_positions == "response"
-    assert SaLoRAConfig(input_safety_rank=4).resolved_safety_positions == "predicting"
+    assert SaLoRAConfig().resolved_safety_positions == "all"
+    assert SaLoRAConfig(input_safety_rank=4).resolved_safety_positions == "all"
+    assert SaLoRAConfig(input_safety_rank=0).resolved_safety_positions == "response"
+    assert SaLoRAConfig(variant="paper").resolved_safety_positions == "response"
     labels = torch.tensor([[-100, -100, 5, 6, -100]])
     assert position_mask(labels, "response").tolist() == [[False, False, True, True, False]]
     assert position_mask(labels, "predicting").tolist() == [[False, True, True, False, False]]

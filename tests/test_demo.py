@@ -94,7 +94,7 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (results["settings"]["steps"], results["settings"]["seed"]) == (2, 1)
     measured = {row["name"]: row for row in results["measurements"]}
-    assert list(measured) == ["base", "LoRA", "SaLoRA", "SaLoRA, two-sided"]
+    assert list(measured) == ["base", "LoRA", "SaLoRA, the paper's form", "SaLoRA"]
     output = capsys.readouterr().out
     for name, row in measured.items():
         assert name in output

@@ -159,6 +159,28 @@ def test_initialize_from_task_data_equals_task_data_option():
         later.base_model.initialize_from_task_data(rows)
 
 
+def test_the_input_side_by_default(tmp_path):
+    model = get_peft_model(llama(), config())
+    model.save_pretrained(tmp_path)
+    module = SafetyModule.load(tmp_path)
+    assert {basis.shape for basis in module.input_bases.values()} == {(64, 16)}  # a quarter of the inputs
+    assert module.provenance["safety_positions"] == "all"
+    shared = {"safety_data": token_rows(16), "target_modules": ["q_proj", "v_proj"], "safety_rank": 8}
+    # A given module decides where nothing else is asked for.
+    given = calibrate(llama(), **shared, input_safety_rank=5)
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {5}
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))) == {3}
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=given, variant="paper"))) == {0}
+    given = calibrate(llama(), **shared, variant="paper")
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {0}
+    with pytest.raises(ValueError, match="input_safety_rank=3, but the safety module has only 0"):
+        get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))
+
+
+def _input_ranks(model) -> set[int]:
+    return {model.peft_config["default"]._calibrated.input_safety_rank}
+
+
 def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
     model = get_peft_model(llama(), config(input_safety_rank=4))
     optimizer = train(model)

@@ -81,10 +81,13 @@ class SaLoRAOptions(BaseModel):
         description="Output directions per layer that the update may not write into, or the share of the energy that "
         "they capture, such as 0.95. Default: 32.",
     )
+    variant: Literal["two-sided", "paper"] | None = Field(
+        default=None, description="two-sided, or paper: the output side only. Default: two-sided."
+    )
     input_safety_rank: NonNegativeInt | Share | None = Field(
         default=None,
-        description="Input directions per layer that the update may not react to, or a share of the energy. Default: "
-        "0, the paper's form.",
+        description="Input directions per layer that the update may not react to, or a share of the energy; 0: none. "
+        "Default: those of safety_module, or a quarter of the layer's inputs, at most 256.",
     )
     safety_rank_pattern: dict[str, PositiveInt | Share] | None = Field(
         default=None, description="Module name or regular expression -> safety_rank. Default: {}."
@@ -95,7 +98,7 @@ class SaLoRAOptions(BaseModel):
     safety_positions: Literal["response", "predicting", "all"] | None = Field(
         default=None,
         description="Positions of the safety data that count: those whose input is a response token, those that "
-        "predict one, or all. Default: response, and predicting with an input side.",
+        "predict one, or all. Default: all, and response without an input side.",
     )
     task_rank: PositiveInt | None = Field(
         default=None, description="Task directions that `init: task` keeps. Default: 32."

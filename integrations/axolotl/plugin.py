@@ -240,7 +240,7 @@ def _some_rows(dataset: Any, count: int, seed: int) -> Any:
 def _warn_about_differences(cfg: DictDefault, saved: SaLoRAConfig) -> None:
     """A loaded adapter keeps its own options; say so where the YAML file has others."""
     given = {"lora_r": (cfg.lora_r, saved.r), "lora_alpha": (cfg.lora_alpha, saved.lora_alpha)}
-    for name in ("safety_rank", "input_safety_rank", "task_rank", "init"):
+    for name in ("variant", "safety_rank", "input_safety_rank", "task_rank", "init"):
         given[f"salora.{name}"] = ((cfg.salora or {}).get(name), getattr(saved, name))
     for key, (value, saved_value) in given.items():
         if value is not None and value != saved_value:

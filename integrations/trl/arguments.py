@@ -26,6 +26,7 @@ class SaLoRAArguments:
 
     use_salora: bool = field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     safety_rank: float | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
+    variant: Literal["two-sided", "paper"] | None = field(default=None, metadata={"help": _HELP["variant"]})
     input_safety_rank: float | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
     safety_positions: Literal["response", "predicting", "all"] | None = field(
         default=None, metadata={"help": _HELP["safety_positions"]}

@@ -20,6 +20,7 @@ from ..layers import (
     check_ranks,
     check_reachable,
     check_weights,
+    input_widths,
     model_fingerprint,
     target_module_names,
     unreachable_weight,
@@ -86,7 +87,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     names = target_module_names(model, config)
-    ranks = config.safety_ranks(names)
+    ranks = config.safety_ranks(input_widths(model, names))
     check_ranks(model, ranks)
     method = _registered("basis_method", config.basis_method, basis_methods())
     check_reachable(model, names)
@@ -130,7 +131,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             **counts,
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
-            "input_safety_rank": config.input_safety_rank,
+            "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
             "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
             "basis_method": config.basis_method,
             "engine": engine.kind,
@@ -273,7 +274,7 @@ def _engine(model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig
     most = max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in ranks)
     return choose_engine(
         config.calibration_engine,
-        statistics_dimensions(layers, with_inputs=config.input_safety_rank > 0),
+        statistics_dimensions(layers, with_inputs=config.has_input_side),
         most,
         sum(parameter.numel() for parameter in model.parameters()),
         config.seed,

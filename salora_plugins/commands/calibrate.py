@@ -21,9 +21,11 @@ def calibrate(
         typer.Option(help="Module name, repeatable or with commas; one regular expression; or 'all-linear'."),
     ] = None,
     safety_rank: Annotated[str, typer.Option(help="Output directions per layer, or a share such as 0.95.")] = "32",
+    variant: Annotated[str, typer.Option(help="'two-sided', or 'paper': the output side only.")] = "two-sided",
     input_safety_rank: Annotated[
-        str, typer.Option(help="Input directions per layer, or a share; 0: no input side.")
-    ] = "0",
+        str | None,
+        typer.Option(help="Input directions per layer, or a share; 0: no input side. Default: a quarter, at most 256."),
+    ] = None,
     safety_rank_pattern: Annotated[
         list[str] | None, typer.Option(help="MODULE=RANK for single modules, repeatable.")
     ] = None,
@@ -56,7 +58,8 @@ def calibrate(
         target_modules=_target_modules(target_modules),
         safety_data=safety_data,
         safety_rank=_rank("--safety-rank", safety_rank),
-        input_safety_rank=_rank("--input-safety-rank", input_safety_rank),
+        variant=variant,
+        input_safety_rank=None if input_safety_rank is None else _rank("--input-safety-rank", input_safety_rank),
         safety_rank_pattern=_pattern("--safety-rank-pattern", safety_rank_pattern),
         input_safety_rank_pattern=_pattern("--input-safety-rank-pattern", input_safety_rank_pattern),
         safety_positions=safety_positions,

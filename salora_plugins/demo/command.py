@@ -17,8 +17,8 @@ requests that neither its training nor SaLoRA's calibration has seen. All number
 """
 CLOSING = """
 This is one tiny model, one task and one seed: it shows what happens, not how much to expect from your model.
-"Refused" is decided by keywords at the beginning of a response. "two-sided" protects the layers' inputs as well as
-their outputs, which goes beyond the paper. Every response is in {results}, the plot in {plot}.
+"Refused" is decided by keywords at the beginning of a response. SaLoRA's default protects the layers' inputs as well
+as their outputs; the paper's form the outputs only. Every response is in {results}, the plot in {plot}.
 """
 
 

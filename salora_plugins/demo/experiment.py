@@ -71,8 +71,8 @@ def adapters(settings: Settings, tokenizer: Any) -> dict[str, PeftConfig]:
     salora = {**common, "tokenizer": tokenizer, "seed": settings.seed}
     return {
         "LoRA": LoraConfig(**common),
+        "SaLoRA, the paper's form": SaLoRAConfig(**salora, variant="paper"),
         "SaLoRA": SaLoRAConfig(**salora),
-        "SaLoRA, two-sided": SaLoRAConfig(**salora, input_safety_rank=32),
     }
 
 
