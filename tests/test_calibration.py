@@ -139,7 +139,7 @@ def test_broken_models_and_ranks():
         calibrate(broken, safety_data=token_rows(16), **OPTIONS)
     broken = llama()
     broken.model.layers[0].mlp.down_proj.weight.data[3, 3] = float("inf")
-    with pytest.raises(CalibrationError, match=r"outputs of 'model\.layers\.1\.self_attn\.q_proj' contain NaN"):
+    with pytest.raises(CalibrationError, match=r"puts of 'model\.layers\.1\.self_attn\.q_proj' contain NaN"):
         calibrate(broken, safety_data=token_rows(16), **OPTIONS)
     with pytest.raises(ValueError, match=r"safety_rank=64 is not smaller than the 64 outputs of 'model\.layers\.0"):
         calibrate(llama(), safety_data=token_rows(16), target_modules=["q_proj"], safety_rank=64)

@@ -32,6 +32,7 @@ def demo():
         num_safety_samples=24,
         safety_rank=8,
         input_safety_rank=8,
+        safety_positions="predicting",
         calibration_cache=False,
     )
     requests = {option: load_requests("builtin", option=option, num=8) for option in ("harmful", "harmless")}
