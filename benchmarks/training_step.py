@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("time", "memory"))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="two-layers")
-    parser.add_argument("--methods", default="lora,salora,dense", help="of lora, salora, salora-two-sided, dense")
+    parser.add_argument("--methods", default="lora,salora,paper,dense", help="of lora, salora, paper, dense")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of an example")
     parser.add_argument("--repeats", type=int, default=11)
@@ -117,11 +117,12 @@ def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Names
     common = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     if method == "lora":
         model = get_peft_model(model, LoraConfig(**common))
-    elif method in ("salora", "salora-two-sided"):
-        rows = [{"input_ids": row, "labels": row} for row in tokens[:1, :256].expand(4, -1).cpu().tolist()]
-        input_rank = 32 if method == "salora-two-sided" else 0
+    elif method in ("salora", "paper"):
+        rows = torch.randint(0, base.config.vocab_size, (4, 256)).tolist()
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        variant = "paper" if method == "paper" else "two-sided"
         model = get_peft_model(
-            model, SaLoRAConfig(**common, safety_data=rows, input_safety_rank=input_rank, calibration_cache=False)
+            model, SaLoRAConfig(**common, safety_data=data, variant=variant, calibration_cache=False)
         )
     elif method == "dense":
         model.requires_grad_(False)
