@@ -493,6 +493,7 @@ class Experiment:
                 for name, of_set in sets.items()
                 for chosen in [of_set[:MARGIN_REQUESTS]]
             },
+            "requests": {name: len(of_set) for name, of_set in sets.items()},
         }
 
     def request_sets(self) -> dict[str, list[str]]:

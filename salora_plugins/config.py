@@ -102,7 +102,8 @@ class SaLoRAConfig(LoraConfig):
         input_safety_rank (`int` or `float`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
             the energy of the layer's inputs that they capture. `None`: those of `safety_module` where one is given,
-            otherwise a quarter of the layer's inputs, and at most 256. 0 is no input side.
+            otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the safety data. 0 is no
+            input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
         safety_positions (`"response"`, `"predicting"` or `"all"`, *optional*):
@@ -285,6 +286,11 @@ class SaLoRAConfig(LoraConfig):
     def has_input_side(self) -> bool:
         """Whether a safety module that is computed for this configuration has an input side."""
         return self.variant != "paper" and self.input_safety_rank != 0
+
+    @property
+    def default_input_rank(self) -> bool:
+        """Whether there is an input side whose rank nothing in this configuration names."""
+        return self.has_input_side and self.input_safety_rank is None and not self.input_safety_rank_pattern
 
     @property
     def resolved_safety_positions(self) -> Literal["response", "predicting", "all"]:

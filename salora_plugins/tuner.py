@@ -40,6 +40,7 @@ from .layers import (
     target_module_names,
 )
 from .parametrization import SafeFactor, safe_factor, trained_factor
+from .ranks import Rank
 from .safety_module import SafetyModule
 
 logger = logging.getLogger(__name__)
@@ -180,15 +181,9 @@ class SaLoRAModel(LoraModel):
         return self.__dict__.setdefault("_task_hooks", {})
 
     def _safety_module(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
-        ranks = config.safety_ranks(input_widths(model, names))
         given = config.safety_module
         if given is not None:
             safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
-            if config.has_input_side and config.input_safety_rank is None and not config.input_safety_rank_pattern:
-                del ranks["input"]
-                if safety_module.input_bases:
-                    ranks["input"] = {n: b.shape[1] for n, b in safety_module.input_bases.items() if n in names}
-            check_ranks(model, ranks)
             positions = safety_module.provenance.get("safety_positions")
             if config.safety_positions is not None and positions not in (None, config.safety_positions):
                 raise ValueError(
@@ -199,6 +194,8 @@ class SaLoRAModel(LoraModel):
             return config._calibrated
         else:
             safety_module = calibrate_with(model, config)
+        ranks = _ranks(config, safety_module, input_widths(model, names))
+        check_ranks(model, ranks)
         safety_module = safety_module.restricted_to(ranks)
         check_belongs(safety_module, model, names)
         return safety_module
@@ -553,10 +550,20 @@ def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
     return basis[:, values > values[0] * 1e-6]
 
 
+def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, inputs: dict[str, int]) -> dict[str, dict[str, Rank]]:
+    """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
+    ranks = config.safety_ranks(inputs)
+    if config.default_input_rank:
+        del ranks["input"]
+        if safety_module.input_bases:
+            ranks["input"] = {name: b.shape[1] for name, b in safety_module.input_bases.items() if name in inputs}
+    return ranks
+
+
 def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
     """Whether the safety module that this configuration led to before was for this very model."""
     try:
-        safety_module.restricted_to(config.safety_ranks(input_widths(model, names)))
+        safety_module.restricted_to(_ranks(config, safety_module, input_widths(model, names)))
         check_belongs(safety_module, model, names)
     except ValueError:
         return False

@@ -166,6 +166,8 @@ def test_the_input_side_by_default(tmp_path):
     assert {basis.shape for basis in module.input_bases.values()} == {(64, 16)}  # a quarter of the inputs
     assert module.provenance["safety_positions"] == "all"
     shared = {"safety_data": token_rows(16), "target_modules": ["q_proj", "v_proj"], "safety_rank": 8}
+    few = config(safety_data=token_rows(1, length=14))
+    assert _input_ranks(get_peft_model(llama(), few)) == {14}  # all positions that there are
     # A given module decides where nothing else is asked for.
     given = calibrate(llama(), **shared, input_safety_rank=5)
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {5}
@@ -173,6 +175,8 @@ def test_the_input_side_by_default(tmp_path):
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given, variant="paper"))) == {0}
     given = calibrate(llama(), **shared, variant="paper")
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {0}
+    with pytest.raises(ValueError, match="input_safety_rank=20, but the safety module has only 16"):
+        get_peft_model(llama(), config(safety_module=module, input_safety_rank=20))
     with pytest.raises(ValueError, match="input_safety_rank=3, but the safety module has only 0"):
         get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))
 

@@ -111,6 +111,9 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
                 description="calibrating the safety module",
             )
             positions_counted = statistics[names[0]].output.count
+            if config.default_input_rank:
+                # A default must not fail on a small set; a number that was asked for does, below.
+                ranks["input"] = {name: min(rank, positions_counted) for name, rank in ranks["input"].items()}
             energies = {
                 side: {name: getattr(entry, side).energy for name, entry in statistics.items()} for side in ranks
             }
