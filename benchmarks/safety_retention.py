@@ -47,7 +47,7 @@ ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
 # are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. "positions":
-# "all" takes every token of request and refusal.
+# "all" takes every token of request and refusal. "two-sided" is SaLoRA's default.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
@@ -71,12 +71,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
     "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
     "two-sided-256-all": {"input_safety_rank": 256, "positions": "all"},
-    "two-sided": {"input_safety_rank": 144, "positions": "all"},
+    "two-sided": {"input_safety_rank": None, "positions": "all"},
     "two-sided-0.97-all": {"input_safety_rank": 0.97, "positions": "all"},
-    "two-sided-0.95-all": {"input_safety_rank": 0.95, "positions": "all"},
     "two-sided-128-all-upper": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
-    "two-sided-256-all-upper": {"input_safety_rank": 256, "positions": "all", "layers": "upper half"},
-    "lora-upper": {"layers": "upper half"},
     "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
     "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
     "two-sided-128-advbench": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "advbench"},
@@ -153,6 +150,8 @@ class Experiment:
         for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
             path = results / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
             if path.exists():
+                measured = [point["step"] for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
+                print(f"{path.stem}: not run again, measured after {measured} steps", flush=True)
                 continue
             started = time.monotonic()
             points, losses = self.train(task, method, rate, seed, steps, self.out / "answers" / path.stem)
@@ -181,30 +180,30 @@ class Experiment:
         import torch
 
         model = self.load().eval()
-        names = [name for name, _ in model.named_modules() if name.endswith("q_proj")][
-            ::3
-        ]  # v_proj has the same inputs
+        # v_proj has the same inputs; every third layer, since it is a mean over layers
+        names = [name for name, _ in model.named_modules() if name.endswith("q_proj")][::3]
         seen = {
             (kind, positions): input_grams(model, names, rows, positions)
             for kind, rows in (("harmful", self.safety_rows("builtin")), ("harmless", self.harmless_rows()))
             for positions in ("response", "predicting", "all")
         }
-        unseen = {
-            name: input_grams(model, names, [self.last_prompt_tokens(request) for request in requests], "response")
-            for name, requests in self.request_sets().items()
+        tasks, sources = ("sure", "math"), ("advbench", "builtin")
+        sets = self.request_sets()
+        requests = {name: sets[name] for name in sources} | {
+            task: [row["prompt"][-1]["content"] for row in self.task_rows(task, "test")] for task in tasks
         }
-        for task in ("sure", "math"):
-            requests = [row["prompt"][-1]["content"] for row in self.task_rows(task, "test")]
-            unseen[task] = input_grams(model, names, [self.last_prompt_tokens(r) for r in requests], "response")
-        print(
-            "| directions | positions | r_in | "
-            + " | ".join(f"{t}: advbench | builtin | energy left" for t in ("sure", "math"))
-        )
+        unseen = {
+            name: input_grams(model, names, [self.last_prompt_tokens(request) for request in of_set], "response")
+            for name, of_set in requests.items()
+        }
+        columns = ["directions", "positions", "r_in"]
+        columns += [f"{task}: {what}" for task in tasks for what in (*sources, "energy left")]
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for (kind, find), positions, rank in itertools.product(
             DIRECTIONS.items(), ("response", "predicting", "all"), (64, 128, 256)
         ):
             cells = []
-            for task in ("sure", "math"):
+            for task in tasks:
                 rows = []
                 for name in names:
                     harmful, harmless, of_task, *others = (
@@ -468,7 +467,7 @@ class Experiment:
         """Refused requests, broken answers and the mean refusal margin by set, the answers going to a file."""
         from salora_plugins.evaluation import generate_responses
         from salora_plugins.evaluation.coherence import coherence
-        from salora_plugins.evaluation.first_tokens import refusal_margins
+        from salora_plugins.evaluation.first_tokens import refusal_margins as margins
         from salora_plugins.judges import is_refusal
 
         sets = self.request_sets()
@@ -489,9 +488,8 @@ class Experiment:
                 name: sum(coherence(text, None) != "coherent" for text in of_set) for name, of_set in given.items()
             },
             "margin": {
-                name: round(refusal_margins(model, self.tokenizer, chosen, batch_size=32).mean().item(), 3)
+                name: round(margins(model, self.tokenizer, of_set[:MARGIN_REQUESTS], batch_size=32).mean().item(), 3)
                 for name, of_set in sets.items()
-                for chosen in [of_set[:MARGIN_REQUESTS]]
             },
             "requests": {name: len(of_set) for name, of_set in sets.items()},
         }

@@ -119,11 +119,10 @@ def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Names
         model = get_peft_model(model, LoraConfig(**common))
     elif method in ("salora", "paper"):
         rows = torch.randint(0, base.config.vocab_size, (4, 256)).tolist()
-        data = [{"input_ids": row, "labels": row} for row in rows]
-        variant = "paper" if method == "paper" else "two-sided"
-        model = get_peft_model(
-            model, SaLoRAConfig(**common, safety_data=data, variant=variant, calibration_cache=False)
-        )
+        options = {"safety_data": [{"input_ids": row, "labels": row} for row in rows], "calibration_cache": False}
+        if method == "paper":
+            options["variant"] = "paper"
+        model = get_peft_model(model, SaLoRAConfig(**common, **options))
     elif method == "dense":
         model.requires_grad_(False)
         for name, module in list(model.named_modules()):
