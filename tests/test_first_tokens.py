@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import JambaConfig, JambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM
 
 import tiny
 from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
@@ -39,34 +39,13 @@ def log_probability(model, prompt: list[int], continuation: list[int]) -> torch.
     return total
 
 
-def mamba():
-    config = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8)
-    return MambaForCausalLM(config).eval()
-
-
-def jamba():
-    config = JambaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=2,
-        mamba_d_state=8,
-    )
-    return JambaForCausalLM(config).eval()
-
-
 ARCHITECTURES = {
     "llama": tiny.llama,
     "GPT-2": tiny.gpt2,
     "Gemma 3": tiny.gemma3,
     "Mixtral": tiny.mixtral,
-    "Mamba": mamba,
-    "Jamba": jamba,  # Mamba and attention layers in turn
+    "Mamba": tiny.mamba,
+    "Jamba": tiny.jamba,
 }
 
 
@@ -102,6 +81,18 @@ def test_margins_without_a_cache_are_the_same(tokenizer, monkeypatch):
 
     monkeypatch.setattr(model, "forward", without_cache)
     assert torch.allclose(refusal_margins(model, tokenizer, REQUESTS), expected, atol=1e-3)
+
+
+def test_a_model_that_names_no_cache_gets_the_whole_prompt_again(tokenizer):
+    class OwnCode(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask, **options):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    model = tiny.llama()
+    own = OwnCode(model.config).eval()
+    own.load_state_dict(model.state_dict())
+    expected = refusal_margins(model, tokenizer, REQUESTS)
+    assert torch.allclose(refusal_margins(own, tokenizer, REQUESTS), expected, atol=1e-3)
 
 
 def test_a_uniform_model_has_the_margin_of_its_openings_number(tokenizer):

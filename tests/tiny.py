@@ -10,10 +10,14 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -123,6 +127,20 @@ def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
     torch.manual_seed(seed)
     options = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     return _spread(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **options)))
+
+
+def mamba(seed: int = 0) -> MambaForCausalLM:
+    """Of state space layers only."""
+    torch.manual_seed(seed)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
+    return MambaForCausalLM(config).eval()
+
+
+def jamba(seed: int = 0) -> JambaForCausalLM:
+    """With state space and attention layers in turn."""
+    torch.manual_seed(seed)
+    options = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+    return JambaForCausalLM(JambaConfig(**_SIZES, **options)).eval()
 
 
 def sequence_classifier(seed: int = 0) -> LlamaForSequenceClassification:

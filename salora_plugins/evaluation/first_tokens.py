@@ -287,7 +287,8 @@ def _last_logits(model: nn.Module, sequences: list[list[int]], count: int) -> Te
 def _last_logits_and_cache(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor]:
     tokens, mask = _padded(model, prompts)
     output = _call(model, tokens, mask, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1:].float(), getattr(output, _cache_name(model), None), mask
+    name = _cache_name(model)
+    return output.logits[:, -1:].float(), None if name is None else getattr(output, name, None), mask
 
 
 def _padded(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -312,9 +313,13 @@ def _accepted(model: nn.Module) -> Collection[str]:
     return inspect.signature(type(architecture).forward).parameters
 
 
-def _cache_name(model: nn.Module) -> str:
-    """What an architecture calls its key-value cache: Transformers renamed `past_key_values` to `cache` in 5.24."""
-    return "cache" if "cache" in _accepted(model) else "past_key_values"
+def _cache_name(model: nn.Module) -> str | None:
+    """
+    What an architecture calls its key-value cache: Transformers renamed `past_key_values` to `cache` in 5.24.
+
+    None where it takes neither: a cache would be dropped, and the prompt with it.
+    """
+    return next((name for name in ("cache", "past_key_values") if name in _accepted(model)), None)
 
 
 def _can_repeat(cache: Any) -> bool:
