@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 
 from .files import atomic_write
 from .model_card import write_training_card
-from .ranks import Rank, check_pattern, check_rank, default_input_rank, ranks_of
+from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import write_adapter_config
 
@@ -288,31 +288,26 @@ class SaLoRAConfig(LoraConfig):
         return self.variant != "paper" and self.input_safety_rank != 0
 
     @property
-    def default_input_rank(self) -> bool:
-        """Whether there is an input side whose rank nothing in this configuration names."""
-        return self.has_input_side and self.input_safety_rank is None and not self.input_safety_rank_pattern
-
-    @property
     def resolved_safety_positions(self) -> Literal["response", "predicting", "all"]:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions
         return "all" if self.has_input_side else "response"
 
-    def safety_ranks(self, inputs: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
+    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
         """
         Args:
-            inputs: Module name -> the number of its inputs.
+            default_input_ranks: Module name -> rank of its input side where no option names one.
 
         Returns:
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
-        ranks = {"output": ranks_of(inputs, self.safety_rank, self.safety_rank_pattern)}
+        names = default_input_ranks.keys()
+        ranks = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
-            by_width = {name: default_input_rank(width) for name, width in inputs.items()}
-            default = by_width if self.input_safety_rank is None else self.input_safety_rank
-            ranks["input"] = ranks_of(inputs, default, pattern, option="input_safety_rank_pattern")
+            default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank
+            ranks["input"] = ranks_of(names, default, pattern, option="input_safety_rank_pattern")
         return ranks
 
     def to_dict(self) -> dict[str, Any]:

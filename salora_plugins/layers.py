@@ -176,9 +176,12 @@ def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
-def input_widths(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Name of a linear layer -> d_in."""
-    return {name: layer_features(model.get_submodule(name))[0] for name in names}
+def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """
+    Name of a linear layer -> a quarter of its inputs, as in docs/safety-retention.md; at most 256, so that the bases
+    of wide models stay small beside their weights.
+    """
+    return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
 
 
 def check_reachable(model: nn.Module, names: Iterable[str]) -> None:

@@ -41,14 +41,6 @@ def check_pattern(option: str, pattern: object) -> None:
         check_rank(f"{option}[{key!r}]", value, 1)
 
 
-def default_input_rank(width: int) -> int:
-    """
-    A quarter of a layer's inputs, as in docs/safety-retention.md; at most 256, so that the bases of wide models stay
-    small beside their weights.
-    """
-    return max(1, min(width // 4, 256))
-
-
 def ranks_of(
     names: Iterable[str],
     rank: Rank | Mapping[str, Rank],

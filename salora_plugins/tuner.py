@@ -35,7 +35,6 @@ from .layers import (
     check_belongs,
     check_layer_type,
     check_ranks,
-    input_widths,
     linear_weight,
     target_module_names,
 )
@@ -190,11 +189,17 @@ class SaLoRAModel(LoraModel):
                     f"safety_positions={config.safety_positions!r}, but the safety module was computed from "
                     f"{positions!r} positions. Leave safety_positions unset, or calibrate again."
                 )
+            if config.safety_positions is None and config.variant == "paper" and positions not in (None, "response"):
+                raise ValueError(
+                    "variant='paper' takes the positions of the response, but the safety module was computed from "
+                    f"{positions!r} positions. Calibrate again with variant='paper'; or set input_safety_rank=0 "
+                    "instead of it, to take this module without its input side."
+                )
         elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
             return config._calibrated
         else:
             safety_module = calibrate_with(model, config)
-        ranks = _ranks(config, safety_module, input_widths(model, names))
+        ranks = _ranks(config, safety_module, names)
         check_ranks(model, ranks)
         safety_module = safety_module.restricted_to(ranks)
         check_belongs(safety_module, model, names)
@@ -550,20 +555,16 @@ def _task_basis_of_batch(rows: Tensor, task_rank: int) -> Tensor:
     return basis[:, values > values[0] * 1e-6]
 
 
-def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, inputs: dict[str, int]) -> dict[str, dict[str, Rank]]:
+def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: list[str]) -> dict[str, dict[str, Rank]]:
     """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
-    ranks = config.safety_ranks(inputs)
-    if config.default_input_rank:
-        del ranks["input"]
-        if safety_module.input_bases:
-            ranks["input"] = {name: b.shape[1] for name, b in safety_module.input_bases.items() if name in inputs}
-    return ranks
+    bases = safety_module.input_bases
+    return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
 
 
 def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
     """Whether the safety module that this configuration led to before was for this very model."""
     try:
-        safety_module.restricted_to(_ranks(config, safety_module, input_widths(model, names)))
+        safety_module.restricted_to(_ranks(config, safety_module, names))
         check_belongs(safety_module, model, names)
     except ValueError:
         return False

@@ -172,7 +172,14 @@ def test_the_input_side_by_default(tmp_path):
     given = calibrate(llama(), **shared, input_safety_rank=5)
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {5}
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))) == {3}
-    assert _input_ranks(get_peft_model(llama(), config(safety_module=given, variant="paper"))) == {0}
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=given, input_safety_rank=0))) == {0}
+    by_name = config(safety_module=given, input_safety_rank_pattern={"q_proj": 3})
+    bases = get_peft_model(llama(), by_name).peft_config["default"]._calibrated.input_bases
+    assert {(name.endswith("q_proj"), basis.shape[1]) for name, basis in bases.items()} == {(True, 3), (False, 5)}
+    with pytest.raises(ValueError, match=r"variant=.paper. takes the positions of the response, .* 'all' positions"):
+        get_peft_model(llama(), config(safety_module=given, variant="paper"))
+    of_response = calibrate(llama(), **shared, input_safety_rank=5, safety_positions="response")
+    assert _input_ranks(get_peft_model(llama(), config(safety_module=of_response, variant="paper"))) == {0}
     given = calibrate(llama(), **shared, variant="paper")
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {0}
     with pytest.raises(ValueError, match="input_safety_rank=20, but the safety module has only 16"):

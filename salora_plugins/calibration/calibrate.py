@@ -20,7 +20,7 @@ from ..layers import (
     check_ranks,
     check_reachable,
     check_weights,
-    input_widths,
+    default_input_ranks,
     model_fingerprint,
     target_module_names,
     unreachable_weight,
@@ -87,7 +87,8 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     names = target_module_names(model, config)
-    ranks = config.safety_ranks(input_widths(model, names))
+    default_ranks = default_input_ranks(model, names)
+    ranks = config.safety_ranks(default_ranks)
     check_ranks(model, ranks)
     method = _registered("basis_method", config.basis_method, basis_methods())
     check_reachable(model, names)
@@ -111,9 +112,8 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
                 description="calibrating the safety module",
             )
             positions_counted = statistics[names[0]].output.count
-            if config.default_input_rank:
-                # A default must not fail on a small set; a number that was asked for does, below.
-                ranks["input"] = {name: min(rank, positions_counted) for name, rank in ranks["input"].items()}
+            # A default must not fail on a small set; a number that was asked for does, below.
+            ranks = config.safety_ranks({name: min(rank, positions_counted) for name, rank in default_ranks.items()})
             energies = {
                 side: {name: getattr(entry, side).energy for name, entry in statistics.items()} for side in ranks
             }
