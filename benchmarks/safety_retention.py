@@ -46,8 +46,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
-# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. "positions":
-# "all" takes every token of request and refusal. "two-sided" is SaLoRA's default.
+# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. A rank of None
+# is SaLoRA's default, and "two-sided" all of its default.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
@@ -55,34 +55,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper-predicting": {"positions": "predicting"},
     "paper-zero": {"init": "zero"},
     "paper-rank-128": {"safety_rank": 128},
-    "projected-128": {"input_safety_rank": 128, "positions": "predicting"},
-    "projected-256-all": {"input_safety_rank": 256, "positions": "all"},
-    "two-sided-32": {"input_safety_rank": 32, "positions": "predicting"},
-    "two-sided-128": {"input_safety_rank": 128, "positions": "predicting"},
-    "two-sided-64": {"input_safety_rank": 64, "positions": "predicting"},
-    "two-sided-16-all": {"input_safety_rank": 16, "positions": "all"},
-    "two-sided-32-all": {"input_safety_rank": 32, "positions": "all"},
-    "two-sided-64-all": {"input_safety_rank": 64, "positions": "all"},
-    "two-sided-64-response": {"input_safety_rank": 64, "positions": "response"},
-    "input-64-all": {"safety_rank": 1, "input_safety_rank": 64, "positions": "all"},
-    "two-sided-96": {"input_safety_rank": 96, "positions": "predicting"},
-    "two-sided-96-all": {"input_safety_rank": 96, "positions": "all"},
-    "two-sided-256": {"input_safety_rank": 256, "positions": "predicting"},
-    "two-sided-128-response": {"input_safety_rank": 128, "positions": "response"},
-    "two-sided-128-all": {"input_safety_rank": 128, "positions": "all"},
-    "two-sided-256-all": {"input_safety_rank": 256, "positions": "all"},
-    "two-sided": {"input_safety_rank": None, "positions": "all"},
-    "two-sided-0.97-all": {"input_safety_rank": 0.97, "positions": "all"},
-    "two-sided-128-all-upper": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
-    "two-sided-384-all": {"input_safety_rank": 384, "positions": "all"},
-    "two-sided-128-zero": {"input_safety_rank": 128, "positions": "predicting", "init": "zero"},
-    "two-sided-128-advbench": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "advbench"},
-    "two-sided-128-both": {"input_safety_rank": 128, "positions": "predicting", "safety_data": "both"},
+    "projected": {"input_safety_rank": None, "positions": "prompt"},
+    "two-sided": {"input_safety_rank": None, "positions": "prompt", "init": "zero"},
+    "two-sided-task": {"input_safety_rank": None, "positions": "prompt"},
+    "two-sided-64-task": {"input_safety_rank": 64, "positions": "prompt"},
+    "two-sided-256": {"input_safety_rank": 256, "positions": "prompt", "init": "zero"},
+    "two-sided-all": {"input_safety_rank": None, "positions": "all", "init": "zero"},
+    "two-sided-all-task": {"input_safety_rank": None, "positions": "all"},
+    "two-sided-all-64-task": {"input_safety_rank": 64, "positions": "all"},
+    "two-sided-all-128-task": {"input_safety_rank": 128, "positions": "all"},
+    "two-sided-all-0.97-task": {"input_safety_rank": 0.97, "positions": "all"},
+    "two-sided-all-128-upper-task": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
+    "two-sided-all-safety-rank-1-task": {"safety_rank": 1, "input_safety_rank": None, "positions": "all"},
+    "two-sided-predicting": {"input_safety_rank": None, "positions": "predicting", "init": "zero"},
+    "two-sided-response": {"input_safety_rank": None, "positions": "response", "init": "zero"},
+    "two-sided-advbench": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "safety_data": "advbench"},
+    "two-sided-both": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "safety_data": "both"},
     "lora-attention": {"targets": ATTENTION},
-    "two-sided-128-attention": {"input_safety_rank": 128, "positions": "predicting", "targets": ATTENTION},
+    "two-sided-attention": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "targets": ATTENTION},
     "lora-all-linear": {"targets": ALL_LINEAR},
     "paper-all-linear": {"targets": ALL_LINEAR},
-    "two-sided-128-all-linear": {"input_safety_rank": 128, "positions": "predicting", "targets": ALL_LINEAR},
+    "two-sided-all-linear": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "targets": ALL_LINEAR},
 }
 
 

@@ -106,17 +106,18 @@ class SaLoRAConfig(LoraConfig):
             input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
-        safety_positions (`"response"`, `"predicting"` or `"all"`, *optional*):
+        safety_positions (`"response"`, `"predicting"`, `"prompt"` or `"all"`, *optional*):
             Which positions of the safety data count: those whose input is a response token (the paper's code), or
-            those that predict one, which include the last prompt token, or every token of request and response.
-            `None` means "response" without an input side and "all" with one.
+            those that predict one, which include the last prompt token, or those of the prompt, or every token of both.
+            `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
-        init (`"task"`, `"pissa"` or `"zero"`, defaults to `"task"`):
+        init (`"task"`, `"pissa"` or `"zero"`, *optional*):
             Start of the factors. "task": the weight's top singular directions, their output side restricted to
             what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
-            "zero": B = 0, and the saved adapter has rank r instead of 2r. None of them changes what the model
-            computes before the first step.
+            "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. None of them
+            changes what the model computes before the first step. `None` means "zero" with an input side, and "task"
+            without one or where `task_data` is given.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals).
@@ -161,12 +162,14 @@ class SaLoRAConfig(LoraConfig):
     input_safety_rank_pattern: dict[str, Rank] = field(
         default_factory=dict, metadata={"help": "Module name or regular expression -> input_safety_rank."}
     )
-    safety_positions: Literal["response", "predicting", "all"] | None = field(
-        default=None, metadata={"help": "Positions of the safety data that count: 'response', 'predicting' or 'all'."}
+    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = field(
+        default=None,
+        metadata={"help": "Positions of the safety data that count: 'response', 'predicting', 'prompt', 'all'."},
     )
     task_rank: int = field(default=32, metadata={"help": "Task directions kept by init='task'."})
-    init: Literal["task", "pissa", "zero"] = field(
-        default="task", metadata={"help": "Start of the factors: 'task', 'pissa' or 'zero'."}
+    init: Literal["task", "pissa", "zero"] | None = field(
+        default=None,
+        metadata={"help": "Start of the factors: 'task', 'pissa' or 'zero'; None: 'zero' with an input side."},
     )
     safety_data: Any = field(default="builtin", metadata={"help": "Harmful requests to calibrate on."})
     task_data: Any = field(default=None, metadata={"help": "Task examples; None: the first training batch."})
@@ -192,6 +195,8 @@ class SaLoRAConfig(LoraConfig):
 
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
+        if self.init is None:
+            self.init = "zero" if self.has_input_side and self.task_data is None else "task"
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
         # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
@@ -204,7 +209,7 @@ class SaLoRAConfig(LoraConfig):
         for name, choices in (
             ("init", ("task", "pissa", "zero")),
             ("variant", ("two-sided", "paper")),
-            ("safety_positions", ("response", "predicting", "all", None)),
+            ("safety_positions", ("response", "predicting", "prompt", "all", None)),
             ("calibration_engine", ("auto", "exact", "sketched")),
             ("calibration_cache", (True, False)),
         ):
@@ -288,11 +293,11 @@ class SaLoRAConfig(LoraConfig):
         return self.variant != "paper" and self.input_safety_rank != 0
 
     @property
-    def resolved_safety_positions(self) -> Literal["response", "predicting", "all"]:
+    def resolved_safety_positions(self) -> Literal["response", "predicting", "prompt", "all"]:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions
-        return "all" if self.has_input_side else "response"
+        return "prompt" if self.has_input_side else "response"
 
     def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
         """

@@ -27,7 +27,7 @@ def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
-@pytest.mark.parametrize("positions", ["response", "predicting", "all"])
+@pytest.mark.parametrize("positions", ["response", "predicting", "prompt", "all"])
 @pytest.mark.parametrize("build", [llama, qwen2])
 def test_bases_are_the_top_singular_vectors(build, positions):
     """U_C of W X_h and V_C of X_h, from the definition: float64 SVDs of what the layer sees."""
@@ -38,7 +38,7 @@ def test_bases_are_the_top_singular_vectors(build, positions):
     for row in rows:
         model(torch.tensor([row["input_ids"]]))
     handle.remove()
-    chosen = {"response": slice(8, None), "predicting": slice(7, -1), "all": slice(None)}[positions]
+    chosen = {"response": slice(8, None), "predicting": slice(7, -1), "prompt": slice(8), "all": slice(None)}[positions]
     x = torch.cat([sequence[chosen] for sequence in inputs]).T
     wx = layer.weight.double() @ x
     module = calibrate(model, safety_data=rows, safety_positions=positions, input_safety_rank=4, **OPTIONS)
@@ -54,8 +54,8 @@ def test_bases_are_the_top_singular_vectors(build, positions):
 
 
 def test_default_positions():
-    assert SaLoRAConfig().resolved_safety_positions == "all"
-    assert SaLoRAConfig(input_safety_rank=4).resolved_safety_positions == "all"
+    assert SaLoRAConfig().resolved_safety_positions == "prompt"
+    assert SaLoRAConfig(input_safety_rank=4).resolved_safety_positions == "prompt"
     assert SaLoRAConfig(input_safety_rank=0).resolved_safety_positions == "response"
     assert SaLoRAConfig(variant="paper").resolved_safety_positions == "response"
     labels = torch.tensor([[-100, -100, 5, 6, -100]])
@@ -63,6 +63,7 @@ def test_default_positions():
     assert position_mask(labels, "predicting").tolist() == [[False, True, True, False, False]]
     labels = torch.tensor([[-100, 5, -100, -100], [-100, -100, -100, -100]])
     padding = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert position_mask(labels, "prompt", padding).tolist() == [[True, False, True, False], [False] * 4]
     assert position_mask(labels, "all", padding).tolist() == [[True, True, True, False], [False] * 4]
 
 

@@ -32,7 +32,7 @@ from salora_plugins import SaLoRAConfig
         ({"input_safety_rank": -1}, "input_safety_rank=-1: give a whole number of at least 0"),
         ({"calibration_max_length": 1}, "calibration_max_length=1: give a whole number of at least 2"),
         ({"task_data": "builtin"}, "task_data='builtin': there is no built-in task data"),
-        ({"lora_alpha": 0}, "lora_alpha=0: init='task' divides by the scaling"),
+        ({"lora_alpha": 0, "init": "task"}, "lora_alpha=0: init='task' divides by the scaling"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`eva_config` specified")
@@ -57,15 +57,23 @@ def test_ordinary_options_do_not_warn():
 
 
 def test_plain_config_keeps_the_scaling_of_every_layer():
-    config = SaLoRAConfig(r=8, lora_alpha=12, rank_pattern={"v_proj": 2}, alpha_pattern={"k_proj": 5})
+    options = {"r": 8, "lora_alpha": 12, "init": "task"}
+    config = SaLoRAConfig(**options, rank_pattern={"v_proj": 2}, alpha_pattern={"k_proj": 5})
     plain = config.to_lora_config()
     assert type(plain) is LoraConfig
     assert (plain.r, plain.lora_alpha) == (16, 24)
     assert (plain.rank_pattern, plain.alpha_pattern) == ({"v_proj": 4}, {"k_proj": 10})
-    rank_stabilized = SaLoRAConfig(r=8, lora_alpha=12, use_rslora=True).to_lora_config()
+    rank_stabilized = SaLoRAConfig(**options, use_rslora=True).to_lora_config()
     assert rank_stabilized.lora_alpha / 16**0.5 == pytest.approx(12 / 8**0.5)
-    zero = SaLoRAConfig(r=8, lora_alpha=12, init="zero").to_lora_config()
+    zero = SaLoRAConfig(**{**options, "init": "zero"}).to_lora_config()
     assert (zero.r, zero.lora_alpha) == (8, 12)
+
+
+def test_default_start():
+    assert SaLoRAConfig().init == SaLoRAConfig(input_safety_rank=4).init == "zero"
+    assert SaLoRAConfig(variant="paper").init == SaLoRAConfig(input_safety_rank=0).init == "task"
+    assert SaLoRAConfig(task_data=[{"prompt": "a", "response": "b"}]).init == "task"  # it would be ignored
+    assert SaLoRAConfig(init="pissa").init == "pissa"
 
 
 def test_configuration_without_a_model_round_trips(tmp_path):

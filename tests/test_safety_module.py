@@ -60,8 +60,8 @@ def test_folder_stands_for_the_file_in_it(module, tmp_path):
 def test_shapes_ranks_and_provenance(module):
     assert module.bases[NAME].shape == (64, 8) and module.input_bases[NAME].shape == (64, 4)
     assert (module.safety_rank, module.input_safety_rank) == (8, 4)
-    assert module.provenance["safety_positions"] == "all"
-    assert module.provenance["positions_counted"] == 16 * 20
+    assert module.provenance["safety_positions"] == "prompt"
+    assert module.provenance["positions_counted"] == 16 * 8
     assert 0 < module.captured_energy[NAME] < 1
 
 

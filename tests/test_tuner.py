@@ -164,10 +164,10 @@ def test_the_input_side_by_default(tmp_path):
     model.save_pretrained(tmp_path)
     module = SafetyModule.load(tmp_path)
     assert {basis.shape for basis in module.input_bases.values()} == {(64, 16)}  # a quarter of the inputs
-    assert module.provenance["safety_positions"] == "all"
+    assert module.provenance["safety_positions"] == "prompt"
     shared = {"safety_data": token_rows(16), "target_modules": ["q_proj", "v_proj"], "safety_rank": 8}
     few = config(safety_data=token_rows(1, length=14))
-    assert _input_ranks(get_peft_model(llama(), few)) == {14}  # all positions that there are
+    assert _input_ranks(get_peft_model(llama(), few)) == {8}  # all positions that there are
     # A given module decides where nothing else is asked for.
     given = calibrate(llama(), **shared, input_safety_rank=5)
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {5}
@@ -176,7 +176,7 @@ def test_the_input_side_by_default(tmp_path):
     by_name = config(safety_module=given, input_safety_rank_pattern={"q_proj": 3})
     bases = get_peft_model(llama(), by_name).peft_config["default"]._calibrated.input_bases
     assert {(name.endswith("q_proj"), basis.shape[1]) for name, basis in bases.items()} == {(True, 3), (False, 5)}
-    with pytest.raises(ValueError, match=r"variant=.paper. takes the positions of the response, .* 'all' positions"):
+    with pytest.raises(ValueError, match=r"variant=.paper. takes the positions of the response, .* 'prompt' positions"):
         get_peft_model(llama(), config(safety_module=given, variant="paper"))
     of_response = calibrate(llama(), **shared, input_safety_rank=5, safety_positions="response")
     assert _input_ranks(get_peft_model(llama(), config(safety_module=of_response, variant="paper"))) == {0}

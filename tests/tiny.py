@@ -188,6 +188,7 @@ def salora_config(**options) -> SaLoRAConfig:
         "lora_alpha": 8,
         "safety_rank": 8,
         "task_rank": 8,
+        "init": "task",  # the start with the most parts
         "safety_data": token_rows(16),
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",

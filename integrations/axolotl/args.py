@@ -95,17 +95,18 @@ class SaLoRAOptions(BaseModel):
     input_safety_rank_pattern: dict[str, PositiveInt | Share] | None = Field(
         default=None, description="Module name or regular expression -> input_safety_rank. Default: {}."
     )
-    safety_positions: Literal["response", "predicting", "all"] | None = Field(
+    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = Field(
         default=None,
         description="Positions of the safety data that count: those whose input is a response token, those that "
-        "predict one, or all. Default: all, and response without an input side.",
+        "predict one, those of the prompt, or all. Default: prompt, and response without an input side.",
     )
     task_rank: PositiveInt | None = Field(
         default=None, description="Task directions that `init: task` keeps. Default: 32."
     )
     init: Literal["task", "pissa", "zero"] | None = Field(
         default=None,
-        description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. Default: task.",
+        description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. "
+        "Default: zero, and task without an input side or where task_data is given.",
     )
     safety_data: str | None = Field(
         default=None,
@@ -321,7 +322,12 @@ def _check_kernels(cfg: Any, options: Mapping[str, Any]) -> None:
         ValueError: Axolotl's fused kernels would hide the layers' outputs when the training rows are looked at.
     """
     kernels = [key for key in _FUSED_KERNELS if getattr(cfg, key)]
-    if kernels and options.get("init", "task") == "task" and "task_data" not in options and not cfg.lora_model_dir:
+    if not kernels or "task_data" in options or cfg.lora_model_dir:
+        return
+    from salora_plugins import SaLoRAConfig
+
+    of_start = {name: options[name] for name in ("variant", "input_safety_rank", "init") if name in options}
+    if SaLoRAConfig(**of_start).init == "task":
         raise ValueError(
             f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
             "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "

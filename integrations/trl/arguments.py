@@ -28,7 +28,7 @@ class SaLoRAArguments:
     safety_rank: float | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
     variant: Literal["two-sided", "paper"] | None = field(default=None, metadata={"help": _HELP["variant"]})
     input_safety_rank: float | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
-    safety_positions: Literal["response", "predicting", "all"] | None = field(
+    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = field(
         default=None, metadata={"help": _HELP["safety_positions"]}
     )
     task_rank: int | None = field(default=None, metadata={"help": _HELP["task_rank"]})

@@ -33,7 +33,7 @@ def calibrate(
         list[str] | None, typer.Option(help="MODULE=RANK for single modules, repeatable.")
     ] = None,
     safety_positions: Annotated[
-        str | None, typer.Option(help="Positions that count: 'response', 'predicting' or 'all'.")
+        str | None, typer.Option(help="Positions that count: 'response', 'predicting', 'prompt' or 'all'.")
     ] = None,
     basis_method: Annotated[str, typer.Option(help="Method that computes the bases.")] = "salora",
     num_safety_samples: Annotated[int, typer.Option(help="Safety examples to calibrate on.")] = 128,
