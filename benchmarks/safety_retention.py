@@ -40,6 +40,7 @@ HELDOUT_ROWS = 60
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
+LEAK_POSITIONS = ("response", "predicting", "all", "prompt")
 
 QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -166,9 +167,9 @@ class Experiment:
         """
         Print how strongly adapters react to harmful requests, as the input side's calibration lets them.
 
-        An adapter whose A takes the 16 strongest directions of the task's inputs that the input side leaves; its
-        reaction to requests of other sources over that to the task's own, and what is left of the energy of the
-        task's inputs. Geometric means over every third layer, of squared norms, at the prompt's last tokens.
+        An adapter whose A takes the 16 strongest directions of the task's response tokens that the input side leaves;
+        its reaction to the last tokens of requests of other sources over that to the task's, and what is left of the
+        energy of the task's. Geometric means over every third layer, of squared norms.
         """
         import torch
 
@@ -178,26 +179,20 @@ class Experiment:
         seen = {
             (kind, positions): input_grams(model, names, rows, positions)
             for kind, rows in (("harmful", self.safety_rows("builtin")), ("harmless", self.harmless_rows()))
-            for positions in ("response", "predicting", "all")
+            for positions in LEAK_POSITIONS
         }
         tasks, sources = ("sure", "math"), ("advbench", "builtin")
         sets = self.request_sets()
-        requests = {name: sets[name] for name in sources} | {
-            task: [row["prompt"][-1]["content"] for row in self.task_rows(task, "test")] for task in tasks
-        }
-        unseen = {
-            name: input_grams(model, names, [self.last_prompt_tokens(request) for request in of_set], "response")
-            for name, of_set in requests.items()
-        }
+        rows = {name: [self.last_prompt_tokens(request) for request in sets[name]] for name in sources}
+        rows |= {task: self.tokenized(self.task_rows(task, "test")) for task in tasks}
+        unseen = {name: input_grams(model, names, of_set, "response") for name, of_set in rows.items()}
         columns = ["directions", "positions", "r_in"]
         columns += [f"{task}: {what}" for task in tasks for what in (*sources, "energy left")]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-        for (kind, find), positions, rank in itertools.product(
-            DIRECTIONS.items(), ("response", "predicting", "all"), (64, 128, 256)
-        ):
+        for (kind, find), positions, rank in itertools.product(DIRECTIONS.items(), LEAK_POSITIONS, (32, 64, 128, 256)):
             cells = []
             for task in tasks:
-                rows = []
+                measured = []
                 for name in names:
                     harmful, harmless, of_task, *others = (
                         (gram[name] / gram[name].trace()).double()
@@ -214,8 +209,8 @@ class Experiment:
                     left = outside @ of_task @ outside
                     filters = torch.linalg.eigh(left).eigenvectors[:, -RANK:]
                     reaction = [(filters.T @ gram @ filters).trace() for gram in (of_task, *others)]
-                    rows.append(torch.stack([reaction[1] / reaction[0], reaction[2] / reaction[0], left.trace()]))
-                cells += [f"{value:.3f}" for value in torch.stack(rows).log().mean(0).exp().tolist()]
+                    measured.append(torch.stack([reaction[1] / reaction[0], reaction[2] / reaction[0], left.trace()]))
+                cells += [f"{value:.3f}" for value in torch.stack(measured).log().mean(0).exp().tolist()]
             print(f"| {kind} | {positions} | {rank} | " + " | ".join(cells) + " |", flush=True)
 
     def last_prompt_tokens(self, request: str, count: int = 4) -> dict[str, list[int]]:
@@ -408,12 +403,15 @@ class Experiment:
 
     def harmless_rows(self) -> list[dict[str, Any]]:
         """Everyday requests with the model's own answers, tokenized; none is in a task's held-out part."""
+        return self.tokenized(self.own_answers()[HELDOUT_ROWS : HELDOUT_ROWS + 128])
+
+    def tokenized(self, conversations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """input_ids and labels of conversations in TRL's prompt-completion form."""
         from salora_plugins.calibration.data import load_examples, tokenize_examples
 
-        answered = self.own_answers()[HELDOUT_ROWS : HELDOUT_ROWS + 128]
-        rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in answered]
+        rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in conversations]
         examples = tokenize_examples(
-            load_examples(rows, option="harmless"), self.tokenizer, max_length=MAX_LENGTH, option="harmless"
+            load_examples(rows, option="rows"), self.tokenizer, max_length=MAX_LENGTH, option="rows"
         )
         return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in examples]
 

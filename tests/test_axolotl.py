@@ -194,7 +194,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
-        "salora": {"safety_rank": 8, "safety_data": str(folder / REFUSALS)},
+        "salora": {"safety_rank": 8, "init": "task", "safety_data": str(folder / REFUSALS)},
         "datasets": [{"path": str(folder / "sums.jsonl"), "ds_type": "json", "type": "chat_template"}],
         "dataset_prepared_path": str(folder / "prepared"),
         "sequence_len": 128,
@@ -216,6 +216,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     preferences = {k: v for k, v in shared.items() if not k.startswith("lora_")} | {
         "base_model": str(folder / "qwen3"),
         "rl": "dpo",
+        "salora": {"safety_rank": 8, "safety_data": str(folder / REFUSALS)},
         "datasets": [{"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}],
     }
     both_sides = {"salora": {**shared["salora"], "input_safety_rank": 4}}
@@ -516,7 +517,7 @@ def test_dpo_starts_at_its_reference_and_uses_the_defaults(runs):
     assert losses[0] == pytest.approx(0.6931, abs=2e-4)
     assert losses[-1] < losses[0]
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 32, 32)
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 16)
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
 
 
