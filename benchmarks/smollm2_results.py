@@ -157,6 +157,7 @@ def train_with_trl(arguments: argparse.Namespace, method: str, learning_rate: fl
             safety_rank=SAFETY_RANK,
             input_safety_rank=input_safety_rank(method),
             task_rank=TASK_RANK,
+            init="task",
             safety_module=safety_module(arguments, method),
             seed=arguments.seed,
         )
@@ -237,6 +238,7 @@ def train_with_axolotl(arguments: argparse.Namespace, method: str, learning_rate
             "safety_rank": SAFETY_RANK,
             "input_safety_rank": input_safety_rank(method),
             "task_rank": TASK_RANK,
+            "init": "task",
             "safety_module": str(safety_module(arguments, method).resolve()),
         }
     folder.mkdir(parents=True, exist_ok=True)
