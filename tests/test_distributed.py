@@ -23,8 +23,8 @@ from salora_plugins.parametrization import safe_factor, trained_factor
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 config = SaLoRAConfig(
-    r=4, safety_rank=8, input_safety_rank=4, task_rank=8, init="task", safety_data=token_rows(16), task_type="CAUSAL_LM",
-    target_modules=["q_proj", "v_proj"],
+    r=4, safety_rank=8, input_safety_rank=4, task_rank=8, init="task", safety_data=token_rows(16),
+    task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"],
 )
 model = get_peft_model(llama(), config)
 parallel = DistributedDataParallel(model.train())
