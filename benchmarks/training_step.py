@@ -118,8 +118,9 @@ def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Names
     if method == "lora":
         model = get_peft_model(model, LoraConfig(**common))
     elif method in ("salora", "paper"):
-        rows = torch.randint(0, base.config.vocab_size, (4, 256)).tolist()
-        options = {"safety_data": [{"input_ids": row, "labels": row} for row in rows], "calibration_cache": False}
+        rows = torch.randint(0, base.config.vocab_size, (4, 512)).tolist()
+        data = [{"input_ids": row, "labels": [-100] * 256 + row[256:]} for row in rows]
+        options = {"safety_data": data, "calibration_cache": False}
         if method == "paper":
             options["variant"] = "paper"
         model = get_peft_model(model, SaLoRAConfig(**common, **options))

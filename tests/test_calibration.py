@@ -148,6 +148,8 @@ def test_broken_models_and_ranks():
         calibrate(llama(), safety_data=token_rows(16), input_safety_rank=70, **OPTIONS)
     with pytest.raises(CalibrationError, match="safety_rank=8, but the safety data has only 6 positions"):
         calibrate(llama(), safety_data=token_rows(1, length=14), variant="paper", **OPTIONS)
+    with pytest.raises(CalibrationError, match="'prompt': the safety data has no such position"):
+        calibrate(llama(), safety_data=token_rows(16, prompt=0), **OPTIONS)
     with torch.device("meta"):
         empty = llama()
     with pytest.raises(ValueError, match="is on the meta device, so there is nothing to calibrate on"):

@@ -112,6 +112,12 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
                 description="calibrating the safety module",
             )
             positions_counted = statistics[names[0]].output.count
+            if not positions_counted:
+                raise CalibrationError(
+                    f"safety_positions={config.resolved_safety_positions!r}: the safety data has no such position. In "
+                    "tokenized rows, labels must be -100 on the tokens of the prompt and the tokens' ids on those of "
+                    "the response; or choose other safety_positions."
+                )
             # A default must not fail on a small set; a number that was asked for does, below.
             ranks = config.safety_ranks({name: min(rank, positions_counted) for name, rank in default_ranks.items()})
             energies = {
