@@ -117,7 +117,8 @@ class SaLoRAConfig(LoraConfig):
             what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
             "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. None of them
             changes what the model computes before the first step. `None` means "zero" with an input side, and "task"
-            without one or where `task_data` is given.
+            without one or where an option of the task start is given: `task_data`, another `task_rank` or
+            `num_task_samples` than by default.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals).
@@ -196,7 +197,7 @@ class SaLoRAConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
         if self.init is None:
-            self.init = "zero" if self.has_input_side and self.task_data is None else "task"
+            self.init = "zero" if self.has_input_side and not self._asks_for_task_start() else "task"
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
         # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
@@ -251,6 +252,13 @@ class SaLoRAConfig(LoraConfig):
                 f"lora_alpha={self.lora_alpha!r}: init={self.init!r} divides by the scaling; give a positive value, or "
                 "use init='zero'."
             )
+
+    def _asks_for_task_start(self) -> bool:
+        """Whether an option is given that only `init="task"` heeds."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        return self.task_data is not None or any(
+            getattr(self, name) != defaults[name] for name in ("task_rank", "num_task_samples")
+        )
 
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}

@@ -73,6 +73,7 @@ def test_default_start():
     assert SaLoRAConfig().init == SaLoRAConfig(input_safety_rank=4).init == "zero"
     assert SaLoRAConfig(variant="paper").init == SaLoRAConfig(input_safety_rank=0).init == "task"
     assert SaLoRAConfig(task_data=[{"prompt": "a", "response": "b"}]).init == "task"  # it would be ignored
+    assert SaLoRAConfig(task_rank=8).init == SaLoRAConfig(num_task_samples=8).init == "task"
     assert SaLoRAConfig(init="pissa").init == "pissa"
 
 

@@ -106,7 +106,7 @@ class SaLoRAOptions(BaseModel):
     init: Literal["task", "pissa", "zero"] | None = Field(
         default=None,
         description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. "
-        "Default: zero, and task without an input side or where task_data is given.",
+        "Default: zero, and task without an input side or where options of the task start are given.",
     )
     safety_data: str | None = Field(
         default=None,
@@ -326,8 +326,7 @@ def _check_kernels(cfg: Any, options: Mapping[str, Any]) -> None:
         return
     from salora_plugins import SaLoRAConfig
 
-    of_start = {name: options[name] for name in ("variant", "input_safety_rank", "init") if name in options}
-    if SaLoRAConfig(**of_start).init == "task":
+    if SaLoRAConfig(**options).init == "task":
         raise ValueError(
             f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
             "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "
