@@ -46,9 +46,11 @@ QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
+# A rank of None is SaLoRA's default.
+DEFAULT = {"input_safety_rank": None, "positions": "prompt", "init": "zero"}
+
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
-# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does. A rank of None
-# is SaLoRA's default, and "two-sided" all of its default.
+# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
@@ -57,26 +59,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper-zero": {"init": "zero"},
     "paper-rank-128": {"safety_rank": 128},
     "projected": {"input_safety_rank": None, "positions": "prompt"},
-    "two-sided": {"input_safety_rank": None, "positions": "prompt", "init": "zero"},
+    "two-sided": DEFAULT,
     "two-sided-task": {"input_safety_rank": None, "positions": "prompt"},
     "two-sided-64-task": {"input_safety_rank": 64, "positions": "prompt"},
-    "two-sided-256": {"input_safety_rank": 256, "positions": "prompt", "init": "zero"},
-    "two-sided-all": {"input_safety_rank": None, "positions": "all", "init": "zero"},
+    "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
+    "two-sided-all": {**DEFAULT, "positions": "all"},
     "two-sided-all-task": {"input_safety_rank": None, "positions": "all"},
     "two-sided-all-64-task": {"input_safety_rank": 64, "positions": "all"},
     "two-sided-all-128-task": {"input_safety_rank": 128, "positions": "all"},
     "two-sided-all-0.97-task": {"input_safety_rank": 0.97, "positions": "all"},
     "two-sided-all-128-upper-task": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
     "two-sided-all-safety-rank-1-task": {"safety_rank": 1, "input_safety_rank": None, "positions": "all"},
-    "two-sided-predicting": {"input_safety_rank": None, "positions": "predicting", "init": "zero"},
-    "two-sided-response": {"input_safety_rank": None, "positions": "response", "init": "zero"},
-    "two-sided-advbench": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "safety_data": "advbench"},
-    "two-sided-both": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "safety_data": "both"},
+    "two-sided-predicting": {**DEFAULT, "positions": "predicting"},
+    "two-sided-response": {**DEFAULT, "positions": "response"},
+    "two-sided-advbench": {**DEFAULT, "safety_data": "advbench"},
+    "two-sided-both": {**DEFAULT, "safety_data": "both"},
     "lora-attention": {"targets": ATTENTION},
-    "two-sided-attention": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "targets": ATTENTION},
+    "two-sided-attention": {**DEFAULT, "targets": ATTENTION},
     "lora-all-linear": {"targets": ALL_LINEAR},
     "paper-all-linear": {"targets": ALL_LINEAR},
-    "two-sided-all-linear": {"input_safety_rank": None, "positions": "prompt", "init": "zero", "targets": ALL_LINEAR},
+    "two-sided-all-linear": {**DEFAULT, "targets": ALL_LINEAR},
 }
 
 
