@@ -116,6 +116,7 @@ TRAINED = {
     "4bit": "`load_in_4bit`, `gradient_checkpointing` (reentrant)",
     "8bit": "`load_in_8bit`",
     "kernels": "`lora_qkv_kernel`, `lora_o_kernel` with `salora.init: pissa`",
+    "kernels from zero": "`lora_qkv_kernel`, `lora_o_kernel` with the default start",
     "packing": "`sample_packing`, with attention by sdpa",
     "options": "`lora_target_linear`, `lora_dropout`, `peft_use_rslora`, `peft_layers_to_transform`, `lora_on_cpu`",
     "lora+": "`loraplus_lr_ratio`",
@@ -220,6 +221,11 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "datasets": [{"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}],
     }
     both_sides = {"salora": {**shared["salora"], "input_safety_rank": 4}}
+    with_kernels = {
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "lora_qkv_kernel": True,
+        "lora_o_kernel": True,
+    }
     changes = {
         "sft": both_sides,
         "resumed": {**both_sides, "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")},
@@ -329,12 +335,8 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "resumed by itself": {**both_sides, "auto_resume_from_checkpoints": True},
         "lora": {"adapter": "lora", "salora": None},
         "lora without plugin": {"adapter": "lora", "salora": None},
-        "kernels": {
-            "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-            "lora_qkv_kernel": True,
-            "lora_o_kernel": True,
-            "salora": {**shared["salora"], "init": "pissa"},
-        },
+        "kernels": {**with_kernels, "salora": {**shared["salora"], "init": "pissa"}},
+        "kernels from zero": {**with_kernels, "salora": {**shared["salora"], "init": None}},
     }
     configs = {name: {**shared, **change} for name, change in changes.items()}
     configs["dpo"] = preferences
@@ -359,7 +361,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     configs = _write_workspace(folder)
     files = {name: _write_yaml(folder / "configs" / f"{name}.yml", config) for name, config in configs.items()}
     # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
-    with_kernels = ("lora", "lora without plugin", "kernels")
+    with_kernels = ("lora", "lora without plugin", "kernels", "kernels from zero")
     # The one that is killed is forked, which is safe only before the process has threads: it comes first.
     trained = ["killed", *(name for name in configs if name not in ("killed", *with_kernels))]
     commands = {name: ["train", files[name], "--launcher", "python"] for name in trained}
@@ -445,7 +447,7 @@ def test_a_trained_adapter_stays_out_of_the_safety_directions(runs, name):
 
 def test_a_saved_adapter_loads_as_plain_lora_where_this_package_is_missing(runs):
     folder, _ = runs
-    adapters = {"sft": "llama", "dpo": "qwen3", "kernels": "llama"}
+    adapters = {"sft": "llama", "dpo": "qwen3", "kernels": "llama", "kernels from zero": "llama"}
     for name in adapters:
         _ran(runs, name)
     torch.save(tiny.token_batch(), folder / "tokens.pt")
