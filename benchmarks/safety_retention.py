@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided": DEFAULT,
     "two-sided-task": {"input_safety_rank": None, "positions": "prompt"},
     "two-sided-64-task": {"input_safety_rank": 64, "positions": "prompt"},
+    "two-sided-32": {**DEFAULT, "input_safety_rank": 32},
     "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
     "two-sided-all": {**DEFAULT, "positions": "all"},
     "two-sided-all-task": {"input_safety_rank": None, "positions": "all"},

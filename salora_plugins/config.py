@@ -196,8 +196,15 @@ class SaLoRAConfig(LoraConfig):
 
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
+        task_options = self._options_of_the_task_start()
         if self.init is None:
-            self.init = "zero" if self.has_input_side and not self._asks_for_task_start() else "task"
+            self.init = "zero" if self.has_input_side and not task_options else "task"
+        elif self.init != "task" and task_options:
+            warnings.warn(
+                f"{', '.join(task_options)} has no effect with init={self.init!r}: leave it out, or choose init='task'.",
+                UserWarning,
+                stacklevel=3,
+            )
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
         # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
@@ -253,12 +260,11 @@ class SaLoRAConfig(LoraConfig):
                 "use init='zero'."
             )
 
-    def _asks_for_task_start(self) -> bool:
-        """Whether an option is given that only `init="task"` heeds."""
+    def _options_of_the_task_start(self) -> list[str]:
+        """The options given that only `init="task"` heeds."""
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        return self.task_data is not None or any(
-            getattr(self, name) != defaults[name] for name in ("task_rank", "num_task_samples")
-        )
+        given = [] if self.task_data is None else ["task_data"]
+        return given + [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != defaults[name]]
 
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}

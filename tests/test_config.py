@@ -77,6 +77,15 @@ def test_default_start():
     assert SaLoRAConfig(init="pissa").init == "pissa"
 
 
+@pytest.mark.parametrize("option", [{"task_data": "rows.jsonl"}, {"task_rank": 8}, {"num_task_samples": 8}])
+def test_options_of_another_start_are_not_ignored_in_silence(option):
+    with pytest.warns(UserWarning, match=f"{next(iter(option))} has no effect with init='zero'"):
+        SaLoRAConfig(**option, init="zero")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SaLoRAConfig(**option, init="task")
+
+
 def test_configuration_without_a_model_round_trips(tmp_path):
     config = SaLoRAConfig(
         safety_rank=5, input_safety_rank=3, target_modules=["q_proj"], safety_data="data.jsonl", seed=4
