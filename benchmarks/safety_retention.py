@@ -41,6 +41,7 @@ RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
 LEAK_POSITIONS = ("response", "predicting", "all", "prompt")
+LEAK_RANKS = (4, 16, 32, 64, 128, 256)
 
 QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -192,7 +193,7 @@ class Experiment:
         columns = ["directions", "positions", "r_in"]
         columns += [f"{task}: {what}" for task in tasks for what in (*sources, "energy left")]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-        for (kind, find), positions, rank in itertools.product(DIRECTIONS.items(), LEAK_POSITIONS, (32, 64, 128, 256)):
+        for (kind, find), positions, rank in itertools.product(DIRECTIONS.items(), LEAK_POSITIONS, LEAK_RANKS):
             cells = []
             for task in tasks:
                 measured = []

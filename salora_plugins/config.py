@@ -201,7 +201,7 @@ class SaLoRAConfig(LoraConfig):
             self.init = "zero" if self.has_input_side and not task_options else "task"
         elif self.init != "task" and task_options:
             warnings.warn(
-                f"{', '.join(task_options)} has no effect with init={self.init!r}: leave it out, or choose init='task'.",
+                f"{', '.join(task_options)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
                 UserWarning,
                 stacklevel=3,
             )
