@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, calibrate
 from salora_plugins.layers import is_quantized
-from tiny import llama, relative_difference, token_batch, token_rows
+from salora_plugins.parametrization import trained_factor
+from tiny import llama, relative_difference, token_batch, token_rows, with_training_kernels
 
 pytest.importorskip("bitsandbytes")
 
@@ -51,7 +52,8 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
 
     def load():
         options = QUANTIZATION[kind]()
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=options).eval()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=options)
+        return with_training_kernels(model.eval())
 
     tokens = token_batch()
     expected = load()(tokens).logits
@@ -83,6 +85,21 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
     # Merging quantizes the sum again; it must be far closer to the trained model than the base is.
     merged = model.merge_and_unload()(tokens).logits
     assert (merged - trained).norm() < 0.5 * (expected - trained).norm()
+
+
+def test_calibration_leaves_4_bit_weights_trainable(tmp_path):
+    """On some CPUs bitsandbytes repacks them in evaluation mode, for a kernel without gradients."""
+    llama().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZATION["4-bit"]())
+    model = get_peft_model(
+        model, SaLoRAConfig(target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16), task_type="CAUSAL_LM")
+    )
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    tokens = token_batch()
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    factor = trained_factor(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"])
+    assert factor.grad.norm() > 0
 
 
 @pytest.mark.compatibility("Weights", "torchao int8, activations too")

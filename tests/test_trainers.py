@@ -32,6 +32,7 @@ from tiny import (
     token_batch,
     token_rows,
     tokenizer,
+    with_training_kernels,
 )
 from trainer_helpers import arguments, check_result, config, logits_of, losses
 
@@ -319,7 +320,10 @@ def test_quantized_base(name, way, folder, tmp_path):
     """TRL casts the trained factors to bf16; start, reference and certificate are exact all the same."""
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
-    load = partial(AutoModelForCausalLM.from_pretrained, folder, quantization_config=quantization)
+
+    def load():
+        return with_training_kernels(AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization))
+
     cls, kind, _, rows, _ = TRAINERS[name]
     init = {"quantization_config": quantization} if way == "model_init_kwargs" else None
     trainer = cls(
@@ -330,6 +334,7 @@ def test_quantized_base(name, way, folder, tmp_path):
         peft_config=config(tokenizer=tokenizer()),
         **({"quantization_config": quantization} if way == "argument" else {}),
     )
+    with_training_kernels(trainer.model)
     layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__ == "Linear4bit"
     assert trained_factor(layer.lora_A["default"]).dtype == torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -238,6 +239,14 @@ def preference_rows(count: int = 16) -> Dataset:
             for i in range(count)
         ]
     )
+
+
+def with_training_kernels(model: nn.Module) -> nn.Module:
+    """On some CPUs bitsandbytes repacks 4-bit weights for inference, in bf16, after which they cannot be trained."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -282,14 +282,24 @@ def input_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off; every submodule gets its own mode back."""
+    """
+    Dropout and gradient checkpointing off; every submodule gets its own mode back.
+
+    On CPUs with AVX512-BF16, bitsandbytes would repack 4-bit weights for a kernel without gradients at the first pass
+    in this mode, and the model could not be trained any more; it is kept from that.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    repacking = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     model.eval()
+    for module in repacking:
+        module.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module in repacking:
+            module.support_avx512bf16_for_cpu = True
 
 
 @contextmanager
