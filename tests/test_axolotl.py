@@ -230,9 +230,11 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "sft": both_sides,
         "resumed": {**both_sides, "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")},
         "more": {"lora_model_dir": str(folder / "sft"), "lora_r": 2},
-        # Reentrant checkpoints need inputs with a gradient, which the preparation for quantized training sets.
+        # Reentrant checkpoints need inputs with a gradient, which the preparation for quantized training sets. On some
+        # CPUs bitsandbytes dequantizes rows that are no multiple of 64 wrongly; down_proj has such.
         "4bit": {
             "load_in_4bit": True,
+            "lora_target_modules": ["q_proj", "v_proj"],
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
