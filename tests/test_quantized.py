@@ -7,9 +7,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, calibrate
+from salora_plugins.evaluation import generate_responses, response_loss
 from salora_plugins.layers import is_quantized
 from salora_plugins.parametrization import trained_factor
-from tiny import llama, relative_difference, token_batch, token_rows, with_training_kernels
+from tiny import (
+    llama,
+    relative_difference,
+    sum_rows,
+    token_batch,
+    token_rows,
+    tokenizer,
+    with_training_kernels,
+)
 
 pytest.importorskip("bitsandbytes")
 
@@ -87,10 +96,12 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
     assert (merged - trained).norm() < 0.5 * (expected - trained).norm()
 
 
-def test_calibration_leaves_4_bit_weights_trainable(tmp_path):
+def test_our_passes_leave_4_bit_weights_trainable(tmp_path):
     """On some CPUs bitsandbytes repacks them in evaluation mode, for a kernel without gradients."""
     llama().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZATION["4-bit"]())
+    response_loss(model, tokenizer(), sum_rows(4))
+    generate_responses(model, tokenizer(), ["What is 1 plus 2?"], max_new_tokens=2, progress=False)
     model = get_peft_model(
         model, SaLoRAConfig(target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16), task_type="CAUSAL_LM")
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.capture import evaluation_mode
 from ..calibration.rendering import template_options
 
 
@@ -104,19 +105,15 @@ def continue_texts(
 @contextmanager
 def _answering(model: nn.Module, tokenizer: Any) -> Iterator[None]:
     """Evaluation mode, a key-value cache and left padding, and afterwards everything as it was."""
-    training = {module: module.training for module in model.modules()}
     use_cache = model.config.use_cache
     padding_side, pad_token = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
     if pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             yield
     finally:
-        for module, was_training in training.items():
-            module.training = was_training
         model.config.use_cache = use_cache
         tokenizer.padding_side = padding_side
         tokenizer.pad_token = pad_token

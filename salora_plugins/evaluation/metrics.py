@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.capture import evaluation_mode
 from ..calibration.data import Example
 from ..calibration.rendering import prompt_and_response_ids
 from ..judges import is_refusal
@@ -48,29 +49,23 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
         raise ValueError("rows is empty: a loss needs at least one conversation")
     encoded = [encode_conversation(tokenizer, row) for row in rows]
     encoded.sort(key=lambda pair: len(pair[0]))
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.no_grad():
-            for start in range(0, len(encoded), batch_size):
-                batch = encoded[start : start + batch_size]
-                width = max(len(ids) for ids, _ in batch)
-                input_ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
-                attention_mask = torch.zeros_like(input_ids)
-                labels = torch.full_like(input_ids, -100)
-                for i, (ids, prompt_length) in enumerate(batch):
-                    input_ids[i, : len(ids)] = torch.tensor(ids)
-                    attention_mask[i, : len(ids)] = 1
-                    labels[i, prompt_length : len(ids)] = input_ids[i, prompt_length : len(ids)]
-                logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-                total += nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-                ).item()
-                count += int((labels[:, 1:] != -100).sum())
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            width = max(len(ids) for ids, _ in batch)
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
+            attention_mask = torch.zeros_like(input_ids)
+            labels = torch.full_like(input_ids, -100)
+            for i, (ids, prompt_length) in enumerate(batch):
+                input_ids[i, : len(ids)] = torch.tensor(ids)
+                attention_mask[i, : len(ids)] = 1
+                labels[i, prompt_length : len(ids)] = input_ids[i, prompt_length : len(ids)]
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            total += nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            ).item()
+            count += int((labels[:, 1:] != -100).sum())
     return total / count
 
 
