@@ -150,8 +150,9 @@ def _write_jsonl(file: Path, rows) -> None:
 
 def _write_workspace(folder: Path) -> dict[str, dict]:
     """Models and data on disk; returns the configs of the runs."""
-    for name in ("llama", "qwen3"):
-        getattr(tiny, name)().save_pretrained(folder / name)
+    # On some CPUs bitsandbytes dequantizes rows that are no multiple of 64 wrongly.
+    for name, model in (("llama", tiny.llama(intermediate_size=128)), ("qwen3", tiny.qwen3())):
+        model.save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     _write_jsonl(folder / REFUSALS, tiny.refusal_rows())
     _write_jsonl(folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()])
@@ -230,11 +231,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "sft": both_sides,
         "resumed": {**both_sides, "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")},
         "more": {"lora_model_dir": str(folder / "sft"), "lora_r": 2},
-        # Reentrant checkpoints need inputs with a gradient, which the preparation for quantized training sets. On some
-        # CPUs bitsandbytes dequantizes rows that are no multiple of 64 wrongly; down_proj has such.
+        # Reentrant checkpoints need inputs with a gradient, which the preparation for quantized training sets.
         "4bit": {
             "load_in_4bit": True,
-            "lora_target_modules": ["q_proj", "v_proj"],
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
