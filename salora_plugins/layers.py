@@ -151,8 +151,16 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     DeepSpeed ZeRO-3 has sharded it, for which every rank must be here.
 
     The tensor is only valid inside the `with` block and must not be written to.
+
+    Raises:
+        ValueError: bitsandbytes has repacked the 4-bit weight for inference on this CPU, which no gradients pass.
     """
     layer = base_layer(module)
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "The 4-bit base model was run in evaluation mode on this CPU, for which bitsandbytes has repacked its "
+            "weights: no gradients pass them any more. Load the model again, and call model.train() before it is run."
+        )
     with align_module_device(layer), gather_params_ctx(layer.weight), torch.no_grad():
         if _is_bitsandbytes(layer.weight):
             # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.

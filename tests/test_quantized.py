@@ -113,6 +113,15 @@ def test_our_passes_leave_4_bit_weights_trainable(tmp_path):
     assert factor.grad.norm() > 0
 
 
+def test_4_bit_weights_repacked_by_others_are_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZATION["4-bit"]())
+    # What bitsandbytes sets in a forward pass on a CPU with AVX512-BF16, whose layers must be wider than these.
+    model.model.layers[0].self_attn.q_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="bitsandbytes has repacked its weights"):
+        get_peft_model(model, SaLoRAConfig(target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16)))
+
+
 @pytest.mark.compatibility("Weights", "torchao int8, activations too")
 def test_quantized_activations_are_refused(tmp_path, refusal):
     llama().save_pretrained(tmp_path)
