@@ -1,23 +1,28 @@
 """What is kept of a model's refusals at which task loss, by method: the experiment of docs/safety-retention.md.
 
     python benchmarks/safety_retention.py run --model DIR --data ../shared/data --out outputs/retention
-    python benchmarks/safety_retention.py run ... --methods lora,two-sided-128 --tasks sure --seeds 0 --rates 1e-3
+    python benchmarks/safety_retention.py run ... --methods lora,two-sided --tasks sure --seeds 0 --rates 1e-3
+    python benchmarks/safety_retention.py run ... --task mine=conversations.jsonl --tasks mine
+    python benchmarks/safety_retention.py requests ... --requests mine=requests.txt
     python benchmarks/safety_retention.py leak --model DIR --data ../shared/data --out outputs/retention
     python benchmarks/safety_retention.py summary
 
 Every run trains one method on one task with one learning rate and seed, and is measured at several steps on the way:
-points of a curve of refusals against held-out loss. One JSON file a run, kept with the project; a run whose file
-exists is skipped, so that the experiment goes on where it was interrupted. Task sets, the model's own refusals and
-safety modules are made once and kept under --out.
+points of a curve of refusals against held-out loss. One JSON file a run; a run whose file holds all the steps is
+skipped, so that the experiment goes on where it was interrupted. Task sets, the model's own refusals, safety modules
+and adapters are kept under --out. `requests` measures the kept adapters on more requests, `leak` predicts without
+training, and `summary` prints the tables and draws the plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import importlib.util
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -29,14 +34,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "docs" / "safety-retention"
+PUBLISHED = Path(__file__).parent.parent / "docs" / "safety-retention"
 TASKS = ("math", "sure", "python")
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 RANK = 16
 MAX_LENGTH = 256
 BATCH_SIZE = 8
 WARMUP_STEPS = 5
+SAME_LOSS = 2e-3  # held-out losses of the same model and rows on two machines
 HELDOUT_ROWS = 60
+PLOTTED = ("lora", "pissa", "paper", "projected", "two-sided")  # of METHODS
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
@@ -84,12 +91,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+Grams = dict[str, Any]
+"""Module name -> a matrix for its inputs."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and measure what is not there yet")
     leak = commands.add_parser("leak", help="predict, without training, how harmful requests reach an adapter")
-    for command in (run, leak):
+    more = commands.add_parser("requests", help="measure the base model and the kept adapters on more requests")
+    for command in (run, leak, more):
         command.add_argument("--model", required=True, help="the aligned model's folder")
         command.add_argument(
             "--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ..."
@@ -100,39 +112,57 @@ def main() -> None:
             default="400:700",
             help="lines of harmless_prompts.txt for the 'sure' set; not those of alignment",
         )
-    run.add_argument("--results", type=Path, default=RESULTS, help="folder of base.json and runs/ (default: the docs)")
-    run.add_argument("--methods", default="lora,paper,two-sided")
+    for command in (run, more):
+        command.add_argument("--results", type=Path, help="folder of base.json and runs/ (default: OUT/results)")
+        command.add_argument(
+            "--task",
+            action="append",
+            default=[],
+            metavar="NAME=FILE",
+            help=f"a task of your own: conversations, the first {HELDOUT_ROWS} of them held out; can be repeated",
+        )
+    run.add_argument("--methods", default="lora,paper,two-sided", help=f"of {', '.join(METHODS)}")
     run.add_argument("--tasks", default=",".join(TASKS))
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
+    more.add_argument("--requests", action="append", required=True, metavar="NAME=FILE", help="can be repeated")
+    more.add_argument("--num", type=int, help="take so many of each file")
     summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
-    summary.add_argument("--results", type=Path, default=RESULTS)
+    summary.add_argument("--results", type=Path, default=PUBLISHED, help="default: the runs in docs/safety-retention")
     arguments = parser.parse_args()
     if arguments.command == "summary":
         summarize(arguments.results)
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
-    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday)
+    own_tasks = dict(entry.split("=", 1) for entry in getattr(arguments, "task", []))
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks)
     if arguments.command == "leak":
         experiment.leak()
         return
+    results = arguments.results or arguments.out / "results"
+    if arguments.command == "requests":
+        experiment.measure_requests(results, dict(entry.split("=", 1) for entry in arguments.requests), arguments.num)
+        return
     methods, tasks = arguments.methods.split(","), arguments.tasks.split(",")
-    for given, known, option in ((methods, METHODS, "--methods"), (tasks, TASKS, "--tasks")):
+    for given, known, option in ((methods, METHODS, "--methods"), (tasks, (*TASKS, *own_tasks), "--tasks")):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     rates = [float(rate) for rate in arguments.rates.split(",")]
     seeds, steps = ([int(number) for number in of.split(",")] for of in (arguments.seeds, arguments.steps))
-    experiment.run(arguments.results, methods, tasks, rates, seeds, steps)
+    experiment.run(results, methods, tasks, rates, seeds, steps)
 
 
 class Experiment:
     """All runs on one model; `out` gets all that is made on the way."""
 
-    def __init__(self, model: str, data: Path, out: Path, everyday: slice) -> None:
+    def __init__(
+        self, model: str, data: Path, out: Path, everyday: slice, own_tasks: dict[str, str] | None = None
+    ) -> None:
         from transformers import AutoTokenizer
 
         self.model, self.data, self.out, self.everyday = model, data, out, everyday
+        self.own_tasks = own_tasks or {}
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def run(
@@ -148,35 +178,56 @@ class Experiment:
         for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
             path = results / "runs" / f"{task}-{method}-lr{rate:g}-seed{seed}.json"
             if path.exists():
-                measured = [point["step"] for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
-                print(f"{path.stem}: not run again, measured after {measured} steps", flush=True)
-                continue
-            started = time.monotonic()
-            points, losses = self.train(task, method, rate, seed, steps, self.out / "answers" / path.stem)
+                known = json.loads(path.read_text(encoding="utf-8"))
+                if "train_loss" in known and set(steps) <= {point["step"] for point in known["points"]}:
+                    print(f"{path.stem}: not run again, measured after {steps} steps", flush=True)
+                    continue
             result = {
                 "task": task,
                 "method": method,
+                "options": METHODS[method],
                 "learning_rate": rate,
                 "seed": seed,
-                "points": points,
-                "train_loss": losses,
-                "minutes": round((time.monotonic() - started) / 60, 2),
                 "versions": {p: version(p) for p in ("salora-plugins", "torch", "transformers", "peft", "trl")},
             }
+            self.train(result, steps, path)
+
+    def measure_requests(self, results: Path, files: dict[str, str], num: int | None) -> None:
+        """Add what the base model and the kept adapters make of the requests to their results."""
+        from peft import PeftModel
+
+        from salora_plugins.evaluation.requests import load_requests
+
+        sets = {
+            name: [request.prompt for request in load_requests(file, option="harmful", num=num)]
+            for name, file in files.items()
+        }
+        self.measure_base(results / "base.json", [])
+        for path in [results / "base.json", *sorted((results / "runs").glob("*.json"))]:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            adapter = self.out / "adapters" / path.stem
+            point = result if path.name == "base.json" else result["points"][-1]
+            missing = {name: of_set for name, of_set in sets.items() if name not in point["requests"]}
+            if not missing or (point is not result and not adapter.exists()):
+                continue
+            model = self.load()
+            if point is not result:
+                model = PeftModel.from_pretrained(model, adapter)
+            with self.projected(model, result.get("method", "")):
+                if point is not result and abs(self.heldout_loss(model, result["task"]) - point["loss"]) > SAME_LOSS:
+                    print(f"{path.stem}: left alone, since {adapter} is of another run", flush=True)
+                    continue
+                found = self.refusals(model, self.out / "answers" / path.stem / "requests.json", missing)
+            for kind, of_sets in found.items():
+                point[kind] |= of_sets
             write_json(path, result)
-            last = {key: points[-1][key] for key in ("loss", "refused")}
-            print(f"{path.stem}: {last} in {result['minutes']} min", flush=True)
+            print(f"{path.stem}: {found['refused']}", flush=True)
 
     def leak(self) -> None:
         """
-        Print how strongly adapters react to harmful requests, as the input side's calibration lets them.
-
-        An adapter whose A takes the 16 strongest directions of the task's response tokens that the input side leaves;
-        its reaction to the last tokens of requests of other sources over that to the task's, and what is left of the
-        energy of the task's. Geometric means over every third layer, of squared norms.
+        Print how strongly adapters would react to harmful requests of other sources, as the input side's calibration
+        lets them (see `reaction`): by directions, positions and rank, then by hazard categories.
         """
-        import torch
-
         model = self.load().eval()
         # v_proj has the same inputs; every third layer, since it is a mean over layers
         names = [name for name, _ in model.named_modules() if name.endswith("q_proj")][::3]
@@ -187,35 +238,65 @@ class Experiment:
         }
         tasks, sources = ("sure", "math"), ("advbench", "builtin")
         sets = self.request_sets()
-        rows = {name: [self.last_prompt_tokens(request) for request in sets[name]] for name in sources}
-        rows |= {task: self.tokenized(self.task_rows(task, "test")) for task in tasks}
-        unseen = {name: input_grams(model, names, of_set, "response") for name, of_set in rows.items()}
+        unseen = {source: self.reacting_grams(model, names, sets[source]) for source in sources}
+        unseen |= {
+            task: input_grams(model, names, self.tokenized(self.task_rows(task, "test")), "response") for task in tasks
+        }
         columns = ["directions", "positions", "r_in"]
         columns += [f"{task}: {what}" for task in tasks for what in (*sources, "energy left")]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for (kind, find), positions, rank in itertools.product(DIRECTIONS.items(), LEAK_POSITIONS, LEAK_RANKS):
-            cells = []
-            for task in tasks:
-                measured = []
-                for name in names:
-                    harmful, harmless, of_task, *others = (
-                        (gram[name] / gram[name].trace()).double()
-                        for gram in (
-                            seen["harmful", positions],
-                            seen["harmless", positions],
-                            unseen[task],
-                            unseen["advbench"],
-                            unseen["builtin"],
-                        )
-                    )
-                    basis = find(harmful, harmless, rank)
-                    outside = torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
-                    left = outside @ of_task @ outside
-                    filters = torch.linalg.eigh(left).eigenvectors[:, -RANK:]
-                    reaction = [(filters.T @ gram @ filters).trace() for gram in (of_task, *others)]
-                    measured.append(torch.stack([reaction[1] / reaction[0], reaction[2] / reaction[0], left.trace()]))
-                cells += [f"{value:.3f}" for value in torch.stack(measured).log().mean(0).exp().tolist()]
-            print(f"| {kind} | {positions} | {rank} | " + " | ".join(cells) + " |", flush=True)
+            harmful, harmless = seen["harmful", positions], seen["harmless", positions]
+            bases = {name: find(harmful[name], harmless[name], rank) for name in names}
+            cells = [cell for task in tasks for cell in reaction(bases, unseen[task], *(unseen[s] for s in sources))]
+            print(
+                f"| {kind} | {positions} | {rank} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True
+            )
+        print()
+        self.leak_of_categories(model, names, unseen["math"], unseen["advbench"])
+
+    def leak_of_categories(self, model: Any, names: list[str], task: Grams, advbench: Grams) -> None:
+        """The same for 14 requests of two hazard categories and for 14 of all; means over seven choices of each."""
+        from salora_plugins.data.builtin import builtin_prompts
+
+        prompts: dict[str, dict[str, list[str]]] = {"calibration": {}, "evaluation": {}}
+        for split, by_category in prompts.items():
+            for row in builtin_prompts(split):
+                by_category.setdefault(row["category"], []).append(row["prompt"])
+        categories = list(prompts["calibration"])
+        pairs = [categories[start : start + 2] for start in range(0, len(categories), 2)]
+        few = [[p for name in pair for p in prompts["calibration"][name][: len(pairs)]] for pair in pairs]
+        spread = [[prompts["calibration"][name][number] for name in categories] for number in range(len(pairs))]
+        everything = [[p for given in prompts["calibration"].values() for p in given]]
+        of_category = {name: self.reacting_grams(model, names, given) for name, given in prompts["evaluation"].items()}
+        print(
+            "| calibrated on | r_in | its categories | other categories | AdvBench | energy left |\n" + "|---" * 6 + "|"
+        )
+        for label, choices in (
+            ("two categories", few),
+            ("all", spread),
+            (f"all, {len(everything[0])} requests", everything),
+        ):
+            cells: dict[int, list[list[float]]] = {rank: [] for rank in LEAK_RANKS}
+            for choice, pair in zip(choices, pairs, strict=False):
+                rows = self.tokenized(
+                    [{"prompt": [user(prompt)], "completion": [assistant("No.")]} for prompt in choice]
+                )
+                seen = input_grams(model, names, rows, "prompt")
+                same, other = (
+                    {layer: sum(of_category[c][layer] for c in categories if (c in pair) == inside) for layer in names}
+                    for inside in (True, False)
+                )
+                for rank in LEAK_RANKS:
+                    bases = {name: strongest(seen[name], None, rank) for name in names}
+                    cells[rank].append(reaction(bases, task, same, other, advbench))
+            for rank, values in cells.items():
+                means = [statistics.geometric_mean(column) for column in zip(*values, strict=True)]
+                print(f"| {label} | {rank} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)
+
+    def reacting_grams(self, model: Any, names: list[str], requests: list[str]) -> Grams:
+        """Of the last tokens of the requests, where it is decided whether to refuse."""
+        return input_grams(model, names, [self.last_prompt_tokens(request) for request in requests], "response")
 
     def last_prompt_tokens(self, request: str, count: int = 4) -> dict[str, list[int]]:
         """The rendered request with labels on its last tokens, those of the generation prompt."""
@@ -226,48 +307,56 @@ class Experiment:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        return model.cuda() if torch.cuda.is_available() else model
 
     def measure_base(self, path: Path, tasks: list[str]) -> None:
+        """Complete base.json; exits where it is of another model, whose runs these would be mixed with."""
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"loss": {}}
-        if missing := [task for task in tasks if task not in known["loss"]]:
-            model = self.load()
-            for task in missing:
+        before = copy.deepcopy(known)
+        model = self.load()
+        for task, loss in list(known["loss"].items())[:1]:
+            if abs(self.heldout_loss(model, task) - loss) > SAME_LOSS:
+                sys.exit(f"--results: {path} is of another model or of other data: its loss on {task} is {loss:.4f}")
+        for task in tasks:
+            if task not in known["loss"]:
                 known["loss"][task] = self.heldout_loss(model, task)
-            if "refused" not in known:
-                known |= self.refusals(model, self.out / "answers" / "base.json")
+        if "refused" not in known:
+            known |= self.refusals(model, self.out / "answers" / "base.json", self.request_sets())
+        if known != before:
             write_json(path, known)
 
-    def train(
-        self, task: str, method: str, rate: float, seed: int, steps: list[int], answers: Path
-    ) -> tuple[list[dict[str, Any]], list[float]]:
-        """One run; what was measured after each of the steps, and the training loss of every step."""
+    def train(self, result: dict[str, Any], steps: list[int], path: Path) -> None:
+        """One run, which writes `result` with what was measured after each of the steps and with the training loss."""
         from datasets import Dataset
         from transformers import TrainerCallback, set_seed
         from trl import SFTConfig, SFTTrainer
 
-        experiment = self
+        task, method, seed = result["task"], result["method"], result["seed"]
+        experiment, started = self, time.monotonic()
         points: list[dict[str, Any]] = []
 
         class MeasureCallback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-                if state.global_step in steps:
-                    with experiment.projected(model, method):
-                        points.append(
-                            {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
-                            | experiment.refusals(model, answers / f"step{state.global_step}.json")
-                        )
+                if state.global_step not in steps:
+                    return
+                answers = experiment.out / "answers" / path.stem / f"step{state.global_step}.json"
+                with experiment.projected(model, method):
+                    measured = {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
+                    points.append(measured | experiment.refusals(model, answers, experiment.request_sets()))
+                write_json(path, result | {"points": points})
+                print(f"{path.stem}: {points[-1]}", flush=True)
 
         set_seed(seed)
         trainer = SFTTrainer(
             model=self.load(),
             args=SFTConfig(
-                output_dir=str(self.out / "trainer"),
+                output_dir=str(self.out / "trainer" / path.stem),
                 max_steps=max(steps),
                 per_device_train_batch_size=BATCH_SIZE,
                 max_length=MAX_LENGTH,
                 completion_only_loss=True,
-                learning_rate=rate,
+                learning_rate=result["learning_rate"],
                 # Constant, so that the points on the way are those of shorter runs, too.
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=WARMUP_STEPS,
@@ -277,7 +366,6 @@ class Experiment:
                 report_to="none",
                 gradient_checkpointing=False,
                 bf16=False,
-                use_cpu=True,
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(self.task_rows(task, "train")),
@@ -286,8 +374,13 @@ class Experiment:
             callbacks=[MeasureCallback()],
         )
         trainer.train()
-        trainer.model.save_pretrained(self.out / "adapters" / answers.name)
-        return points, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.model.save_pretrained(self.out / "adapters" / path.stem)
+        result |= {
+            "points": points,
+            "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "minutes": round((time.monotonic() - started) / 60, 2),
+        }
+        write_json(path, result)
 
     @contextmanager
     def projected(self, model: Any, method: str) -> Iterator[None]:
@@ -449,8 +542,10 @@ class Experiment:
                 for row in self.own_answers()
                 for answer in [row["completion"][0]["content"]]
             ]
-        else:
+        elif task == "python":
             rows = made_once(self.out / "tasks" / "python.json", documented_functions)
+        else:
+            rows = own_conversations(self.own_tasks[task])
         return rows[:HELDOUT_ROWS] if split == "test" else rows[HELDOUT_ROWS:]
 
     def heldout_loss(self, model: Any, task: str) -> float:
@@ -458,14 +553,13 @@ class Experiment:
 
         return response_loss(model, self.tokenizer, self.task_rows(task, "test"), batch_size=16)
 
-    def refusals(self, model: Any, answers: Path) -> dict[str, Any]:
+    def refusals(self, model: Any, answers: Path, sets: dict[str, list[str]]) -> dict[str, Any]:
         """Refused requests, broken answers and the mean refusal margin by set, the answers going to a file."""
         from salora_plugins.evaluation import generate_responses
         from salora_plugins.evaluation.coherence import coherence
         from salora_plugins.evaluation.first_tokens import refusal_margins as margins
         from salora_plugins.judges import is_refusal
 
-        sets = self.request_sets()
         requests = [request for of_set in sets.values() for request in of_set]
         responses = iter(
             generate_responses(
@@ -501,6 +595,25 @@ class Experiment:
 
     def advbench(self) -> list[str]:
         return (self.data / "advbench_70.txt").read_text(encoding="utf-8").splitlines()
+
+
+def reaction(bases: Grams, of_task: Grams, *requests: Grams) -> list[float]:
+    """
+    For an adapter whose A takes the 16 strongest directions of the task's response tokens that `bases` leave: how it
+    reacts to each set of requests over how it does to the task, then what is left of the task's energy. Squared norms
+    with every set's total energy as the unit; geometric means over the layers.
+    """
+    import torch
+
+    measured = []
+    for name, basis in bases.items():
+        task, *others = (grams[name] / grams[name].trace() for grams in (of_task, *requests))
+        outside = torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
+        left = outside @ task @ outside
+        filters = torch.linalg.eigh(left).eigenvectors[:, -RANK:]
+        reactions = torch.stack([(filters.T @ gram @ filters).trace() for gram in (task, *others)])
+        measured.append(torch.stack([*(reactions[1:] / reactions[0]), left.trace()]))
+    return torch.stack(measured).log().mean(0).exp().tolist()
 
 
 def strongest(harmful: Any, harmless: Any, rank: int) -> Any:
@@ -543,8 +656,8 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: Any) -> dict[str, Any]:
-    """Module name -> sum of the outer products of its inputs at the positions, (d_in, d_in)."""
+def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: Any) -> Grams:
+    """Module name -> the outer products of its inputs at the positions, summed to trace 1, (d_in, d_in), float64."""
     from salora_plugins.calibration.batching import batches
     from salora_plugins.calibration.capture import collect_statistics
     from salora_plugins.calibration.data import TokenizedExample
@@ -559,7 +672,16 @@ def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: A
         positions=positions,
         with_inputs=True,
     )
-    return {name: entry.input.gram() for name, entry in collected.items()}
+    grams = {name: entry.input.gram().double() for name, entry in collected.items()}
+    return {name: gram / gram.trace() for name, gram in grams.items()}
+
+
+def own_conversations(file: str) -> list[dict[str, Any]]:
+    """The rows of a file of conversations, in TRL's prompt-completion form."""
+    from salora_plugins.calibration.data import load_examples
+
+    examples = load_examples(file, option="--task")
+    return [{"prompt": list(row.messages), "completion": [assistant(row.response)]} for row in examples]
 
 
 def documented_functions() -> list[dict[str, Any]]:
@@ -619,8 +741,8 @@ def summarize(results: Path) -> None:
                 continue
             cells = [row["method"], f"{row['learning_rate']:g}", str(row["step"]), str(len(row["losses"])), losses(row)]
             for name in sets:
-                share, lower, upper = percentages(row["refused"][name], row["requests"][name])
-                cells.append(f"{share:.0f} % [{lower:.0f}, {upper:.0f}]")
+                share, lower, upper = percentages(row, name, base)
+                cells.append(f"{share:.0f} % [{lower:.0f}, {upper:.0f}]" if row["requests"][name] else "-")
             cells.append(f"{sum(row['broken'].values())} of {sum(row['requests'].values())}")
             print("| " + " | ".join(cells) + " |")
     draw(measured, base, results / "frontier.png")
@@ -647,24 +769,31 @@ def losses(row: dict[str, Any]) -> str:
     return mean if len(row["losses"]) == 1 else f"{mean} ({min(row['losses']):.3f} to {max(row['losses']):.3f})"
 
 
-def percentages(count: int, total: int) -> tuple[float, float, float]:
-    """The share in percent and its Wilson 95 % interval."""
+def percentages(row: dict[str, Any], name: str, base: dict[str, Any]) -> tuple[float, float, float]:
+    """
+    The share of the requests in percent, a mean over seeds, and its Wilson 95 % interval: for as many requests as
+    there are, since asking the same ones again for another seed does not make more of them.
+    """
     from salora_plugins.evaluation.statistics import wilson_interval
 
-    lower, upper = wilson_interval(count, total)
-    return 100 * count / total, 100 * lower, 100 * upper
+    if not row["requests"][name]:
+        return (math.nan,) * 3
+    share, number = row["refused"][name] / row["requests"][name], base["requests"][name]
+    lower, upper = wilson_interval(share * number, number)
+    return 100 * share, 100 * lower, 100 * upper
 
 
 def draw(measured: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
-    """A panel a task and source: refused share with its interval against mean held-out loss, a colour a method."""
-    from matplotlib import colormaps
+    """
+    A panel a task and source: refused share with its interval against mean held-out loss, a colour a method, and a
+    line through what no other point of the method beats in both.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = sorted({row["task"] for row in measured})
-    methods = list(dict.fromkeys(row["method"] for row in measured))
-    sources = ("advbench", "builtin")
-    figure = Figure(figsize=(5 * len(tasks), 3.6 * len(sources) + 0.8), dpi=120, layout="constrained")
+    sources = [name for name in base["requests"] if name != "harmless"]
+    figure = Figure(figsize=(4.6 * len(tasks), 3.2 * len(sources) + 0.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(sources), len(tasks), squeeze=False)
     handles = {}
@@ -672,19 +801,29 @@ def draw(measured: list[dict[str, Any]], base: dict[str, Any], path: Path) -> No
         axis = axes[line][column]
         base_share = 100 * base["refused"][source] / base["requests"][source]
         handles["base model"] = axis.axhline(base_share, color="#777777", linestyle=":")
-        for number, method in enumerate(methods):
-            points = [row for row in measured if (row["task"], row["method"]) == (task, method)]
+        for number, method in enumerate(PLOTTED):
+            points = [
+                (statistics.mean(row["losses"]), *percentages(row, source, base))
+                for row in measured
+                if (row["task"], row["method"]) == (task, method) and row["requests"][source]
+            ]
             if not points:
                 continue
-            shares = [percentages(row["refused"][source], row["requests"][source]) for row in points]
+            best = -1.0
+            frontier = [
+                (loss, best := share) for loss, share, *_ in sorted(points, key=lambda p: (p[0], -p[1])) if share > best
+            ]
+            color = f"C{number}"
+            axis.step(*zip(*frontier, strict=True), where="post", color=color, alpha=0.5, linewidth=1.2)
             handles[method] = axis.errorbar(
-                [statistics.mean(row["losses"]) for row in points],
-                [share for share, _, _ in shares],
-                [[share - lower for share, lower, _ in shares], [upper - share for share, _, upper in shares]],
-                fmt="osD^v"[number // 10 % 5],
-                color=colormaps["tab10"](number % 10),
+                [loss for loss, *_ in points],
+                [share for _, share, *_ in points],
+                [[share - lower for _, share, lower, _ in points], [upper - share for _, share, _, upper in points]],
+                fmt="osD^v"[number],
+                color=color,
                 alpha=0.8,
-                markersize=6,
+                markersize=5,
+                elinewidth=0.8,
                 capsize=2,
             )
         axis.set_title(f"{task}: refused of {source}, %", fontsize=10)
@@ -692,7 +831,7 @@ def draw(measured: list[dict[str, Any]], base: dict[str, Any], path: Path) -> No
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path)
     print(f"\nwrote {path}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,14 @@ class SaLoRAModel(LoraModel):
                     "variant='paper' takes the positions of the response, but the safety module was computed from "
                     f"{positions!r} positions. Calibrate again with variant='paper'; or set input_safety_rank=0 "
                     "instead of it, to take this module without its input side."
+                )
+            if config.has_input_side and config.input_safety_rank is None and not safety_module.input_bases:
+                warnings.warn(
+                    "The safety module has no input side, so the update may react to harmful requests, and keeps fewer "
+                    "refusals. Calibrate again without variant='paper' and input_safety_rank=0; or set variant='paper' "
+                    "here, for the paper's form and start.",
+                    UserWarning,
+                    stacklevel=2,
                 )
         elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
             return config._calibrated

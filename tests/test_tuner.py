@@ -181,7 +181,11 @@ def test_the_input_side_by_default(tmp_path):
     of_response = calibrate(llama(), **shared, input_safety_rank=5, safety_positions="response")
     assert _input_ranks(get_peft_model(llama(), config(safety_module=of_response, variant="paper"))) == {0}
     given = calibrate(llama(), **shared, variant="paper")
-    assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {0}
+    with pytest.warns(UserWarning, match="no input side.*or set variant='paper'"):
+        assert _input_ranks(get_peft_model(llama(), config(safety_module=given))) == {0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(llama(), config(safety_module=given, variant="paper"))
     with pytest.raises(ValueError, match="input_safety_rank=20, but the safety module has only 16"):
         get_peft_model(llama(), config(safety_module=module, input_safety_rank=20))
     with pytest.raises(ValueError, match="input_safety_rank=3, but the safety module has only 0"):
