@@ -3,14 +3,15 @@
     python benchmarks/calibration.py time --model DIR --data ../shared/data [--target-modules all-linear]
     python benchmarks/calibration.py reference --model DIR --data ../shared/data
     python benchmarks/calibration.py memory --model DIR --data ../shared/data --target-modules all-linear \\
-        --engine sketched
+        --engine sketched --variant paper
     python benchmarks/calibration.py initialization --model DIR
     python benchmarks/calibration.py sketch --model DIR --data ../shared/data --target-modules all-linear
     python benchmarks/calibration.py spectra
     python benchmarks/calibration.py table
 
-Ratios are of medians of runs that take turns, since times on a shared machine drift. `--model random-8b` is a randomly
-initialized Llama of 8B shape, for a GPU; `--data` may then be left out.
+`--variant paper` is the paper's form with its start values, for which a second data set passes the model; the default
+needs none. Ratios are of medians of runs that take turns, since times on a shared machine drift. `--model random-8b` is
+a randomly initialized Llama of 8B shape, for a GPU; `--data` may then be left out.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 from salora_plugins.calibration import calibrate_with, task_bases
 from salora_plugins.calibration.batching import batches
-from salora_plugins.calibration.capture import cheap_forward_options, input_device, statistics_dimensions
+from salora_plugins.calibration.capture import (
+    by_inputs,
+    cheap_forward_options,
+    input_device,
+    statistics_dimensions,
+)
 from salora_plugins.calibration.data import TokenizedExample, load_examples, tokenize_examples
 from salora_plugins.calibration.statistics import SketchedStatistics, choose_engine
 from salora_plugins.data.builtin import builtin_prompts
 from salora_plugins.initialization import pissa_factors
-from salora_plugins.layers import base_layer, linear_weight, target_module_names
+from salora_plugins.layers import base_layer, default_input_ranks, linear_weight, target_module_names
 
 SAMPLES = 128
 RANK = 32
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model, or random-8b")
     parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
     parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
+    parser.add_argument("--variant", choices=("two-sided", "paper"), default="two-sided")
     parser.add_argument("--engine", choices=("auto", "exact", "sketched"), default="auto")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per forward pass")
     parser.add_argument("--repeats", type=int, default=5)
@@ -74,6 +81,7 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model)
     config = SaLoRAConfig(
         target_modules=target_modules(arguments.target_modules),
+        variant=arguments.variant,
         safety_rank=RANK,
         task_rank=RANK,
         calibration_batch_size=arguments.batch_size,
@@ -85,6 +93,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "model": arguments.model,
         "target_modules": arguments.target_modules,
+        "variant": arguments.variant,
         "batch_size": arguments.batch_size,
     }
     if arguments.what == "initialization":
@@ -150,17 +159,21 @@ def bare_forward(model: Any, batch_size: int, *data: list[TokenizedExample]) -> 
 
 
 def calibrate(model: Any, config: SaLoRAConfig) -> None:
-    """Everything: the pass over the safety data and its bases, the pass over the task data and its bases."""
+    """Everything: the pass over the safety data and its bases, and with the paper's start that over the task data."""
     calibrate_with(model, config)
-    task_bases(model, config)
+    if config.init == "task":
+        task_bases(model, config)
+
+
+def data_sets(config: SaLoRAConfig) -> list[list[TokenizedExample]]:
+    """What `calibrate` passes through the model."""
+    return [config.safety_data, config.task_data] if config.init == "task" else [config.safety_data]
 
 
 def measure_time(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     times = interleaved(
         {
-            "bare forward": lambda: bare_forward(
-                model, config.calibration_batch_size, config.safety_data, config.task_data
-            ),
+            "bare forward": lambda: bare_forward(model, config.calibration_batch_size, *data_sets(config)),
             "calibration": lambda: calibrate(model, config),
         },
         arguments.repeats,
@@ -186,7 +199,7 @@ def measure_reference(model: Any, config: SaLoRAConfig, arguments: argparse.Name
     def reference() -> None:
         for name in some:
             layer = model.get_submodule(name)
-            for data in (config.safety_data, config.task_data):
+            for data in data_sets(config):
                 kept: list[torch.Tensor] = []
                 handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(args[0]))
                 rows = []
@@ -239,6 +252,7 @@ def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespa
     worst = min(ratios, key=ratios.get)
     return {
         "sketch_width": module.provenance["sketch_width"],
+        "input_sketch_width": module.provenance.get("input_sketch_width"),
         "layers": len(ratios),
         "least_ratio": round(ratios[worst], 5),
         "in": worst,
@@ -321,17 +335,22 @@ def memory_table() -> None:
         names = target_module_names(model, SaLoRAConfig(target_modules="all-linear"))
         layers = {name: base_layer(model.get_submodule(name)) for name in names}
         num_weights = sum(parameter.numel() for parameter in model.parameters())
+        default = default_input_ranks(model, names)
         for with_inputs in (False, True):
-            dimensions = statistics_dimensions(layers, with_inputs=with_inputs)
-            kept = shared_dimensions(layers, with_inputs=with_inputs)
+            outputs, inputs = statistics_dimensions(layers, with_inputs=with_inputs)
+            shared = shared_inputs(layers, None if with_inputs else [n for n in names if by_inputs(layers[n])])
             bases = 4 * RANK * sum(layer.out_features for layer in layers.values())
+            rank = 0
             if with_inputs:
-                bases += 4 * RANK * sum(shared_inputs(layers))
+                rank = max(default.values())
+                bases += 4 * rank * sum(shared_inputs(layers))
             for kind in ("exact", "sketched"):
-                engine = choose_engine(kind, dimensions, RANK, num_weights)
-                size = sum(8 * d * d if kind == "exact" else 4 * d * engine.width for d in kept)
-                label = kind if kind == "exact" else f"{kind}, width {engine.width}"
-                sides = "both, r = 32" if with_inputs else "output, r = 32"
+                engine = choose_engine(kind, outputs, inputs, rank=RANK, input_rank=rank, num_weights=num_weights)
+                size = 4 * (engine.width * sum(outputs) + engine.input_width * sum(shared))
+                if kind == "exact":
+                    size = 8 * sum(d * d for d in (*outputs, *shared))
+                label = kind if kind == "exact" else f"{kind}, width {engine.width} and {engine.input_width}"
+                sides = f"both (default), r_in = {rank}" if with_inputs else "output (paper's form)"
                 share = size / (2 * num_weights)
                 print(f"| {title} | {sides} | {label} | {size / 1e9:.2f} GB | {bases / 1e9:.2f} GB | {share:.1%} |")
 
@@ -345,13 +364,6 @@ def shared_inputs(layers: dict[str, torch.nn.Module], only: Iterable[str] | None
             block, _, last = name.rpartition(".")
             seen[block, leaders.get(last, last)] = layer.in_features
     return list(seen.values())
-
-
-def shared_dimensions(layers: dict[str, torch.nn.Module], *, with_inputs: bool) -> list[int]:
-    """Lengths of the vectors that statistics are kept of, shared inputs counted once."""
-    by_inputs = [name for name, layer in layers.items() if layer.in_features < layer.out_features]
-    outputs = [layer.out_features for name, layer in layers.items() if name not in by_inputs]
-    return shared_inputs(layers, None if with_inputs else by_inputs) + outputs
 
 
 if __name__ == "__main__":

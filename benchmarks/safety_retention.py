@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -51,27 +52,25 @@ LEAK_POSITIONS = ("response", "predicting", "all", "prompt")
 LEAK_RANKS = (4, 16, 32, 64, 128, 256)
 
 QV = ["q_proj", "v_proj"]
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # A rank of None is SaLoRA's default.
 DEFAULT = {"input_safety_rank": None, "positions": "prompt", "init": "zero"}
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
-# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does.
+# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does, and "scaled"
+# LoRA whose update is made smaller, which a cap on its norm comes to.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
     "paper": {},
-    "paper-predicting": {"positions": "predicting"},
-    "paper-zero": {"init": "zero"},
-    "paper-rank-128": {"safety_rank": 128},
     "projected": {"input_safety_rank": None, "positions": "prompt"},
+    "scaled-0.25": {"scale": 0.25},
+    "scaled-0.5": {"scale": 0.5},
+    "scaled-0.75": {"scale": 0.75},
     "two-sided": DEFAULT,
-    "two-sided-task": {"input_safety_rank": None, "positions": "prompt"},
-    "two-sided-64-task": {"input_safety_rank": 64, "positions": "prompt"},
     "two-sided-32": {**DEFAULT, "input_safety_rank": 32},
-    "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
     "two-sided-all": {**DEFAULT, "positions": "all"},
     "two-sided-all-task": {"input_safety_rank": None, "positions": "all"},
     "two-sided-all-64-task": {"input_safety_rank": 64, "positions": "all"},
@@ -80,16 +79,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-all-128-upper-task": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
     "two-sided-all-safety-rank-1-task": {"safety_rank": 1, "input_safety_rank": None, "positions": "all"},
     "two-sided-predicting": {**DEFAULT, "positions": "predicting"},
-    "two-sided-response": {**DEFAULT, "positions": "response"},
-    "two-sided-advbench": {**DEFAULT, "safety_data": "advbench"},
+    "two-sided-contrastive": {**DEFAULT, "positions": "all", "directions": "contrastive"},
     "two-sided-both": {**DEFAULT, "safety_data": "both"},
-    "lora-attention": {"targets": ATTENTION},
-    "two-sided-attention": {**DEFAULT, "targets": ATTENTION},
     "lora-all-linear": {"targets": ALL_LINEAR},
-    "paper-all-linear": {"targets": ALL_LINEAR},
     "two-sided-all-linear": {**DEFAULT, "targets": ALL_LINEAR},
 }
-
 
 Grams = dict[str, Any]
 """Module name -> a matrix for its inputs."""
@@ -213,7 +207,7 @@ class Experiment:
             model = self.load()
             if point is not result:
                 model = PeftModel.from_pretrained(model, adapter)
-            with self.projected(model, result.get("method", "")):
+            with self.changed_afterwards(model, result.get("method", "")):
                 if point is not result and abs(self.heldout_loss(model, result["task"]) - point["loss"]) > SAME_LOSS:
                     print(f"{path.stem}: left alone, since {adapter} is of another run", flush=True)
                     continue
@@ -341,7 +335,7 @@ class Experiment:
                 if state.global_step not in steps:
                     return
                 answers = experiment.out / "answers" / path.stem / f"step{state.global_step}.json"
-                with experiment.projected(model, method):
+                with experiment.changed_afterwards(model, method):
                     measured = {"step": state.global_step, "loss": experiment.heldout_loss(model, task)}
                     points.append(measured | experiment.refusals(model, answers, experiment.request_sets()))
                 write_json(path, result | {"points": points})
@@ -383,29 +377,32 @@ class Experiment:
         write_json(path, result)
 
     @contextmanager
-    def projected(self, model: Any, method: str) -> Iterator[None]:
-        """For the methods that train LoRA and project its update afterwards: the projected model."""
-        if not method.startswith("projected"):
+    def changed_afterwards(self, model: Any, method: str) -> Iterator[None]:
+        """For the methods that train LoRA and project its update afterwards, or scale it: the model with the change."""
+        options = METHODS[method] if method else {}
+        if method != "projected" and "scale" not in options:
             yield
             return
         import torch
 
         from salora_plugins import SafetyModule
+        from salora_plugins.parametrization import project_out
 
-        module = SafetyModule.load(self.safety_module(method))
+        module = SafetyModule.load(self.safety_module(method)) if method == "projected" else None
         trained = {}
         with torch.no_grad():
             for name, layer in model.named_modules():
-                if name.endswith(("lora_A.default", "lora_B.default")):
-                    weight = layer.weight
-                    trained[weight] = weight.clone()
-                    base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
-                    if ".lora_A." in f".{name}":
-                        basis = module.input_bases[base_name]
-                        weight -= (weight @ basis) @ basis.T
-                    else:
-                        basis = module.bases[base_name]
-                        weight -= basis @ (basis.T @ weight)
+                if not name.endswith(("lora_A.default", "lora_B.default")):
+                    continue
+                weight = layer.weight
+                trained[weight] = weight.clone()
+                on_input = ".lora_A." in f".{name}"
+                if module is None:
+                    weight *= 1 if on_input else options["scale"]
+                    continue
+                base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
+                basis = (module.input_bases if on_input else module.bases)[base_name].to(weight.device)
+                weight.copy_(project_out(weight, basis, "input" if on_input else "output"))
             yield
             for weight, value in trained.items():
                 weight.copy_(value)
@@ -426,7 +423,7 @@ class Experiment:
         if "layers" in options:
             layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
             shared["layers_to_transform"] = list(range(layers // 2, layers))
-        if method.startswith(("lora", "projected")):
+        if method.startswith(("lora", "projected", "scaled")):
             return LoraConfig(**shared)
         if method == "pissa":
             return LoraConfig(**shared, init_lora_weights="pissa")
@@ -446,11 +443,13 @@ class Experiment:
         options = METHODS[method]
         targets = options.get("targets", QV)
         parts = {
-            "targets": {id(QV): "qv", id(ATTENTION): "attention", id(ALL_LINEAR): "all-linear"}[id(targets)],
+            "targets": {id(QV): "qv", id(ALL_LINEAR): "all-linear"}[id(targets)],
             "data": options.get("safety_data", "builtin"),
             "positions": options.get("positions", "response"),
             "ranks": f"{options.get('safety_rank', 32)}-{options.get('input_safety_rank', 0)}",
         }
+        if "directions" in options:
+            parts["directions"] = options["directions"]
         path = self.out / "safety-modules" / f"{'-'.join(parts.values())}.safetensors"
         if path.exists():
             return path
@@ -467,6 +466,16 @@ class Experiment:
             safety_positions=positions,
             num_safety_samples=len(rows),
         )
+        if "directions" in options:
+            harmful, harmless = (
+                input_grams(model, list(module.bases), of, positions) for of in (rows, self.harmless_rows())
+            )
+            find = DIRECTIONS[options["directions"]]
+            bases = {
+                name: find(harmful[name], harmless[name], basis.shape[1]).float().contiguous()
+                for name, basis in module.input_bases.items()
+            }
+            module = dataclasses.replace(module, input_bases=bases, input_singular_values={})
         module.save(path)
         return path
 

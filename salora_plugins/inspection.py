@@ -47,7 +47,8 @@ def summary(safety_module: SafetyModule) -> str:
     )
     engine = provenance.get("engine", "unknown")
     if "sketch_width" in provenance:
-        engine += f" (width {provenance['sketch_width']})"
+        inputs = f", of inputs {provenance['input_sketch_width']}" if "input_sketch_width" in provenance else ""
+        engine += f" (width {provenance['sketch_width']}{inputs})"
     lines.append(f"Method: {provenance.get('basis_method', 'unknown')}, engine: {engine}")
     versions = provenance.get("versions", {})
     lines.append("Versions: " + ", ".join(f"{package} {number}" for package, number in versions.items()))

@@ -132,7 +132,7 @@ def test_outputs_by_way_of_the_inputs(d_in, d_out, kind):
     """The directions of W x from statistics of x alone; sketched ones lose little."""
     inputs = vectors(1500, SPECTRA["like 1/i"](d_in))
     weight = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(1)) / d_in**0.5
-    base = stream(Engine(kind, width=64).statistics(d_in), inputs.float())
+    base = stream(Engine(kind, input_width=64).statistics(d_in, "input"), inputs.float())
     outputs = OutputStatistics(base, d_out, lambda: nullcontext(weight))
     rows = inputs @ weight.double().T
     stream(outputs, rows.float())
@@ -183,16 +183,21 @@ def test_truncated_svd_of_large_matrices(shape):
 
 
 def test_the_engine_is_chosen_by_size():
-    assert choose_engine("auto", [4096] * 2, 32, 10**9).kind == "exact"
-    assert choose_engine("auto", [8192] * 4, 32, 10**10) == Engine("sketched", 128, 256)
-    assert choose_engine("exact", [8192] * 4, 32, 10**10) == Engine("exact")
+    large = {"rank": 32, "num_weights": 10**10}
+    assert choose_engine("auto", [4096], [4096], **large).kind == "exact"
+    assert choose_engine("auto", [8192] * 4, [], **large) == Engine("sketched", 128, 128, 256)
+    assert choose_engine("auto", [8192], [8192] * 3, input_rank=64, **large) == Engine("sketched", 128, 256, 256)
+    assert choose_engine("exact", [8192] * 4, [], **large) == Engine("exact")
     # 10**6 weights allow 200 kB of sketches: 50 numbers for each of 1,000 dimensions, but never less than 2 * rank.
-    assert choose_engine("sketched", [1000], 20, 10**6).width == 50
-    assert choose_engine("sketched", [1000], 32, 10**6).width == 64
-    engine = choose_engine("sketched", [4096] * 100, 32, 10**10)
+    small = {"num_weights": 10**6}
+    assert choose_engine("sketched", [1000], [], rank=20, **small).width == 50
+    assert choose_engine("sketched", [1000], [], rank=32, **small).width == 64
+    both = choose_engine("sketched", [1000], [500], rank=10, input_rank=20, **small)  # 2.5 a direction
+    assert (both.width, both.input_width) == (25, 50)
+    engine = choose_engine("sketched", [4096] * 100, [], **large)
     assert isinstance(engine.statistics(128), ExactStatistics)
     assert isinstance(engine.statistics(129), SketchedStatistics)
-    automatic = choose_engine("auto", [4096] * 100, 32, 10**10)
+    automatic = choose_engine("auto", [4096] * 100, [], **large)
     assert isinstance(automatic.statistics(256), ExactStatistics)
     assert isinstance(automatic.statistics(257), SketchedStatistics)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -93,7 +93,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     method = _registered("basis_method", config.basis_method, basis_methods())
     check_reachable(model, names)
     layers = {name: base_layer(model.get_submodule(name)) for name in names}
-    engine = _engine(model, layers, config, [rank for by_name in ranks.values() for rank in by_name.values()])
+    engine = _engine(model, layers, config, ranks["output"].values(), ranks.get("input", {}).values())
     with adapters_disabled(model):
         requests = _selected(model, config)
         key = _cache_key(model, config, requests, ranks, engine)
@@ -144,7 +144,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
             "basis_method": config.basis_method,
             "engine": engine.kind,
-            **({"sketch_width": engine.width} if engine.kind == "sketched" else {}),
+            **_sketch_widths(engine, ranks),
             "seed": config.seed,
             "energy": energies["output"],
             "input_energy": energies.get("input", {}),
@@ -279,15 +279,36 @@ def _cache_key(
     )
 
 
-def _engine(model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig, ranks: list[Rank]) -> Engine:
-    most = max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in ranks)
+def _engine(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    config: SaLoRAConfig,
+    output_ranks: Iterable[Rank],
+    input_ranks: Iterable[Rank] = (),
+) -> Engine:
+    """The engine for these ranks of the layers' outputs and, where any are given, inputs."""
+    most, most_of_inputs = (
+        max((SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in ranks), default=0)
+        for ranks in (output_ranks, input_ranks)
+    )
+    outputs, inputs = statistics_dimensions(layers, with_inputs=most_of_inputs > 0)
     return choose_engine(
         config.calibration_engine,
-        statistics_dimensions(layers, with_inputs=config.has_input_side),
-        most,
-        sum(parameter.numel() for parameter in model.parameters()),
-        config.seed,
+        outputs,
+        inputs,
+        rank=most,
+        input_rank=most_of_inputs,
+        num_weights=sum(parameter.numel() for parameter in model.parameters()),
+        seed=config.seed,
     )
+
+
+def _sketch_widths(engine: Engine, ranks: Mapping[str, Any]) -> dict[str, int]:
+    """What the provenance says of the sketches."""
+    if engine.kind != "sketched":
+        return {}
+    widths = {"sketch_width": engine.width}
+    return widths | {"input_sketch_width": engine.input_width} if "input" in ranks else widths
 
 
 def _batches(examples: list[TokenizedExample], config: SaLoRAConfig) -> list[dict[str, Tensor]]:

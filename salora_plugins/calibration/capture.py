@@ -152,7 +152,7 @@ class StatisticsCollector:
         if not shared:
             self._last_input = (tensor, name)
             if name not in self._inputs:
-                self._inputs[name] = self.engine.statistics(tensor.shape[-1])
+                self._inputs[name] = self.engine.statistics(tensor.shape[-1], "input")
             self._inputs[name].update(self._select(name, tensor))
         return self._inputs[leader]
 
@@ -189,11 +189,11 @@ def by_inputs(layer: nn.Module) -> bool:
     return d_in < d_out
 
 
-def statistics_dimensions(layers: Mapping[str, nn.Module], *, with_inputs: bool) -> list[int]:
-    """Lengths of the vectors that a `StatisticsCollector` keeps statistics of, none being shared."""
+def statistics_dimensions(layers: Mapping[str, nn.Module], *, with_inputs: bool) -> tuple[list[int], list[int]]:
+    """Lengths of the outputs and of the inputs that a `StatisticsCollector` keeps statistics of, none being shared."""
     features = [layer_features(layer) for layer in layers.values()]
-    inputs = [d_in for d_in, d_out in features if with_inputs or d_in < d_out]
-    return inputs + [d_out for d_in, d_out in features if d_in >= d_out]
+    outputs = [d_out for d_in, d_out in features if d_in >= d_out]
+    return outputs, [d_in for d_in, d_out in features if with_inputs or d_in < d_out]
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

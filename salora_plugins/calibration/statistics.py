@@ -326,25 +326,36 @@ class Engine:
 
     kind: Literal["exact", "sketched"]
     width: int = 0
-    """Rows of a sketch."""
+    """Rows of a sketch of a layer's outputs."""
+
+    input_width: int = 0
+    """Rows of a sketch of its inputs."""
 
     exact_up_to: int = 0
     """Length of vectors up to which statistics are exact, whatever the engine."""
 
     seed: int = 0
 
-    def statistics(self, dimension: int) -> VectorStatistics:
-        """New statistics of vectors of this length; exact where a sketch would be no smaller."""
-        if self.kind == "exact" or dimension <= max(self.width, self.exact_up_to):
+    def statistics(self, dimension: int, side: Literal["output", "input"] = "output") -> VectorStatistics:
+        """New statistics of a layer's outputs or inputs of this length; exact where a sketch would be no smaller."""
+        width = self.width if side == "output" else self.input_width
+        if self.kind == "exact" or dimension <= max(width, self.exact_up_to):
             return ExactStatistics(dimension)
-        return SketchedStatistics(dimension, self.width, self.seed)
+        return SketchedStatistics(dimension, width, self.seed)
 
 
 def choose_engine(
-    kind: Literal["auto", "exact", "sketched"], dimensions: list[int], rank: int, num_weights: int, seed: int = 0
+    kind: Literal["auto", "exact", "sketched"],
+    outputs: list[int],
+    inputs: list[int],
+    *,
+    rank: int,
+    input_rank: int = 0,
+    num_weights: int,
+    seed: int = 0,
 ) -> Engine:
     """
-    The engine for vectors of these lengths.
+    The engine for layers' outputs and inputs of these lengths.
 
     "auto" is exact while the Gram matrices take at most 256 MiB together, and for vectors of up to 256 numbers, where
     it is faster. Sketches are four times as wide as the rank,
@@ -352,16 +363,20 @@ def choose_engine(
 
     Args:
         kind: As in [`SaLoRAConfig`].
-        dimensions: Lengths of the vectors of all statistics.
-        rank: The most directions that will be asked for.
+        outputs: Lengths of the outputs that statistics are kept of.
+        inputs: Lengths of the inputs that statistics are kept of; outputs may be represented by them.
+        rank: The most directions that will be asked for of any outputs.
+        input_rank: The most directions that will be asked for of any inputs.
         num_weights: Number of parameters of the model.
         seed: Seed of the sketches.
     """
-    if kind == "exact" or (kind == "auto" and 8 * sum(d * d for d in dimensions) <= _EXACT_BYTES):
+    if kind == "exact" or (kind == "auto" and 8 * sum(d * d for d in (*outputs, *inputs)) <= _EXACT_BYTES):
         return Engine("exact")
-    affordable = int(_SKETCH_SHARE * 2 * num_weights / (4 * sum(dimensions)))
-    width = max(LEAST_WIDTH * rank, min(WIDTH * rank, affordable))
-    return Engine("sketched", width, _SMALL_DIMENSION if kind == "auto" else 0, seed)
+    input_rank = max(rank, input_rank)
+    affordable = _SKETCH_SHARE * 2 * num_weights / (4 * (sum(outputs) * rank + sum(inputs) * input_rank))
+    width = max(LEAST_WIDTH, min(WIDTH, affordable))  # of a direction
+    exact_up_to = _SMALL_DIMENSION if kind == "auto" else 0
+    return Engine("sketched", int(width * rank), int(width * input_rank), exact_up_to, seed)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:
