@@ -553,8 +553,10 @@ class Experiment:
             ]
         elif task == "python":
             rows = made_once(self.out / "tasks" / "python.json", documented_functions)
-        else:
+        elif task in self.own_tasks:
             rows = own_conversations(self.own_tasks[task])
+        else:
+            sys.exit(f"--results: there are runs on a task {task!r}. Give its file, too: --task {task}=FILE")
         return rows[:HELDOUT_ROWS] if split == "test" else rows[HELDOUT_ROWS:]
 
     def heldout_loss(self, model: Any, task: str) -> float:
