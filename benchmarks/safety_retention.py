@@ -44,7 +44,15 @@ BATCH_SIZE = 8
 WARMUP_STEPS = 5
 SAME_LOSS = 2e-3  # held-out losses of the same model and rows on two machines
 HELDOUT_ROWS = 60
-PLOTTED = ("lora", "pissa", "paper", "projected", "two-sided")  # of METHODS
+PLOTTED = (
+    "lora",
+    "pissa",
+    "paper",
+    "projected",
+    "two-sided",
+    "lora-all-linear",
+    "two-sided-all-linear",
+)  # of METHODS
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
@@ -830,7 +838,7 @@ def draw(measured: list[dict[str, Any]], base: dict[str, Any], path: Path) -> No
                 [loss for loss, *_ in points],
                 [share for _, share, *_ in points],
                 [[share - lower for _, share, lower, _ in points], [upper - share for _, share, _, upper in points]],
-                fmt="osD^v"[number],
+                fmt="osD^vP*"[number],
                 color=color,
                 alpha=0.8,
                 markersize=5,

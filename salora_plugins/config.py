@@ -97,7 +97,8 @@ class SaLoRAConfig(LoraConfig):
             0.95: as many as capture that share of the energy of the layer's outputs on the safety data.
         variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
-            nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in docs/safety-retention.md.
+            nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
+            docs/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
         input_safety_rank (`int` or `float`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
@@ -107,8 +108,9 @@ class SaLoRAConfig(LoraConfig):
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
         safety_positions (`"response"`, `"predicting"`, `"prompt"` or `"all"`, *optional*):
-            Which positions of the safety data count, for both sides: those whose input is a response token (the paper's code), or
-            those that predict one, which include the last prompt token, or those of the prompt, or every token of both.
+            Which positions of the safety data count, for both sides: those whose input is a response token (the paper's
+            code), or those that predict one, which include the last prompt token, or those of the prompt, or every
+            token of both.
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.

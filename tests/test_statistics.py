@@ -185,8 +185,8 @@ def test_truncated_svd_of_large_matrices(shape):
 def test_the_engine_is_chosen_by_size():
     large = {"rank": 32, "num_weights": 10**10}
     assert choose_engine("auto", [4096], [4096], **large).kind == "exact"
-    assert choose_engine("auto", [8192] * 4, [], **large) == Engine("sketched", 128, 128, 256)
-    assert choose_engine("auto", [8192], [8192] * 3, input_rank=64, **large) == Engine("sketched", 128, 256, 256)
+    assert choose_engine("auto", [8192] * 4, [], **large) == Engine("sketched", 128, 128, 256, 1.5)
+    assert choose_engine("auto", [8192], [8192] * 3, input_rank=64, **large) == Engine("sketched", 128, 256, 256, 1.5)
     assert choose_engine("exact", [8192] * 4, [], **large) == Engine("exact")
     # 10**6 weights allow 200 kB of sketches: 50 numbers for each of 1,000 dimensions, but never less than 2 * rank.
     small = {"num_weights": 10**6}
@@ -200,6 +200,8 @@ def test_the_engine_is_chosen_by_size():
     automatic = choose_engine("auto", [4096] * 100, [], **large)
     assert isinstance(automatic.statistics(256), ExactStatistics)
     assert isinstance(automatic.statistics(257), SketchedStatistics)
+    assert isinstance(Engine("sketched", 128, 512, 256, 1.5).statistics(768, "input"), ExactStatistics)
+    assert isinstance(Engine("sketched", 128, 512, 256, 1.5).statistics(769, "input"), SketchedStatistics)
 
 
 def test_rank_by_need():
