@@ -79,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scaled-0.75": {"scale": 0.75},
     "two-sided": DEFAULT,
     "two-sided-32": {**DEFAULT, "input_safety_rank": 32},
+    "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
     "two-sided-all": {**DEFAULT, "positions": "all"},
     "two-sided-all-task": {"input_safety_rank": None, "positions": "all"},
     "two-sided-all-64-task": {"input_safety_rank": 64, "positions": "all"},
