@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -74,9 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {},
     "paper": {},
     "projected": {"input_safety_rank": None, "positions": "prompt"},
-    "scaled-0.25": {"scale": 0.25},
     "scaled-0.5": {"scale": 0.5},
-    "scaled-0.75": {"scale": 0.75},
     "two-sided": DEFAULT,
     "two-sided-32": {**DEFAULT, "input_safety_rank": 32},
     "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
@@ -87,8 +84,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-all-0.97-task": {"input_safety_rank": 0.97, "positions": "all"},
     "two-sided-all-128-upper-task": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
     "two-sided-all-safety-rank-1-task": {"safety_rank": 1, "input_safety_rank": None, "positions": "all"},
-    "two-sided-predicting": {**DEFAULT, "positions": "predicting"},
-    "two-sided-contrastive": {**DEFAULT, "positions": "all", "directions": "contrastive"},
     "two-sided-both": {**DEFAULT, "safety_data": "both"},
     "lora-all-linear": {"targets": ALL_LINEAR},
     "two-sided-all-linear": {**DEFAULT, "targets": ALL_LINEAR},
@@ -457,8 +452,6 @@ class Experiment:
             "positions": options.get("positions", "response"),
             "ranks": f"{options.get('safety_rank', 32)}-{options.get('input_safety_rank', 0)}",
         }
-        if "directions" in options:
-            parts["directions"] = options["directions"]
         path = self.out / "safety-modules" / f"{'-'.join(parts.values())}.safetensors"
         if path.exists():
             return path
@@ -475,16 +468,6 @@ class Experiment:
             safety_positions=positions,
             num_safety_samples=len(rows),
         )
-        if "directions" in options:
-            harmful, harmless = (
-                input_grams(model, list(module.bases), of, positions) for of in (rows, self.harmless_rows())
-            )
-            find = DIRECTIONS[options["directions"]]
-            bases = {
-                name: find(harmful[name], harmless[name], basis.shape[1]).float().contiguous()
-                for name, basis in module.input_bases.items()
-            }
-            module = dataclasses.replace(module, input_bases=bases, input_singular_values={})
         module.save(path)
         return path
 
