@@ -47,7 +47,6 @@ PLOTTED = (
     "lora",
     "pissa",
     "paper",
-    "projected",
     "two-sided",
     "lora-all-linear",
     "two-sided-all-linear",
