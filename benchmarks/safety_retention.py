@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -43,14 +43,7 @@ BATCH_SIZE = 8
 WARMUP_STEPS = 5
 SAME_LOSS = 2e-3  # held-out losses of the same model and rows on two machines
 HELDOUT_ROWS = 60
-PLOTTED = (
-    "lora",
-    "pissa",
-    "paper",
-    "two-sided",
-    "lora-all-linear",
-    "two-sided-all-linear",
-)  # of METHODS
+PLOTTED = ("lora", "pissa", "paper", "two-sided", "lora-all-linear", "two-sided-all-linear")  # of METHODS
 RESPONSE_TOKENS = 24  # a refusal shows in the first words; on the base model 24 tokens decide as 48 do
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 ADVBENCH_EVALUATION = slice(300, 364)
@@ -58,7 +51,6 @@ LEAK_POSITIONS = ("response", "predicting", "all", "prompt")
 LEAK_RANKS = (4, 16, 32, 64, 128, 256)
 
 QV = ["q_proj", "v_proj"]
-
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # A rank of None is SaLoRA's default.
@@ -119,7 +111,7 @@ def main() -> None:
             help=f"a task of your own: conversations, the first {HELDOUT_ROWS} of them held out; can be repeated",
         )
     run.add_argument("--methods", default="lora,paper,two-sided", help=f"of {', '.join(METHODS)}")
-    run.add_argument("--tasks", default=",".join(TASKS))
+    run.add_argument("--tasks", help=f"default: {','.join(TASKS)} and those of --task")
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
@@ -132,22 +124,41 @@ def main() -> None:
         summarize(arguments.results)
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
-    own_tasks = dict(entry.split("=", 1) for entry in getattr(arguments, "task", []))
+    own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
     experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks)
     if arguments.command == "leak":
         experiment.leak()
         return
     results = arguments.results or arguments.out / "results"
     if arguments.command == "requests":
-        experiment.measure_requests(results, dict(entry.split("=", 1) for entry in arguments.requests), arguments.num)
+        files = named_files(parser, "--requests", arguments.requests, taken=experiment.request_sets())
+        experiment.measure_requests(results, files, arguments.num)
         return
-    methods, tasks = arguments.methods.split(","), arguments.tasks.split(",")
-    for given, known, option in ((methods, METHODS, "--methods"), (tasks, (*TASKS, *own_tasks), "--tasks")):
+    known_tasks = [*TASKS, *own_tasks]
+    methods, tasks = arguments.methods.split(","), arguments.tasks.split(",") if arguments.tasks else known_tasks
+    for given, known, option in ((methods, METHODS, "--methods"), (tasks, known_tasks, "--tasks")):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     rates = [float(rate) for rate in arguments.rates.split(",")]
     seeds, steps = ([int(number) for number in of.split(",")] for of in (arguments.seeds, arguments.steps))
     experiment.run(results, methods, tasks, rates, seeds, steps)
+
+
+def named_files(
+    parser: argparse.ArgumentParser, option: str, entries: list[str], taken: Iterable[str]
+) -> dict[str, str]:
+    """NAME=FILE of an option that can be repeated; a name stands for one thing."""
+    names = set(taken)
+    files = {}
+    for entry in entries:
+        name, _, file = entry.partition("=")
+        if not name or not file:
+            parser.error(f"{option} {entry}: give NAME=FILE")
+        if name in names:
+            parser.error(f"{option} {entry}: {name!r} is there already, choose another name")
+        names.add(name)
+        files[name] = file
+    return files
 
 
 class Experiment:
@@ -205,7 +216,11 @@ class Experiment:
             adapter = self.out / "adapters" / path.stem
             point = result if path.name == "base.json" else result["points"][-1]
             missing = {name: of_set for name, of_set in sets.items() if name not in point["requests"]}
-            if not missing or (point is not result and not adapter.exists()):
+            if not missing:
+                print(f"{path.stem}: was asked all of these before", flush=True)
+                continue
+            if point is not result and not adapter.exists():
+                print(f"{path.stem}: left alone, since its adapter is not in {adapter.parent}", flush=True)
                 continue
             model = self.load()
             if point is not result:
@@ -401,7 +416,8 @@ class Experiment:
                 trained[weight] = weight.clone()
                 on_input = ".lora_A." in f".{name}"
                 if module is None:
-                    weight *= 1 if on_input else options["scale"]
+                    if not on_input:
+                        weight *= options["scale"]
                     continue
                 base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
                 basis = (module.input_bases if on_input else module.bases)[base_name].to(weight.device)
@@ -683,6 +699,10 @@ def own_conversations(file: str) -> list[dict[str, Any]]:
     from salora_plugins.calibration.data import load_examples
 
     examples = load_examples(file, option="--task")
+    if len(examples) <= HELDOUT_ROWS:
+        sys.exit(f"--task {file}: it has {len(examples)} rows, of which {HELDOUT_ROWS} are held out. Give more.")
+    if not all(row.messages for row in examples):
+        sys.exit(f"--task {file}: there is plain text in it. Give conversations.")
     return [{"prompt": list(row.messages), "completion": [assistant(row.response)]} for row in examples]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -93,7 +93,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     method = _registered("basis_method", config.basis_method, basis_methods())
     check_reachable(model, names)
     layers = {name: base_layer(model.get_submodule(name)) for name in names}
-    engine = _engine(model, layers, config, ranks["output"].values(), ranks.get("input", {}).values())
+    engine = _engine(model, layers, config, ranks)
     with adapters_disabled(model):
         requests = _selected(model, config)
         key = _cache_key(model, config, requests, ranks, engine)
@@ -188,7 +188,7 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
             model,
             layers,
             _batches(_tokenized(model, config, examples, "task_data"), config),
-            _engine(model, layers, config, [config.task_rank]),
+            _engine(model, layers, config, {"output": dict.fromkeys(names, config.task_rank)}),
             description="calibrating the task initialization",
         )
         bases = {name: task_basis(statistics.pop(name), config.task_rank) for name in names}
@@ -280,30 +280,26 @@ def _cache_key(
 
 
 def _engine(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    config: SaLoRAConfig,
-    output_ranks: Iterable[Rank],
-    input_ranks: Iterable[Rank] = (),
+    model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig, ranks: Mapping[str, Mapping[str, Rank]]
 ) -> Engine:
-    """The engine for these ranks of the layers' outputs and, where any are given, inputs."""
-    most, most_of_inputs = (
-        max((SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in ranks), default=0)
-        for ranks in (output_ranks, input_ranks)
-    )
-    outputs, inputs = statistics_dimensions(layers, with_inputs=most_of_inputs > 0)
+    """The engine for these ranks: side -> module name -> rank."""
+    most = {
+        side: max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in by_name.values())
+        for side, by_name in ranks.items()
+    }
+    outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
     return choose_engine(
         config.calibration_engine,
         outputs,
         inputs,
-        rank=most,
-        input_rank=most_of_inputs,
+        rank=most["output"],
+        input_rank=most.get("input", 0),
         num_weights=sum(parameter.numel() for parameter in model.parameters()),
         seed=config.seed,
     )
 
 
-def _sketch_widths(engine: Engine, ranks: Mapping[str, Any]) -> dict[str, int]:
+def _sketch_widths(engine: Engine, ranks: Mapping[str, Mapping[str, Rank]]) -> dict[str, int]:
     """What the provenance says of the sketches."""
     if engine.kind != "sketched":
         return {}
