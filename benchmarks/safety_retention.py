@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -51,20 +52,22 @@ LEAK_POSITIONS = ("response", "predicting", "all", "prompt")
 LEAK_RANKS = (4, 16, 32, 64, 128, 256)
 
 QV = ["q_proj", "v_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # A rank of None is SaLoRA's default.
 DEFAULT = {"input_safety_rank": None, "positions": "prompt", "init": "zero"}
 
 # Method -> what differs from SaLoRA as in the paper (q and v, safety rank 32, response positions). "lora" and "pissa"
-# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does, and "scaled"
-# LoRA whose update is made smaller, which a cap on its norm comes to.
+# are PEFT's own; "projected" is LoRA whose update is projected after training, as `salora project` does, "scaled" LoRA
+# whose update is made smaller after training, and a norm cap is the share of ‖W‖ that ‖ΔW‖ may have at every step.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "pissa": {},
     "paper": {},
     "projected": {"input_safety_rank": None, "positions": "prompt"},
     "scaled-0.5": {"scale": 0.5},
+    "capped-0.012": {"norm_cap": 0.012},
     "two-sided": DEFAULT,
     "two-sided-32": {**DEFAULT, "input_safety_rank": 32},
     "two-sided-256": {**DEFAULT, "input_safety_rank": 256},
@@ -76,6 +79,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-sided-all-128-upper-task": {"input_safety_rank": 128, "positions": "all", "layers": "upper half"},
     "two-sided-all-safety-rank-1-task": {"safety_rank": 1, "input_safety_rank": None, "positions": "all"},
     "two-sided-both": {**DEFAULT, "safety_data": "both"},
+    "two-sided-safety-rank-128": {**DEFAULT, "safety_rank": 128},
+    "two-sided-contrastive": {**DEFAULT, "positions": "all", "directions": "contrastive"},
+    "two-sided-ratio": {**DEFAULT, "positions": "all", "directions": "ratio"},
+    "two-sided-capped-0.025": {**DEFAULT, "norm_cap": 0.025},
+    "lora-attention": {"targets": ATTENTION},
+    "two-sided-attention": {**DEFAULT, "targets": ATTENTION},
     "lora-all-linear": {"targets": ALL_LINEAR},
     "two-sided-all-linear": {**DEFAULT, "targets": ALL_LINEAR},
 }
@@ -359,6 +368,10 @@ class Experiment:
                 write_json(path, result | {"points": points})
                 print(f"{path.stem}: {points[-1]}", flush=True)
 
+        class NormCapCallback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+                cap_norms(model, METHODS[method].get("norm_cap", math.inf))
+
         set_seed(seed)
         trainer = SFTTrainer(
             model=self.load(),
@@ -383,7 +396,7 @@ class Experiment:
             train_dataset=Dataset.from_list(self.task_rows(task, "train")),
             processing_class=self.tokenizer,
             peft_config=self.peft_config(method, seed),
-            callbacks=[MeasureCallback()],
+            callbacks=[NormCapCallback(), MeasureCallback()],
         )
         trainer.train()
         trainer.model.save_pretrained(self.out / "adapters" / path.stem)
@@ -442,7 +455,7 @@ class Experiment:
         if "layers" in options:
             layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
             shared["layers_to_transform"] = list(range(layers // 2, layers))
-        if method.startswith(("lora", "projected", "scaled")):
+        if method.startswith(("lora", "projected", "scaled", "capped")):
             return LoraConfig(**shared)
         if method == "pissa":
             return LoraConfig(**shared, init_lora_weights="pissa")
@@ -462,12 +475,14 @@ class Experiment:
         options = METHODS[method]
         targets = options.get("targets", QV)
         parts = {
-            "targets": {id(QV): "qv", id(ALL_LINEAR): "all-linear"}[id(targets)],
+            "targets": {id(QV): "qv", id(ATTENTION): "attention", id(ALL_LINEAR): "all-linear"}[id(targets)],
             "data": options.get("safety_data", "builtin"),
             "positions": options.get("positions", "response"),
             "ranks": f"{options.get('safety_rank', 32)}-{options.get('input_safety_rank', 0)}",
+            "directions": options.get("directions", "strongest"),
         }
-        path = self.out / "safety-modules" / f"{'-'.join(parts.values())}.safetensors"
+        name = "-".join(part for part in parts.values() if part != "strongest")
+        path = self.out / "safety-modules" / f"{name}.safetensors"
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,6 +498,15 @@ class Experiment:
             safety_positions=positions,
             num_safety_samples=len(rows),
         )
+        if parts["directions"] != "strongest":
+            harmful, harmless = (
+                input_grams(model, list(module.input_bases), of, positions) for of in (rows, self.harmless_rows())
+            )
+            bases = {
+                name: DIRECTIONS[parts["directions"]](harmful[name], harmless[name], basis.shape[1]).float()
+                for name, basis in module.input_bases.items()
+            }
+            module = dataclasses.replace(module, input_bases=bases, input_singular_values={})
         module.save(path)
         return path
 
@@ -664,6 +688,22 @@ def ratio(harmful: Any, harmless: Any, rank: int) -> Any:
 
 
 DIRECTIONS = {"strongest": strongest, "contrastive": contrastive, "ratio": ratio}
+
+
+def cap_norms(model: Any, cap: float) -> None:
+    """Scale the update of every layer back to ‖ΔW‖ = cap ‖W‖ (Frobenius) where it is beyond."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for layer in model.modules():
+            if not isinstance(layer, LoraLayer) or math.isinf(cap):
+                continue
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            # ‖B A‖² = tr(BᵀB AAᵀ), without the product
+            norm = layer.scaling["default"] * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+            for trained in layer.lora_B["default"].parameters():
+                trained *= (cap * layer.base_layer.weight.norm() / norm).clamp(max=1)
 
 
 def user(content: str) -> dict[str, str]:
