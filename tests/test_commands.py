@@ -88,6 +88,13 @@ def test_wrong_options(folder, tmp_path, more, message):
     assert not (tmp_path / "a.safetensors").exists()
 
 
+def test_an_option_that_takes_one_value_is_not_taken_twice(folder, tmp_path):
+    twice = run(*calibration(folder, tmp_path / "a.safetensors", "--safety-rank", "4", "--safety-rank", "8"))
+    assert twice.exit_code == 2 and "'--safety-rank': given 2 times" in twice.output
+    repeatable = ("--safety-rank", "4", "--target-modules", "q_proj", "--target-modules", "v_proj")
+    assert run(*calibration(folder, tmp_path / "a.safetensors", *repeatable)).exit_code == 0
+
+
 def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
     file, plot = tmp_path / "a.safetensors", tmp_path / "plots" / "a.png"
     assert run(*calibration(folder, file, "--safety-rank", "8", "--input-safety-rank", "4")).exit_code == 0

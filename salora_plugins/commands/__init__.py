@@ -7,6 +7,7 @@ import typer
 from ..hookspecs import hookimpl
 from .audit import audit
 from .calibrate import calibrate
+from .command import Command
 from .compare import compare
 from .evaluate import evaluate
 from .export import export
@@ -18,4 +19,4 @@ from .validate import validate
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
     for command in (calibrate, inspect, audit, project, export, evaluate, compare, validate):
-        app.command(name=command.__name__)(command)
+        app.command(name=command.__name__, cls=Command)(command)

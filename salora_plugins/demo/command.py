@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from salora_plugins.commands.command import Command
 from salora_plugins.hookspecs import hookimpl
 
 INTRODUCTION = """
@@ -24,7 +25,7 @@ as their outputs; the paper's form the outputs only. Every response is in {resul
 
 @hookimpl
 def register_commands(app: typer.Typer) -> None:
-    app.command(name="demo")(demo)
+    app.command(name="demo", cls=Command)(demo)
 
 
 def demo(

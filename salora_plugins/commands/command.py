@@ -1,0 +1,19 @@
+"""The class of the built-in commands."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """A command in which an option that takes one value may be given only once; click would take the last."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        *_, given = self.make_parser(ctx).parse_args(list(args))
+        for parameter, times in Counter(given).items():
+            if times > 1 and not parameter.multiple and not parameter.is_flag:
+                raise typer.BadParameter(f"given {times} times. Give it once.", ctx=ctx, param=parameter)
+        return super().parse_args(ctx, args)
