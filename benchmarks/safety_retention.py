@@ -53,7 +53,7 @@ LEAK_RANKS = (4, 16, 32, 64, 128, 256)
 
 QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 # A rank of None is SaLoRA's default.
 DEFAULT = {"input_safety_rank": None, "positions": "prompt", "init": "zero"}
@@ -370,8 +370,11 @@ class Experiment:
 
         class NormCapCallback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-                cap_norms(model, METHODS[method].get("norm_cap", math.inf))
+                cap_norms(model, METHODS[method]["norm_cap"])
 
+        # The cap comes first, so that what is measured is within it.
+        callbacks: list[TrainerCallback] = [NormCapCallback()] if "norm_cap" in METHODS[method] else []
+        callbacks.append(MeasureCallback())
         set_seed(seed)
         trainer = SFTTrainer(
             model=self.load(),
@@ -396,7 +399,7 @@ class Experiment:
             train_dataset=Dataset.from_list(self.task_rows(task, "train")),
             processing_class=self.tokenizer,
             peft_config=self.peft_config(method, seed),
-            callbacks=[NormCapCallback(), MeasureCallback()],
+            callbacks=callbacks,
         )
         trainer.train()
         trainer.model.save_pretrained(self.out / "adapters" / path.stem)
@@ -697,7 +700,7 @@ def cap_norms(model: Any, cap: float) -> None:
 
     with torch.no_grad():
         for layer in model.modules():
-            if not isinstance(layer, LoraLayer) or math.isinf(cap):
+            if not isinstance(layer, LoraLayer):
                 continue
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             # ‖B A‖² = tr(BᵀB AAᵀ), without the product
