@@ -220,6 +220,15 @@ class SaLoRAConfig(LoraConfig):
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
 
+    def note_heads_added_later(self) -> None:
+        """
+        What PEFT does to the configuration that it was given once the adapter is there: name the head of a token
+        classifier or of a question answering model in `modules_to_save`. The adapter's own copy needs it, too.
+        """
+        heads = _HEADS_ADDED_LATER.get(self.task_type, [])
+        if missing := [head for head in heads if head not in (self.modules_to_save or [])]:
+            self.modules_to_save = [*(self.modules_to_save or []), *missing]
+
     def for_adapter(self, safety_module: SafetyModule | None) -> SaLoRAConfig:
         """
         The copy that a tuner keeps for one adapter, which saves the adapter's safety module with itself.

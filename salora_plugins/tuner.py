@@ -98,6 +98,7 @@ class SaLoRAModel(LoraModel):
         # What was given may be used for other models, too; everything from here on belongs to this adapter.
         config = self.peft_config[adapter_name] = given.for_adapter(safety_module)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config.note_heads_added_later()
         layers = {name: model.get_submodule(name) for name in names}
         if any(p.is_meta for layer in layers.values() for p in layer.lora_A[adapter_name].parameters()):
             raise ValueError(
