@@ -1,6 +1,6 @@
 """Calibration: examples -> token batches -> streaming statistics -> a safety module."""
 
-from .calibrate import calibrate, calibrate_with, task_bases
+from .pipeline import calibrate, calibrate_with, task_bases
 from .capture import CalibrationError
 from .data import DataError
 

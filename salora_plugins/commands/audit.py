@@ -25,7 +25,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show how much of an adapter's update lies in the safety directions. Exit code 3: more than --max-share."""
-    from salora_plugins.audit import audit, write_heat_map
+    from salora_plugins.auditing import audit, write_heat_map
 
     report = audit(adapter, safety_module, max_share=max_share)
     if as_json:
