@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ class SafetyModule:
         description = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "content_sha256": _content_digest(tensors),
+            "content_sha256": content_digest(tensors),
             "provenance": self.provenance,
         }
         # One entry: safetensors writes several in an order of its own, and equal modules would differ in their bytes.
@@ -275,7 +275,7 @@ class SafetyModule:
             )
         except SafetyModuleError as error:
             raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
-        if _content_digest(tensors) != digest:
+        if content_digest(tensors) != digest:
             raise SafetyModuleError(
                 f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
                 "changed; calibrate again or fetch it again."
@@ -310,10 +310,16 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
 
 
-def _content_digest(tensors: Mapping[str, Tensor]) -> str:
+def content_digest(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """
+    SHA-256 of tensors on the CPU, as 64 hexadecimal digits: of their names, shapes, dtypes and bytes, not of a file.
+
+    Args:
+        tensors: By name; or pairs of name and tensor in the order of the names, of which one is in memory at a time.
+    """
+    pairs = ((key, tensors[key]) for key in sorted(tensors)) if isinstance(tensors, Mapping) else tensors
     digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
+    for key, tensor in pairs:
         digest.update(f"{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

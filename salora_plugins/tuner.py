@@ -42,6 +42,7 @@ from .layers import (
 from .parametrization import SafeFactor, safe_factor, trained_factor
 from .ranks import Rank
 from .safety_module import SafetyModule
+from .saved_adapter import check_saved_together
 
 logger = logging.getLogger(__name__)
 
@@ -411,6 +412,7 @@ def load_for_training(
     Raises:
         FileNotFoundError: The folder has no `salora_config.json`, so there is no safety module to train with.
         SafetyModuleError: The safety module is damaged or belongs to another model.
+        ValueError: A file cannot be read, or the weights are not those that were saved with the safety module.
 
     Example:
 
@@ -426,6 +428,7 @@ def load_for_training(
             "export` (train the adapter that was exported). A plain LoRA adapter is loaded with "
             "PeftModel.from_pretrained."
         )
+    check_saved_together(folder)
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
