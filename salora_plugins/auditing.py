@@ -15,7 +15,7 @@ from torch import Tensor
 from .files import atomic_write
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import SavedAdapter, adapter_problem, check_plain_lora, covers, largest, norms
-from .texts import cell, one_line
+from .texts import cell, one_line, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,8 +65,9 @@ class AuditReport:
     not_covered: tuple[str, ...]
     """Modules and tensors that the adapter changes and the safety module says nothing of."""
     changed: str | None = None
-    """Why the safety module beside the adapter is not that of its weights; None where it is, or where another was
-    given. What is measured then is where these weights lie, which nothing promises to stay so."""
+    """Why what lies beside the adapter is not that of its weights; None where it is, or where it names no weights."""
+    own_safety_module: bool = True
+    """Whether the directions are those of the safety module beside the adapter."""
 
     @property
     def largest_shares(self) -> dict[str, float]:
@@ -79,15 +80,18 @@ class AuditReport:
     @property
     def is_outside(self) -> bool:
         """Whether every module's update stays out of the safety directions, up to `max_share`."""
-        # A share that is no number is not below the bound.
-        return self.changed is None and all(share <= self.max_share for share in self.largest_shares.values())
+        return self.verdict == "outside"
 
     @property
     def verdict(self) -> Literal["outside", "inside", "changed"]:
-        """"changed" where the weights are not those that the safety module was saved with, wherever they lie."""
-        if self.changed is not None:
+        """
+        "changed" where the weights are not those that the safety module beside them was saved with, wherever they lie.
+        """
+        if self.changed is not None and self.own_safety_module:
             return "changed"
-        return "outside" if self.is_outside else "inside"
+        # A share that is no number is not below the bound.
+        outside = all(share <= self.max_share for share in self.largest_shares.values())
+        return "outside" if outside else "inside"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -114,15 +118,12 @@ class AuditReport:
             )
         above = sum(not all(s.share <= self.max_share for s in m.sides.values()) for m in self.modules.values())
         if self.changed is not None:
-            lines.append(
-                f"Changed: {one_line(self.changed)}. Now {above} of {len(self.modules)} modules have more than "
-                f"{self.max_share:g} in them. `salora project` takes that out; with --safety-module, the update is "
-                "measured without a look at what it was saved with."
-            )
-        elif self.is_outside:
+            lines.append(f"Changed: {visible(self.changed)}.")
+        if self.is_outside:
             lines.append(f"Outside: no module has more than {self.max_share:g} of its update in them.")
         else:
-            lines.append(f"Inside: {above} of {len(self.modules)} modules have more than {self.max_share:g}.")
+            word = "Now" if self.verdict == "changed" else "Inside:"
+            lines.append(f"{word} {above} of {len(self.modules)} modules have more than {self.max_share:g} inside.")
             if self.dtype != "float32":
                 lines.append(f"The file holds {self.dtype} numbers, whose rounding alone can exceed that bound.")
         if self.not_covered:
@@ -168,7 +169,7 @@ def audit(
     Args:
         adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`, of SaLoRA or any other LoRA.
         safety_module: The directions: a safety module or its file; None: the one beside the adapter, whose weights must
-            then be those that it was saved with (see `AuditReport.changed`).
+            be those that it was saved with: the verdict is "changed" otherwise, whatever is measured.
         max_share: The largest share of a module's update that counts as outside.
 
     Raises:
@@ -181,7 +182,7 @@ def audit(
     folder = Path(adapter)
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="audited")
-    changed = adapter_problem(folder) if safety_module is None else None
+    changed, own = adapter_problem(folder), safety_module is None
     safety_module = _safety_module(safety_module, folder)
     modules: dict[str, ModuleAudit] = {}
     squares: dict[str, float] = {}
@@ -232,6 +233,7 @@ def audit(
         dtype=str(first.dtype).removeprefix("torch."),
         not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
         changed=changed,
+        own_safety_module=own,
     )
 
 

@@ -23,6 +23,10 @@ _PAPER = "[SaLoRA](https://arxiv.org/abs/2501.01765)"
 _PACKAGE = "[salora-plugins](https://pypi.org/project/salora-plugins/)"
 
 
+# PEFT's own save_pretrained leaves our part of the card as it is, whatever it writes beside it.
+_TO_CHECK = """Whoever trains or changes the weights without salora-plugins leaves this text as it is. `salora audit`
+says whether they are still the weights that the certificate names, and measures those that are there."""
+
 # The part between the markers. Not from a marker that lost its end to the end of another part.
 _PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -85,7 +89,7 @@ def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_
         config: The configuration that it was trained with.
         safety_module: The safety module that it was trained with.
     """
-    saved, digest = config.to_lora_config(), _digest_of(Path(folder))
+    saved = config.to_lora_config()
     sides = f"{_ranks(safety_module.bases)} output directions per layer"
     if safety_module.input_bases:
         sides += f", {_ranks(safety_module.input_bases)} input directions"
@@ -104,7 +108,7 @@ directions that carried the base model's refusals on the safety data. That does 
 
 {_table(rows)}
 
-{_holds_for(digest)}
+{_TO_CHECK}
 
 It loads without salora-plugins, as any LoRA adapter:
 
@@ -134,18 +138,18 @@ def export_section(report: ExportReport, safety_module: SafetyModule | None, dig
     saved_rank = max(module.saved_rank for module in report.modules.values())
     rows = {"Rank": f"{report.rank}, from {saved_rank}", "Lost": f"{report.lost_share:.1e} of the norm of the update"}
     if safety_module is not None and report.safety_shares is not None:
-        rows |= {"Certificate": _certificate(report.safety_shares), **_provenance(safety_module)}
+        rows |= {"Certificate": _certificate(report.safety_shares, digest), **_provenance(safety_module)}
         origin = f"A LoRA adapter with the safety module of {_PAPER} that is described below, brought"
-        holds_for = f"\n{_holds_for(digest)}\n"
+        to_check = f"\n{_TO_CHECK}\n"
     else:
-        origin, holds_for = "A LoRA adapter, brought", ""
+        origin, to_check = "A LoRA adapter, brought", ""
     return f"""
 ## Exported
 
 {origin} to rank {report.rank} by {_PACKAGE} (`salora export`). It is for inference; train the original further.
 
 {_table(rows)}
-{holds_for}
+{to_check}
 ```python
 model = PeftModel.from_pretrained(base_model, "this folder or repository")
 ```
@@ -163,7 +167,7 @@ def projection_section(report: ProjectionReport, safety_module: SafetyModule, di
     """
     rows = {
         "Removed": f"{report.removed_share:.1%} of the norm of the update",
-        "Certificate": _certificate(report.safety_shares),
+        "Certificate": _certificate(report.safety_shares, digest),
         **_provenance(safety_module),
     }
     if report.not_covered:
@@ -177,7 +181,7 @@ data, by {_PACKAGE} (`salora project`). It was trained without them. That does n
 
 {_table(rows)}
 
-{_holds_for(digest)}
+{_TO_CHECK}
 
 ```python
 model = PeftModel.from_pretrained(base_model, "this folder or repository")
@@ -185,38 +189,22 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 """
 
 
-def _digest_of(folder: Path) -> str | None:
-    try:
-        return adapter_digest(folder)
-    except ValueError:  # the certificate says so
-        return None
-
-
-def _holds_for(digest: str | None) -> str:
-    if digest is None:
-        return "There is no certificate for weights that were not saved as safetensors."
-    return (
-        f"The certificate is for the {card_mark(digest)} and for no others: whoever trains or changes them without "
-        "salora-plugins leaves this text as it is. `salora audit FOLDER` says whether they are these weights, and "
-        "measures what they are."
-    )
-
-
 def _certificate_of(folder: Path, safety_module: SafetyModule) -> str:
     try:
-        return _certificate(largest_shares(safety_shares(SavedAdapter.load(folder), safety_module)))
+        shares = largest_shares(safety_shares(SavedAdapter.load(folder), safety_module))
+        return _certificate(shares, str(adapter_digest(folder)))
     except FileNotFoundError:
         return "not computed, since the weights were not saved as safetensors"
     except ValueError as error:  # a remark on the card must not end a training run
         return f"not computed: {markdown(error)}"
 
 
-def _certificate(shares: dict[str, float]) -> str:
+def _certificate(shares: dict[str, float], digest: str) -> str:
     if not shares:
         return "not computed: the file holds no lora_A and lora_B of a linear layer"
     formulas = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
     parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
-    return f"{', '.join(parts)} in every target layer, computed from the saved files"
+    return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
 
 
 def _provenance(safety_module: SafetyModule) -> dict[str, str]:

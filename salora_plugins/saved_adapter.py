@@ -327,8 +327,8 @@ def adapter_problem(folder: str | os.PathLike) -> str | None:
     if found == digest:
         return None
     return (
-        f"{folder}: the weights in {WEIGHTS_FILE} are not those that were saved with {source} (their SHA-256 is "
-        f"{found[:12]}..., it names {digest[:12]}...). They were trained further, combined or converted without "
+        f"{folder}: the weights in {WEIGHTS_FILE} are not those that were saved with {source} (their SHA-256 "
+        "differs from the one that it names). They were trained further, combined or converted without "
         "salora-plugins, so that neither its safety module nor its certificate is theirs"
     )
 
