@@ -75,7 +75,7 @@ def write_card(
     block = f"{START}\n{section.strip()}\n{END}"
     parts = iter([block])
     text, found = _PART.subn(lambda _: next(parts, ""), card.text)
-    card.text = text if found else f"{card.text.strip()}\n\n{block}\n".lstrip()
+    card.text = (text if found else f"{card.text.strip()}\n\n{block}").strip() + "\n"
     atomic_write(path, str(card).encode())
 
 

@@ -82,8 +82,8 @@ class Work:
             self.write(name, "source", {"source": source, "digest": digest})
         elif before.get("digest") != digest:
             raise ValueError(
-                f"{self._folder.parent}: another model was evaluated as {name!r} there ({before.get('source')}). Give this "
-                "one another name, or start again with overwrite=True (--overwrite)."
+                f"{self._folder.parent}: another model was evaluated as {name!r} there ({before.get('source')}). Give "
+                "this one another name, or start again with overwrite=True (--overwrite)."
             )
 
     def read(self, name: str, key: str, shape: Any) -> Any:
