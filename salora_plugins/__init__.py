@@ -13,7 +13,7 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.monitor",
-    "audit": "salora_plugins.audit",
+    "audit": "salora_plugins.auditing",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
     "export_adapter": "salora_plugins.export",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .audit import audit
+    from .auditing import audit
     from .calibration import calibrate
     from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from pathlib import Path
 
 from .config import CONFIG_FILE
-from .safety_module import DEFAULT_FILE
-from .saved_adapter import ADAPTER_CONFIG_FILE, WEIGHTS_FILE
+from .safety_module import DEFAULT_FILE, SafetyModule
+from .saved_adapter import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, adapter_problem, read_json_object
 
 logger = logging.getLogger(__name__)
 
 # In the order in which PEFT, SaLoRA and transformers write them.
-_FILES = (WEIGHTS_FILE, DEFAULT_FILE, CONFIG_FILE, ADAPTER_CONFIG_FILE, "trainer_state.json")
+_FILES = (WEIGHTS_FILE, DEFAULT_FILE, ADAPTER_CONFIG_FILE, CONFIG_FILE, "trainer_state.json")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -54,7 +53,10 @@ def checkpoint_problem(folder: str | os.PathLike) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
-        json.loads((folder / _FILES[-1]).read_text())
-    except ValueError:
-        return f"{_FILES[-1]} is not complete"
-    return None
+        for name in _FILES:
+            if name.endswith(".json"):
+                read_json_object(folder / name)
+        SafetyModule.load(folder)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return adapter_problem(folder)

@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
-from .plugins import call_each_plugin, merge_names, plugin_manager
+from .plugins import call_each_plugin, merge_names, plugin_manager, without_defects
+from .texts import visible
 
 
 def _show_version(wanted: bool) -> None:
@@ -34,12 +35,15 @@ def create_cli() -> TyperGroup:
     plugin_app = typer.Typer()
 
     def clear() -> None:
-        plugin_app.registered_commands.clear()
-        plugin_app.registered_groups.clear()
+        plugin_app.registered_commands = []
+        plugin_app.registered_groups = []
+        plugin_app.registered_callback = None
 
     manager = plugin_manager(commands_only=True)
     for plugin_name in call_each_plugin(manager, "register_commands", before=clear, app=plugin_app):
-        merge_names(cli.commands, typer.main.get_group(plugin_app).commands, "command", plugin_name)
+        # Only here typer looks at the commands' parameters.
+        with without_defects(plugin_name, "failed in register_commands"):
+            merge_names(cli.commands, typer.main.get_group(plugin_app).commands, "command", plugin_name)
     return cli
 
 
@@ -48,7 +52,7 @@ def main() -> None:
     try:
         create_cli()(prog_name="salora")
     except (ValueError, OSError, ImportError) as error:
-        print(f"Error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"Error: {' '.join(visible(str(error)).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,9 +19,14 @@ from .files import atomic_write
 from .model_card import write_training_card
 from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import check_saved_factors, write_adapter_config
-
-CONFIG_FILE = "salora_config.json"
+from .saved_adapter import (
+    CONFIG_FILE,
+    DIGEST_KEY,
+    adapter_digest,
+    check_saved_factors,
+    read_side_config,
+    write_adapter_config,
+)
 
 # Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
 _HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -410,12 +415,14 @@ class SaLoRAConfig(LoraConfig):
         folder.mkdir(parents=True, exist_ok=True)
         check_saved_factors(folder, self._safety_module)
         self._safety_module.save(folder / DEFAULT_FILE)
-        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
-        atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         lora = self.to_lora_config().to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             lora["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_adapter_config(folder, lora)
+        # Behind the files that it belongs to: PEFT has written the weights before.
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        values[DIGEST_KEY] = adapter_digest(folder)
+        atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         write_training_card(folder, self, self._safety_module)
 
     @classmethod
@@ -430,12 +437,16 @@ class SaLoRAConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not (folder / CONFIG_FILE).is_file():
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
-        values = cls.from_json_file(str(folder / CONFIG_FILE))
+        values = read_side_config(folder)
+        values.pop(DIGEST_KEY, None)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
         values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
+            try:
+                return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
 
 
 def _name_of(value: Any) -> str | None:

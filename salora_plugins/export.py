@@ -1,9 +1,10 @@
-"""A saved adapter at a lower rank: the best approximation of its update, with the safety certificate in force."""
+"""A saved adapter at a rank of choice: the best approximation of its update, with the certificate in force."""
 
 from __future__ import annotations
 
 import copy
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,24 @@ from .model_card import export_section
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .saved_adapter import (
     SavedAdapter,
+    adapter_problem,
     check_destination,
     check_plain_lora,
+    in_dtype,
     largest_shares,
+    read_side_config,
     safety_shares,
     write_adapter,
 )
+from .texts import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A share of an update's norm; of one that is kept whole, a decomposition in float64 loses far less.
+_LOST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class ExportReport:
         for header in ("saved rank", "effective rank", "lost"):
             result.add_column(header, justify="right")
         for name, module in self.modules.items():
-            result.add_row(name, str(module.saved_rank), f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}")
+            effective, lost = f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}"
+            result.add_row(cell(name), str(module.saved_rank), effective, lost)
         return result
 
 
@@ -92,7 +101,7 @@ def export_adapter(
     overwrite: bool = False,
 ) -> ExportReport:
     """
-    Write the best approximation of a saved LoRA adapter at a lower rank, as another plain LoRA adapter.
+    Write the best approximation of a saved LoRA adapter at one rank, as another plain LoRA adapter.
 
     The update dW = s B A of every module is replaced by its top R singular triples, from QR decompositions of the two
     factors and the SVD of a small matrix, all in float64; dW itself is never formed. The new factors carry the scaling:
@@ -110,11 +119,12 @@ def export_adapter(
     Args:
         adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`, of SaLoRA or any other LoRA.
         out: The folder to write.
-        max_rank: R; an adapter of lower rank keeps its own. Default: half of the saved rank, rounded up, which is
-            SaLoRA's r.
+        max_rank: R; an adapter of lower rank keeps its own. Default: SaLoRA's r (the largest of the modules'), which is
+            the saved rank after `init="zero"` and half of it after the other two; the saved rank for all other
+            adapters, of which nothing is lost then. A warning says what the default loses.
         share: Instead of `max_rank`, the smallest R at which every module keeps this share of ||dW||_F^2.
         dtype: "float32", "bfloat16" or "float16" of the exported weights.
-        overwrite: Replace an adapter that `out` holds already.
+        overwrite: Replace an adapter that `out` holds already; all other files there stay.
 
     Returns:
         What was lost, and the certificate where the adapter has its safety module beside it.
@@ -122,7 +132,8 @@ def export_adapter(
     Raises:
         FileNotFoundError, FileExistsError: See the message.
         ValueError: An option is out of range, or the adapter is not two plain factors per linear layer (DoRA, biases on
-            lora_B, embeddings, convolutions, fused experts, initializations that change the base model).
+            lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
+            weights are too large for `dtype`.
     """
     adapter, out = Path(adapter), Path(out)
     _check_options(max_rank, share, dtype)
@@ -130,21 +141,24 @@ def export_adapter(
     saved = SavedAdapter.load(adapter)
     check_plain_lora(saved, adapter, purpose="exported")
 
+    safety_module, default_rank = _safety_module_and_rank(adapter, saved)
     decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
     if share is not None:
         rank = max(_rank_for(values, share) for _, values, _ in decompositions.values())
     else:
-        rank = min(max_rank or (saved.rank + 1) // 2, saved.rank)
+        rank = min(max_rank or default_rank, saved.rank)
 
     exported = SavedAdapter(
         config=_config(saved.config, rank),
         factors={
-            name: (_resized(a, rank, 0).to(DTYPES[dtype]), _resized(b, rank, 1).to(DTYPES[dtype]))
+            name: (
+                in_dtype(_resized(a, rank, 0), DTYPES[dtype], name),
+                in_dtype(_resized(b, rank, 1), DTYPES[dtype], name),
+            )
             for name, (a, _, b) in decompositions.items()
         },
         other_tensors=saved.other_tensors,
     )
-    safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
     modules = {
         name: _kept(values, rank, saved.factors[name][0].shape[0]) for name, (_, values, _) in decompositions.items()
     }
@@ -156,13 +170,34 @@ def export_adapter(
         modules=modules,
         safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
     )
+    if max_rank is None and share is None and report.lost_share > _LOST:
+        warnings.warn(
+            f"{adapter}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
+            f"update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep all of it, or a share to keep.",
+            UserWarning,
+            stacklevel=2,
+        )
     write_adapter(
         exported,
         out,
-        card=export_section(report, safety_module),
+        card=lambda digest: export_section(report, safety_module, digest),
         tags=("lora",) if safety_module is None else ("lora", "salora"),
     )
     return report
+
+
+def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyModule | None, int]:
+    """The safety module that the weights were saved with, if there is one, and the rank at which they were trained."""
+    if (problem := adapter_problem(adapter)) is not None:
+        warnings.warn(f"{problem}. It is exported as a plain LoRA adapter, without a certificate.", stacklevel=3)
+        return None, saved.rank
+    safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
+    trained = read_side_config(adapter)
+    if trained is None:
+        return safety_module, saved.rank
+    # With start factors, the file has the trained and the start factors side by side: 2r.
+    times = 1 if trained.get("init") == "zero" else 2
+    return safety_module, max(-(-a.shape[0] // times) for a, _ in saved.factors.values())
 
 
 def _check_options(max_rank: int | None, share: float | None, dtype: str) -> None:

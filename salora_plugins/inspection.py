@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import atomic_write
 from .safety_module import SafetyModule
+from .texts import cell, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,22 +37,21 @@ def summary(safety_module: SafetyModule) -> str:
     if safety_module.input_bases:
         ranks = [basis.shape[1] for basis in safety_module.input_bases.values()]
         lines.append(_extent("input", ranks, safety_module.captured_input_energy))
-    lines.append(
-        f"Base model: {provenance.get('base_model') or 'unnamed'} (fingerprint {safety_module.fingerprint[:16]})"
-    )
-    data = f"Safety data: {provenance.get('safety_data', 'unknown')}, {provenance.get('safety_samples', '?')} examples"
+    base_model = one_line(provenance.get("base_model") or "unnamed")
+    lines.append(f"Base model: {base_model} (fingerprint {safety_module.fingerprint[:16]})")
+    data = f"Safety data: {one_line(provenance.get('safety_data', 'unknown'))}"
+    data += f", {provenance.get('safety_samples', '?')} examples"
     if "requests" in provenance:
-        data += f" ({provenance['refusals']} refusals to {provenance['requests']} requests)"
-    lines.append(
-        f"{data}, {provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions"
-    )
-    engine = provenance.get("engine", "unknown")
+        data += f" ({provenance.get('refusals', '?')} refusals to {provenance['requests']} requests)"
+    positions = one_line(provenance.get("safety_positions", ""))
+    lines.append(f"{data}, {provenance.get('positions_counted', '?')} {positions} positions")
+    engine = one_line(provenance.get("engine", "unknown"))
     if "sketch_width" in provenance:
         inputs = f", of inputs {provenance['input_sketch_width']}" if "input_sketch_width" in provenance else ""
         engine += f" (width {provenance['sketch_width']}{inputs})"
-    lines.append(f"Method: {provenance.get('basis_method', 'unknown')}, engine: {engine}")
+    lines.append(f"Method: {one_line(provenance.get('basis_method', 'unknown'))}, engine: {engine}")
     versions = provenance.get("versions", {})
-    lines.append("Versions: " + ", ".join(f"{package} {number}" for package, number in versions.items()))
+    lines.append("Versions: " + one_line(", ".join(f"{package} {number}" for package, number in versions.items())))
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def table(safety_module: SafetyModule) -> Table:
                     "?" if share is None else f"{share:.1%}",
                     f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
                 ]
-        result.add_row(name, *cells)
+        result.add_row(cell(name), *cells)
     return result
 
 

@@ -9,46 +9,73 @@ from typing import TYPE_CHECKING, Any
 
 from .files import atomic_write
 from .safety_module import SafetyModule
-from .saved_adapter import WEIGHTS_FILE, SavedAdapter, largest_shares, safety_shares
+from .saved_adapter import CARD_FILE, SavedAdapter, adapter_digest, card_mark, largest_shares, safety_shares
+from .texts import markdown, markdown_code
 
 if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .export import ExportReport
     from .projection import ProjectionReport
 
-CARD_FILE = "README.md"
 START, END = "<!-- salora-plugins: renewed with every save -->", "<!-- end of the part by salora-plugins -->"
 
 _PAPER = "[SaLoRA](https://arxiv.org/abs/2501.01765)"
 _PACKAGE = "[salora-plugins](https://pypi.org/project/salora-plugins/)"
 
 
-def write_card(folder: str | os.PathLike, base_model: str | None, section: str, *, tags: tuple[str, ...]) -> None:
+# PEFT's own save_pretrained leaves our part of the card as it is, whatever it writes beside it.
+_TO_CHECK = """Whoever trains or changes the weights without salora-plugins leaves this text as it is. `salora audit`
+says whether they are still the weights that the certificate names, and measures those that are there."""
+
+# The part between the markers. Not from a marker that lost its end to the end of another part.
+_PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def write_card(
+    folder: str | os.PathLike,
+    base_model: str | None,
+    section: str,
+    *,
+    tags: tuple[str, ...],
+    replaces: bool = False,
+) -> None:
     """
     Put a section into a folder's README.md, in the place of the one written before; all other text stays.
 
     Args:
         folder: A saved adapter.
-        base_model: Name of the base model. A folder of this machine is left out of the metadata, which the hub refuses.
+        base_model: Name of the base model. What is no name of the hub, such as a folder of this machine, is left out of
+            the metadata, which the hub would refuse.
         section: Markdown.
         tags: Added to those that the card has.
+        replaces: Whether the card is that of another adapter, which named its own base model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     path = Path(folder) / CARD_FILE
-    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    except Exception as error:  # of several types, from the YAML parser's to the library's own
+        raise ValueError(f"{path} is not a model card ({error}). Mend its first lines, or take it away.") from error
     data = card.data
-    if is_local := base_model is None or os.path.isdir(base_model):
+    nameless = base_model is None or os.path.isdir(base_model) or _HUB_NAME.fullmatch(base_model) is None
+    if nameless:
         data.base_model = None
-    elif not data.base_model:
+    elif replaces or not data.base_model:
         data.base_model = base_model
     data.library_name = "peft"
-    kept = [tag for tag in data.tags or [] if not (is_local and tag.startswith("base_model:adapter:"))]
+    gone = {"salora"} if replaces else set()
+    kept = {
+        tag
+        for tag in data.tags or []
+        if tag not in gone and not ((nameless or replaces) and tag.startswith("base_model:adapter:"))
+    }
     data.tags = sorted({*kept, *tags})
     block = f"{START}\n{section.strip()}\n{END}"
-    before = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    text, found = before.subn(lambda _: block, card.text, count=1)
-    card.text = text if found else f"{card.text.strip()}\n\n{block}\n".lstrip()
+    parts = iter([block])
+    text, found = _PART.subn(lambda _: next(parts, ""), card.text)
+    card.text = (text if found else f"{card.text.strip()}\n\n{block}").strip() + "\n"
     atomic_write(path, str(card).encode())
 
 
@@ -81,6 +108,8 @@ directions that carried the base model's refusals on the safety data. That does 
 
 {_table(rows)}
 
+{_TO_CHECK}
+
 It loads without salora-plugins, as any LoRA adapter:
 
 ```python
@@ -97,49 +126,53 @@ model = load_for_training(base_model, "this folder or repository")
     write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
 
 
-def export_section(report: ExportReport, safety_module: SafetyModule | None) -> str:
+def export_section(report: ExportReport, safety_module: SafetyModule | None, digest: str) -> str:
     """
     The same for an adapter that [`export_adapter`] wrote.
 
     Args:
         report: What the export found.
         safety_module: That of the exported adapter; None for adapters of plain LoRA.
+        digest: Of the exported weights.
     """
     saved_rank = max(module.saved_rank for module in report.modules.values())
     rows = {"Rank": f"{report.rank}, from {saved_rank}", "Lost": f"{report.lost_share:.1e} of the norm of the update"}
     if safety_module is not None and report.safety_shares is not None:
-        rows |= {"Certificate": _certificate(report.safety_shares), **_provenance(safety_module)}
+        rows |= {"Certificate": _certificate(report.safety_shares, digest), **_provenance(safety_module)}
         origin = f"A LoRA adapter with the safety module of {_PAPER} that is described below, brought"
+        to_check = f"\n{_TO_CHECK}\n"
     else:
-        origin = "A LoRA adapter, brought"
+        origin, to_check = "A LoRA adapter, brought", ""
     return f"""
-## Exported at a lower rank
+## Exported
 
-{origin} to a lower rank by {_PACKAGE} (`salora export`). It is for inference; the original can be trained further.
+{origin} to rank {report.rank} by {_PACKAGE} (`salora export`). It is for inference; train the original further.
 
 {_table(rows)}
-
+{to_check}
 ```python
 model = PeftModel.from_pretrained(base_model, "this folder or repository")
 ```
 """
 
 
-def projection_section(report: ProjectionReport, safety_module: SafetyModule) -> str:
+def projection_section(report: ProjectionReport, safety_module: SafetyModule, digest: str) -> str:
     """
     The same for an adapter that [`project_adapter`] wrote.
 
     Args:
         report: What the projection found.
         safety_module: The one that it was projected with.
+        digest: Of the projected weights.
     """
     rows = {
         "Removed": f"{report.removed_share:.1%} of the norm of the update",
-        "Certificate": _certificate(report.safety_shares),
+        "Certificate": _certificate(report.safety_shares, digest),
         **_provenance(safety_module),
     }
     if report.not_covered:
-        rows["Not protected"] = ", ".join(report.not_covered[:5]) + (", ..." if len(report.not_covered) > 5 else "")
+        names = [markdown(name) for name in report.not_covered[:5]]
+        rows["Not protected"] = ", ".join(names) + (", ..." if len(report.not_covered) > 5 else "")
     return f"""
 ## Projected out of the safety directions
 
@@ -148,6 +181,8 @@ data, by {_PACKAGE} (`salora project`). It was trained without them. That does n
 
 {_table(rows)}
 
+{_TO_CHECK}
+
 ```python
 model = PeftModel.from_pretrained(base_model, "this folder or repository")
 ```
@@ -155,39 +190,46 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 
 
 def _certificate_of(folder: Path, safety_module: SafetyModule) -> str:
-    if not (folder / WEIGHTS_FILE).is_file():
-        return "not computed, since the weights were not saved as safetensors"
     try:
-        return _certificate(largest_shares(safety_shares(SavedAdapter.load(folder), safety_module)))
+        shares = largest_shares(safety_shares(SavedAdapter.load(folder), safety_module))
+        return _certificate(shares, str(adapter_digest(folder)))
+    except FileNotFoundError:
+        return "not computed, since the weights were not saved as safetensors"
     except ValueError as error:  # a remark on the card must not end a training run
-        return f"not computed: {error}"
+        return f"not computed: {markdown(error)}"
 
 
-def _certificate(shares: dict[str, float]) -> str:
+def _certificate(shares: dict[str, float], digest: str) -> str:
+    if not shares:
+        return "not computed: the file holds no lora_A and lora_B of a linear layer"
     formulas = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
     parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
-    return f"{', '.join(parts)} in every target layer, computed from the saved files"
+    return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
 
 
 def _provenance(safety_module: SafetyModule) -> dict[str, str]:
+    """What the safety module says of itself; it may be another's, so that none of it is taken for Markdown."""
     known = safety_module.provenance
     data = str(known.get("safety_data", "unknown"))
     if os.path.isabs(data):
         data = os.path.basename(data)
     samples = f"{known.get('safety_samples', '?')} samples"
     if "requests" in known:
-        samples += f" ({known['refusals']} refusals to {known['requests']} requests)"
+        samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
+    digest = markdown_code(known.get("safety_data_sha256", "unknown"))
+    method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
+    versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
     return {
-        "Safety module of": f"{_base_model(known)} (fingerprint `{safety_module.fingerprint}`)",
-        "Safety data": f"{data}, {samples}, SHA-256 `{known.get('safety_data_sha256', 'unknown')}`",
-        "Positions": f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions', 'unknown')!r}",
-        "Basis method": f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics",
-        "Versions": ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items()),
+        "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
+        "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
+        "Positions": markdown(f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"),
+        "Basis method": markdown(method),
+        "Versions": markdown(versions),
     }
 
 
 def _base_model(known: dict[str, Any]) -> str:
-    name = known.get("base_model") or "an unnamed model"
+    name = str(known.get("base_model") or "an unnamed model")
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
 
 
@@ -202,5 +244,5 @@ def _number(lora: Any) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    cells = [f"| {name} | {' '.join(value.split()).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    cells = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *cells])

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .evaluation.first_tokens import FirstTokenReference, first_token_kl, first_token_reference, refusal_margins
 from .evaluation.requests import load_requests
 from .safety_module import SafetyModule
-from .saved_adapter import covers, norms
+from .saved_adapter import covers, largest, norms
 from .tuner import SaLoRAModel
 
 if TYPE_CHECKING:
@@ -209,17 +209,17 @@ class SafetyMonitorCallback(TrainerCallback):
 def largest_live_share(model: PeftModel, safety_module: SafetyModule) -> float:
     """
     The certificate of a model in training: the largest share of a module's update in the safety directions, either
-    side, over the active adapters; 0 where there is no update yet.
+    side, over the active adapters; 0 where there is no update yet, NaN where an update is not finite.
 
     Args:
         model: With LoRA adapters, of SaLoRA or not.
         safety_module: The directions.
     """
-    largest = 0.0
+    shares = [0.0]
     for name, a, b in _covered_factors(model, safety_module):
         norm, inside = norms(a, b, safety_module, name)
-        largest = max(largest, *((part / norm if norm else 0.0) for part in inside.values()))
-    return largest
+        shares += [part / norm if norm else 0.0 for part in inside.values()]
+    return largest(shares)
 
 
 def _covered_factors(model: nn.Module, safety_module: SafetyModule) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -6,13 +6,15 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
 
 from . import hookspecs
 from .hookspecs import PROJECT, BasisMethod, DataSource, Judge, JudgeFactory
+from .texts import one_line
 
 COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.demo.command")
 """Modules of the built-in commands; they import nothing heavy, so that `salora --help` is quick."""
@@ -40,15 +42,13 @@ def plugin_manager(*, commands_only: bool = False) -> pluggy.PluginManager:
     for module in COMMAND_PLUGINS if commands_only else BUILTIN_PLUGINS:
         manager.register(importlib.import_module(module), name=module)
     # Sorted, so that the outcome of a name conflict does not depend on the order of directories on sys.path.
-    installed = sorted(entry_points(group=PROJECT), key=lambda e: (e.dist.name if e.dist else "", e.name))
-    for entry_point in installed:
-        name = f"{entry_point.dist.name}:{entry_point.name}" if entry_point.dist else entry_point.name
+    for name, entry_point in sorted(_installed(), key=lambda pair: pair[0]):
         plugin = None
         try:
             plugin = entry_point.load()
             manager.register(plugin, name=name)
             manager.check_pending()  # a misspelled hook name would otherwise never be called
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if plugin is not None and manager.get_plugin(name) is plugin:
                 manager.unregister(plugin)
             _warn_skipped(name, "could not be loaded", error)
@@ -112,14 +112,33 @@ def call_each_plugin(
     for name, plugin in plugins:
         before()
         caller = manager.subset_hook_caller(hook, [other for _, other in plugins if other is not plugin])
-        try:
+        succeeded = False
+        with without_defects(name, f"failed in {hook}"):
             caller(**arguments)
-        except Exception as error:
-            if name in BUILTIN_PLUGINS:
-                raise
-            _warn_skipped(name, f"failed in {hook}", error)
-            continue
-        yield name
+            succeeded = True
+        if succeeded:
+            yield name
+
+
+@contextmanager
+def without_defects(name: str, what: str) -> Iterator[None]:
+    """
+    Turn what a plugin raises, `sys.exit` included, into a `RuntimeWarning` that names it; that of a built-in one is
+    raised.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if name in BUILTIN_PLUGINS:
+            raise
+        _warn_skipped(name, what, error)
+
+
+def _installed() -> Iterator[tuple[str, EntryPoint]]:
+    """Name of the plugin, with that of its distribution, and its entry point."""
+    for entry_point in entry_points(group=PROJECT):
+        distribution = entry_point.dist.name if entry_point.dist else None
+        yield f"{distribution}:{entry_point.name}" if distribution else entry_point.name, entry_point
 
 
 def merge_names(found: dict[str, Any], new: dict[str, Any], kind: str, plugin_name: str) -> None:
@@ -136,9 +155,9 @@ def merge_names(found: dict[str, Any], new: dict[str, Any], kind: str, plugin_na
             found[name] = value
 
 
-def _warn_skipped(name: str, what: str, error: Exception) -> None:
+def _warn_skipped(name: str, what: str, error: BaseException) -> None:
     warnings.warn(
-        f"The salora_plugins plugin {name!r} {what} and is skipped: {type(error).__name__}: {error}",
+        f"The salora_plugins plugin {name!r} {what} and is skipped: {type(error).__name__}: {one_line(error)}",
         RuntimeWarning,
         stacklevel=2,
     )

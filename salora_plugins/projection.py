@@ -18,11 +18,13 @@ from .saved_adapter import (
     check_destination,
     check_plain_lora,
     covers,
+    in_dtype,
     largest_shares,
     norms,
     safety_shares,
     write_adapter,
 )
+from .texts import cell, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +57,7 @@ class ProjectionReport:
             f"Largest share of a module's update in the safety directions now: {shares}.",
         ]
         if self.not_covered:
-            shown = ", ".join(self.not_covered[:3]) + (", ..." if len(self.not_covered) > 3 else "")
+            shown = ", ".join(map(one_line, self.not_covered[:3])) + (", ..." if len(self.not_covered) > 3 else "")
             lines.append(f"Written as they were, since the safety module does not cover them: {shown}.")
         return "\n".join(lines)
 
@@ -67,7 +69,7 @@ class ProjectionReport:
         result.add_column("Module", overflow="fold")
         result.add_column("removed", justify="right")
         for name, share in self.modules.items():
-            result.add_row(name, f"{share:.2%}")
+            result.add_row(cell(name), f"{share:.2%}")
         return result
 
 
@@ -94,12 +96,12 @@ def project_adapter(
         safety_module: The directions: a safety module of the adapter's base model, or its file.
         out: The folder to write.
         dtype: "float32", "bfloat16" or "float16" of the written weights; in 16 bits rounding brings back about 1e-3.
-        overwrite: Replace an adapter that `out` holds already.
+        overwrite: Replace an adapter that `out` holds already; all other files there stay.
 
     Raises:
         FileNotFoundError, FileExistsError: See the message.
-        ValueError: An option is out of range, the adapter is not two plain factors per linear layer, or the safety
-            module covers none of its modules.
+        ValueError: An option is out of range, the adapter is not two plain factors per linear layer, the safety
+            module covers none of its modules, or its weights are too large for `dtype`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
@@ -126,7 +128,8 @@ def project_adapter(
         squares += (saved.scaling(name) ** 2) * square
         total += (saved.scaling(name) * before) ** 2
     written = replace(
-        saved, factors={name: tuple(factor.to(DTYPES[dtype]) for factor in pair) for name, pair in factors.items()}
+        saved,
+        factors={name: tuple(in_dtype(x, DTYPES[dtype], name) for x in pair) for name, pair in factors.items()},
     )
     only_covered = replace(written, factors={name: written.factors[name] for name in covered})
     report = ProjectionReport(
@@ -138,7 +141,7 @@ def project_adapter(
     write_adapter(
         written,
         out,
-        card=projection_section(report, safety_module),
+        card=lambda digest: projection_section(report, safety_module, digest),
         tags=("lora", "salora"),
         safety_module=safety_module,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from .config import CONFIG_FILE, SaLoRAConfig
 from .model_card import write_training_card
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import ADAPTER_CONFIG_FILE
+from .saved_adapter import ADAPTER_CONFIG_FILE, check_saved_together
 
 # What transformers' trainers leave out of an upload, and files that only resuming needs.
 _NOT_UPLOADED = ["_*", "checkpoint-*", "checkpoint-*/*", "runs/*", "*.bin", "*.pt", "*.pth", "trainer_state.json"]
@@ -46,6 +46,7 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: The folder does not hold a SaLoRA adapter.
+        ValueError: Its weights are not those that its safety module was saved with.
     """
     from huggingface_hub import HfApi
 
@@ -73,4 +74,5 @@ def _renew_card(folder: Path) -> None:
     for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE, DEFAULT_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a SaLoRA adapter as it was saved.")
+    check_saved_together(folder)
     write_training_card(folder, SaLoRAConfig.from_pretrained(folder), SafetyModule.load(folder))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,28 @@ from torch import Tensor
 from .files import atomic_write, hub_file, is_hub_id
 from .ranks import Rank, rank_for_share
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+"""Since 2, the checksum is of the description, too."""
 DEFAULT_FILE = "salora.safetensors"
 # float32 SVDs leave 1e-6; anything above means that the file does not hold orthonormal bases.
 _ORTHONORMALITY_TOLERANCE = 1e-4
 
 _METADATA_KEY = "salora_safety_module"
+_NUMBER = (int, float)
+_LARGEST = 1e300
+# The parts of the provenance that this package reads, and what they are; a calibration may add others.
+_TEXTS = ("base_model", "safety_data", "safety_data_sha256", "safety_positions", "basis_method", "engine")
+_NUMBERS = (
+    *("safety_samples", "positions_counted", "requests", "refusals", "safety_rank", "input_safety_rank"),
+    *("sketch_width", "input_sketch_width", "seed"),
+)
+_MAPPINGS = {
+    **dict.fromkeys(("energy", "input_energy", "safety_rank_pattern", "input_safety_rank_pattern"), _NUMBER),
+    "versions": str,
+}
+
 _KEYS = ("output_basis", "output_singular_values", "input_basis", "input_singular_values", "weight_sample")
 
 
@@ -78,6 +95,7 @@ class SafetyModule:
                     raise SafetyModuleError(f"{name}: {kind} of shape {tuple(vector.shape)} do not fit its basis.")
                 if not torch.isfinite(vector).all():
                     raise SafetyModuleError(f"{name}: {kind} are not finite.")
+        _check_provenance(self.provenance)
 
     @property
     def safety_rank(self) -> int:
@@ -204,9 +222,9 @@ class SafetyModule:
         description = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "content_sha256": _content_digest(tensors),
             "provenance": self.provenance,
         }
+        description["content_sha256"] = _checksum(tensors, description)
         # One entry: safetensors writes several in an order of its own, and equal modules would differ in their bytes.
         metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -215,7 +233,7 @@ class SafetyModule:
     def load(cls, path: str | os.PathLike) -> SafetyModule:
         """
         Read a safety module and check it: format, shapes, finiteness, orthonormality, and that the content is what
-        was written.
+        was written. Files of format version 1, whose description is under no checksum, are read with a warning.
 
         Args:
             path: A file, a folder that holds `salora.safetensors` (a saved adapter, for example), or a repository of
@@ -251,12 +269,12 @@ class SafetyModule:
             version, digest, provenance = (
                 description[key] for key in ("format_version", "content_sha256", "provenance")
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise SafetyModuleError(
-                f"{path}: format version {version}, this salora-plugins reads "
-                f"{FORMAT_VERSION}. Install the version that wrote it, or calibrate again."
+                f"{path}: format version {version!r}, this salora-plugins reads "
+                f"1 and {FORMAT_VERSION}. Install the version that wrote it, or calibrate again."
             )
         parts: dict[str, dict[str, Tensor]] = {key: {} for key in _KEYS}
         for key, tensor in tensors.items():
@@ -275,10 +293,16 @@ class SafetyModule:
             )
         except SafetyModuleError as error:
             raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
-        if _content_digest(tensors) != digest:
+        if digest != (content_digest(tensors) if version == 1 else _checksum(tensors, description)):
             raise SafetyModuleError(
                 f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
                 "changed; calibrate again or fetch it again."
+            )
+        if version == 1:
+            logger.warning(
+                "%s is of format version 1: what it says of its origin (base model, data, versions) is under no "
+                "checksum. SafetyModule.load(...).save(...) writes it anew, for who trusts it.",
+                path,
             )
         return module
 
@@ -310,10 +334,48 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
 
 
-def _content_digest(tensors: Mapping[str, Tensor]) -> str:
+def _check_provenance(provenance: Any) -> None:
+    """Raise SafetyModuleError for a part that is not what it should be; parts may be missing."""
+    if not isinstance(provenance, Mapping):
+        raise SafetyModuleError(f"provenance is {provenance!r:.80}, not a mapping.")
+    for key, value in provenance.items():
+        if key in _TEXTS and not (value is None or isinstance(value, str)):
+            raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a text.")
+        if key in _NUMBERS and not (value is None or _is_a(value, _NUMBER)):
+            raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a number.")
+        if key in _MAPPINGS:
+            kind = _MAPPINGS[key]
+            inside = value.items() if isinstance(value, Mapping) else [(None, None)]
+            if not all(isinstance(name, str) and _is_a(of_name, kind) for name, of_name in inside):
+                wanted = "numbers" if kind is _NUMBER else "texts"
+                raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a mapping of names to {wanted}.")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is _NUMBER:
+        # Also of whole numbers that no float can hold.
+        return isinstance(value, _NUMBER) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+    return isinstance(value, kind)
+
+
+def _checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """SHA-256 of the tensors and of the description, but for the checksum itself."""
+    # As it is read from the file, in which all keys are texts.
+    others = json.loads(json.dumps({key: value for key, value in description.items() if key != "content_sha256"}))
+    content = content_digest(tensors) + json.dumps(others, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def content_digest(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """
+    SHA-256 of tensors on the CPU, as 64 hexadecimal digits: of their names, shapes, dtypes and bytes, not of a file.
+
+    Args:
+        tensors: By name; or pairs of name and tensor in the order of the names, of which one is in memory at a time.
+    """
+    pairs = ((key, tensors[key]) for key in sorted(tensors)) if isinstance(tensors, Mapping) else tensors
     digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
+    for key, tensor in pairs:
         digest.update(f"{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import tempfile
+import re
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import atomic_write
-from .safety_module import SafetyModule
+from .files import TAKEN_AWAY, atomic_write, scratch_folder
+from .safety_module import DEFAULT_FILE, SafetyModule, content_digest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "salora_config.json"
+CARD_FILE = "README.md"
+
+DIGEST_KEY = "adapter_sha256"
+"""In `salora_config.json`: the digest of the weights that were saved with it, see [`adapter_digest`]."""
+
+# Of a saved adapter, all that this package or PEFT writes. What else lies in its folder is somebody else's.
+_OWN_FILES = (WEIGHTS_FILE, "adapter_model.bin", DEFAULT_FILE, CONFIG_FILE, CARD_FILE, ADAPTER_CONFIG_FILE)
+
+logger = logging.getLogger(__name__)
 
 # What PEFT 0.4.0, the first version that loads safetensors files, knows. Versions 0.6 to 0.13 fail on keys that are new
 # to them; 0.4 and 0.5 pass over them.
@@ -76,17 +89,19 @@ class SavedAdapter:
 
         Raises:
             FileNotFoundError: One of the two files is missing.
-            ValueError: One of them cannot be read, or a module has only one of its factors.
+            ValueError: One of them cannot be read or holds what none of its kind does, or a module has only one of its
+                factors.
         """
         folder = Path(folder)
         for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}, so it is not an adapter saved as safetensors.")
+        config = read_json_object(folder / ADAPTER_CONFIG_FILE)
+        _check_adapter_config(config, folder / ADAPTER_CONFIG_FILE)
         try:
-            config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
             tensors = load_file(folder / WEIGHTS_FILE)
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the adapter cannot be read ({error}). Save it again.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} {_unreadable(error)}") from error
         names = [key.removesuffix(_FACTORS[0]) for key in tensors if key.endswith(_FACTORS[0])]
         factors = {}
         for name in names:
@@ -96,16 +111,20 @@ class SavedAdapter:
             factors[name.removeprefix(_PREFIX)] = a, b
         return cls(config, factors, tensors)
 
+    def rank_of(self, name: str) -> int:
+        """The rank that the configuration says a module has, `rank_pattern` included."""
+        return self._of(name, "rank_pattern", "r")
+
     def scaling(self, name: str) -> float:
         """The LoRA scaling s of a module, with PEFT's rules for rsLoRA, `rank_pattern` and `alpha_pattern`."""
+        rank, alpha = self.rank_of(name), self._of(name, "alpha_pattern", "lora_alpha")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _of(self, name: str, pattern: str, default: str) -> Any:
         from peft.utils.other import get_pattern_key
 
-        def of(pattern: str, default: str) -> float:
-            values = self.config.get(pattern) or {}
-            return values.get(get_pattern_key(values.keys(), name), self.config[default])
-
-        rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        values = self.config.get(pattern) or {}
+        return values.get(get_pattern_key(values.keys(), name), self.config[default])
 
     @property
     def rank(self) -> int:
@@ -126,13 +145,16 @@ def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[st
         ||dW V_C||_F / ||dW||_F) -> share; 0 where dW is zero. dW is never formed: of B = QR, only R A is needed.
 
     Raises:
-        ValueError: The safety module has no directions for a module, or ones of another size.
+        ValueError: The safety module has no directions for a module, or ones of another size; or the weights are not
+            finite, of which there is no share.
     """
     shares = {}
     for name, (a, b) in adapter.factors.items():
         if not covers(safety_module, name, b):
             raise ValueError(f"{name}: the safety module has no directions for this module. Was it another model's?")
         norm, inside = norms(a, b, safety_module, name)
+        if not math.isfinite(norm):
+            raise ValueError(f"the weights of {name} are not finite")
         shares[name] = {side: part / norm if norm else 0.0 for side, part in inside.items()}
     return shares
 
@@ -153,9 +175,13 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
         name: The module's name.
 
     Returns:
-        ||B A||_F, 0 where it is rounding error only; and side -> ||U_C^T B A||_F or ||B A V_C||_F.
+        ||B A||_F, 0 where it is rounding error only; and side -> ||U_C^T B A||_F or ||B A V_C||_F. All are NaN where
+        a factor is not finite.
     """
     a, b = a.double(), b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        sides = ("output", "input") if name in safety_module.input_bases else ("output",)
+        return math.nan, dict.fromkeys(sides, math.nan)
     reduced = torch.linalg.qr(b).R
     norm = torch.linalg.norm(reduced @ a).item()
     if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
@@ -211,22 +237,42 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
 
 
 def largest_shares(shares: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Side -> the largest share over all modules."""
+    """Side -> the largest share over all modules; NaN where one of them is."""
     sides = dict.fromkeys(side for of_module in shares.values() for side in of_module)
-    return {side: max(of_module[side] for of_module in shares.values() if side in of_module) for side in sides}
+    return {side: largest(of_module[side] for of_module in shares.values() if side in of_module) for side in sides}
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN where one of them is, which `max` would pass over unless it comes first."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
+def in_dtype(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """
+    A factor of a module in another dtype.
+
+    Raises:
+        ValueError: Its numbers are too large for it.
+    """
+    converted = factor.to(dtype)
+    if not torch.isfinite(converted).all():
+        short = str(dtype).removeprefix("torch.")
+        raise ValueError(f"dtype={short!r} cannot hold the weights of {name}: choose 'float32' or 'bfloat16'.")
+    return converted
 
 
 def check_destination(adapter: Path, out: Path, overwrite: bool) -> None:
     """
     Raises:
-        ValueError: `out` is the folder that is read, or holds it.
+        ValueError: `out` is the folder that is read.
         FileExistsError: There is something else than an adapter, or one that is not to be replaced.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if out.resolve() == adapter.resolve() or adapter.resolve().is_relative_to(out.resolve()):
+    if out.resolve() == adapter.resolve():
         raise ValueError(f"{out} holds the adapter that is read. Name another folder to write.")
-    if not (out / ADAPTER_CONFIG_FILE).is_file():
+    # One of the two is what an interruption may have left.
+    if not any((out / name).is_file() for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE)):
         raise FileExistsError(f"{out} exists and is not a saved adapter. Name another folder to write.")
     if not overwrite:
         raise FileExistsError(
@@ -274,49 +320,237 @@ def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None
     for name, (a, b) in saved.factors.items():
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{folder}: the weights of {name} are not finite.")
+        ranks = {a.shape[0], b.shape[1], saved.rank_of(name)}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"{folder}: the factors of {name} have the shapes {tuple(a.shape)} and {tuple(b.shape)}, and the "
+                f"configuration says rank {saved.rank_of(name)}. The two files do not belong together; save it again."
+            )
+
+
+def adapter_digest(folder: str | os.PathLike) -> str | None:
+    """
+    SHA-256 of an adapter's weights: of the tensors' names, shapes, dtypes and bytes, in the order of the names, so that
+    neither the order within the file nor its metadata matter.
+
+    Args:
+        folder: With `adapter_model.safetensors`; without it there is no digest: None.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    file = Path(folder) / WEIGHTS_FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return content_digest((key, opened.get_tensor(key)) for key in sorted(opened.keys()))
+    except SafetensorError as error:
+        raise ValueError(f"{file} {_unreadable(error)}") from error
+
+
+def adapter_problem(folder: str | os.PathLike) -> str | None:
+    """
+    Why the safety module and the certificate beside an adapter do not hold for its weights, or None.
+
+    They name the weights that they were saved with: by the digest in `salora_config.json` and, where there is none (an
+    adapter that was exported or projected), by that in the model card. A folder that names none has no problem.
+    """
+    folder = Path(folder)
+    try:
+        digest, source = _recorded_digest(folder)
+        if digest is None:
+            return None
+        found = adapter_digest(folder)
+    except ValueError as error:
+        return str(error)
+    if found is None:
+        return f"{folder} has no {WEIGHTS_FILE}, though {source} names its weights"
+    if found == digest:
+        return None
+    return (
+        f"{folder}: the weights in {WEIGHTS_FILE} are not those that were saved with {source} (their SHA-256 "
+        "differs from the one that it names). They were trained further, combined or converted without "
+        "salora-plugins, so that neither its safety module nor its certificate is theirs"
+    )
+
+
+def check_saved_together(folder: str | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: The weights of a saved SaLoRA adapter are not those that its safety module was saved with, or a file
+            cannot be read; the message names it.
+    """
+    if (problem := adapter_problem(folder)) is not None:
+        raise ValueError(
+            f"{problem.rstrip('.')}. Go on with the adapter as it was saved (a checkpoint before); or, to keep these "
+            "weights, take out of them what lies in the safety directions: `salora project`."
+        )
+
+
+def read_side_config(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """
+    Content of the `salora_config.json` beside an adapter; None where there is none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = Path(folder) / CONFIG_FILE
+    return read_json_object(file) if file.is_file() else None
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: The file is no JSON object; it is named.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read, perhaps cut short ({error}). Save it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__} and no configuration. Save it again.")
+    return values
+
+
+def card_mark(digest: str) -> str:
+    """How a model card names the weights that its certificate is for."""
+    return f"weights of SHA-256 `{digest}`"
+
+
+_CARD_MARK = re.compile(card_mark("([0-9a-f]{64})"))
+
+
+def _recorded_digest(folder: Path) -> tuple[str | None, str]:
+    """The digest of the weights that side files name, and which file it is."""
+    config = read_side_config(folder)
+    if config is not None and DIGEST_KEY in config:
+        digest = config[DIGEST_KEY]
+        if digest is not None and not isinstance(digest, str):
+            raise ValueError(f"{folder / CONFIG_FILE}: {DIGEST_KEY} is {digest!r}, not a text. Save it again.")
+        return digest, CONFIG_FILE
+    if (folder / CARD_FILE).is_file():
+        found = _CARD_MARK.search((folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"))
+        return (None if found is None else found.group(1)), CARD_FILE
+    return None, CONFIG_FILE
+
+
+def _unreadable(error: SafetensorError) -> str:
+    return f"is not a readable safetensors file, perhaps cut short ({error}). Save it again."
+
+
+def _check_adapter_config(config: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for what no PEFT writes, of the entries that are needed here."""
+    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    for option in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(option)
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{file}: {option}={pattern!r} is no mapping of modules to numbers. Save it again.")
+        for key, value in pattern.items():
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{file}: {option}: {key!r} is no regular expression ({error}).") from error
+            numbers[f"{option}[{key!r}]"] = value
+    if config.get("peft_type", "LORA") != "LORA":
+        return  # other methods have other options
+    for option, value in numbers.items():
+        if option == "r" or option.startswith("rank_pattern"):
+            valid, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
+        else:
+            valid, wanted = type(value) in (int, float) and math.isfinite(value), "a number"
+        if not valid:
+            raise ValueError(f"{file}: {option}={value!r} is not {wanted}. Save the adapter again.")
 
 
 def write_adapter(
     adapter: SavedAdapter,
     out: Path,
     *,
-    card: str,
+    card: Callable[[str], str],
     tags: tuple[str, ...],
     safety_module: SafetyModule | None = None,
 ) -> None:
     """
-    Write a plain LoRA adapter, all of its files or none, in the place of one that is there.
+    Write a plain LoRA adapter in the place of one that is there; all else in the folder stays.
+
+    An interruption leaves the adapter that was there. Where even putting that back fails, or the process is killed in
+    between, `adapter_config.json` is missing, without which nothing loads the folder, and what was there lies in a
+    hidden folder beside it.
 
     Args:
         adapter: What to write.
         out: The folder.
-        card: A section for the model card, Markdown.
+        card: Makes a section for the model card, Markdown, from the digest of the weights.
         tags: For the model card.
         safety_module: Written beside it as `salora.safetensors`.
     """
     from .model_card import write_card
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / "new"
-        folder.mkdir()
+    scratch = scratch_folder(out)
+    new, old = scratch / "new", scratch / TAKEN_AWAY
+    try:
+        new.mkdir()
         tensors = dict(adapter.other_tensors)
         for name, (a, b) in adapter.factors.items():
             tensors[f"{_PREFIX}{name}{_FACTORS[0]}"] = a
             tensors[f"{_PREFIX}{name}{_FACTORS[1]}"] = b
-        atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        write_adapter_config(folder, adapter.config)
-        write_card(folder, adapter.config.get("base_model_name_or_path"), card, tags=tags)
+        atomic_write(new / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         if safety_module is not None:
-            safety_module.save(folder)
+            safety_module.save(new / DEFAULT_FILE)
+        if (out / CARD_FILE).is_file():
+            shutil.copyfile(out / CARD_FILE, new / CARD_FILE)
+        base_model = adapter.config.get("base_model_name_or_path")
+        write_card(new, base_model, card(content_digest(tensors)), tags=tags, replaces=True)
+        write_adapter_config(new, adapter.config)
         if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if (Path(scratch) / "old").exists():
-                os.replace(Path(scratch) / "old", out)
-            raise
+            old.mkdir()
+            _exchange(new, out, old)
+        else:
+            os.replace(new, out)
+    except OSError as error:
+        _discard(scratch, out)
+        if error.filename is not None and str(error.filename).startswith(str(new)):
+            raise OSError(error.errno, error.strerror, str(out / Path(error.filename).name)) from error
+        raise
+    except BaseException:
+        _discard(scratch, out)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchange(new: Path, out: Path, old: Path) -> None:
+    """
+    Put the files of `new` into `out` and those of the adapter there into `old`; interrupted, put them back.
+
+    `adapter_config.json` is the first to go and the last to come.
+    """
+    before = [name for name in _OWN_FILES if (out / name).exists()]
+    try:
+        for name in reversed(before):
+            os.replace(out / name, old / name)
+        for name in _OWN_FILES:
+            if (new / name).exists():
+                os.replace(new / name, out / name)
+    except BaseException:
+        if ADAPTER_CONFIG_FILE not in before or (old / ADAPTER_CONFIG_FILE).exists():
+            (out / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
+        for name in _OWN_FILES:
+            if (old / name).exists():
+                os.replace(old / name, out / name)
+            elif name not in before:
+                (out / name).unlink(missing_ok=True)
+        raise
+
+
+def _discard(scratch: Path, out: Path) -> None:
+    """Remove a scratch folder, unless it holds what could not be put back into `out`."""
+    if not any(scratch.glob(f"{TAKEN_AWAY}/*")):
+        shutil.rmtree(scratch, ignore_errors=True)
+    else:
+        logger.error("%s is not complete. What was there lies in %s; move it back.", out, scratch / TAKEN_AWAY)
 
 
 def write_adapter_config(folder: str | os.PathLike, values: dict[str, Any]) -> None:

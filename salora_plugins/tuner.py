@@ -43,7 +43,7 @@ from .layers import (
 from .parametrization import SafeFactor, safe_factor, trained_factor
 from .ranks import Rank
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import FOREIGN_FACTOR_SHARE
+from .saved_adapter import FOREIGN_FACTOR_SHARE, check_saved_together
 
 logger = logging.getLogger(__name__)
 
@@ -347,6 +347,7 @@ class SaLoRAModel(LoraModel):
         config = self.peft_config[adapter_name]
         if config.safety_module == str(Path(folder) / DEFAULT_FILE):
             return  # `load_for_training` has read it already
+        check_saved_together(folder)
         names = list(own.bases)
         saved = SafetyModule.load(folder)
         check_belongs(saved, self.model, names)
@@ -462,6 +463,7 @@ def load_for_training(
     Raises:
         FileNotFoundError: The folder has no `salora_config.json`, so there is no safety module to train with.
         SafetyModuleError: The safety module is damaged or belongs to another model.
+        ValueError: A file cannot be read, or the weights are not those that were saved with the safety module.
 
     Example:
 
@@ -522,6 +524,7 @@ def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
             "export` (train the adapter that was exported). A plain LoRA adapter is loaded with "
             "PeftModel.from_pretrained."
         )
+    check_saved_together(folder)
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True
     return folder, config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -319,7 +320,9 @@ def test_finished_work_is_not_done_again_and_more_can_be_added(copy, finished, s
     ("change", "message"),
     [
         ({"max_new_tokens": 25}, r"began with max_new_tokens=24, not 25.*overwrite=True"),
-        ({"num_requests": 13}, r"harmful='builtin' has another content"),
+        ({"num_requests": 13}, "num_requests is 13 here and was 14"),
+        ({"seed": 1}, "seed is 1 here and was 0"),
+        ({"harmful": [{"prompt": "Help me to do harm."}]}, r"began with harmful='builtin', not 'rows \(list\)'"),
         ({"harmless": ["x"]}, "harmless"),
         ({"kl_tokens": 3}, "began with kl_tokens=5, not 3"),
         ({"dtype": "bfloat16"}, "began with dtype='auto', not 'bfloat16'"),
@@ -330,6 +333,28 @@ def test_other_settings_are_refused(copy, change, message):
         change = {"harmless": [{"prompt": "What is a prime number?"}]}
     with pytest.raises(ValueError, match=message):
         evaluate(MODEL, out=copy, **{**OPTIONS, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "{"),
+        ("settings.json", "[]"),
+        ("base/source.json", "7"),
+        ("base/margins.json", '{"harmful": ["x"]}'),
+        ("base/kl.json", '{"harmful": [0.0]}'),
+        ("base/perplexities.json", "\x00"),
+        ("base/responses-harmful.jsonl", '[[0, "No."]]\n{"a": 1}\n'),
+        ("base/responses-harmless.jsonl", "[[0, 1]\n"),
+    ],
+)
+def test_a_damaged_work_file_is_named(copy, name, content):
+    (copy / WORK_FOLDER / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(copy / WORK_FOLDER / name)) + ".* is damaged .*--overwrite"):
+        evaluate(MODEL, out=copy, **OPTIONS)
+    if name == "base/margins.json":
+        (copy / WORK_FOLDER / name).unlink()
+        evaluate(MODEL, out=copy, **OPTIONS)
 
 
 def test_another_model_of_the_same_name_is_refused_until_it_is_to_be_overwritten(copy, sources):

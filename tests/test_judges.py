@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_report_gets_the_keyword_lists():
     ("spec", "message"),
     [
         ("nobody", "judge 'nobody': there is none of that name. Known: keyword, classifier:..., openai:..., openai-re"),
-        ("keyword:x", "judge 'keyword:x': 'keyword' takes no argument"),
+        ("keyword:x", "judge 'keyword': it takes no argument"),
         ("classifier", "name the model, as in classifier:meta-llama/Llama-Guard-3-8B"),
         ("openai", "give URL#MODEL"),
         ("openai:http://localhost:8000/v1", "give URL#MODEL"),
@@ -75,6 +76,39 @@ def test_an_unusable_judge_is_named(spec, message):
         load_judge(spec)
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+KEY = "sk-very-secret/key+1"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"openai:https://example.org/v1?api_key={KEY}#model",
+        f"openai:https://example.org/v1#model?api_key={KEY}",
+        f"openai:https://{KEY}@example.org/v1#model",
+        f"openai:user:{KEY}@example.org/v1#model",
+        f"openai:example.org/v1?key={KEY}",
+        f"openai:https://example.org/{KEY}/v1#model",
+        f"openai:https://[{KEY}/v1#model",
+        f"openai:https://example.org/v1 {KEY}#model",
+        f"opnai:https://example.org/v1?key={KEY}#model",
+        f"keyword:{KEY}",
+    ],
+)
+def test_no_message_shows_an_address_that_may_hold_a_key(monkeypatch, spec):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ValueError) as caught:
+        load_judge(spec)
+    assert "secret" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r\nX-Other: 1", " ", "\u2019", "\x7f"])
+def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch, inside):
+    monkeypatch.setenv("OPENAI_API_KEY", f"sk-very{inside}secret")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds a space") as caught:
+        load_judge("openai:http://127.0.0.1:9/v1#model")
+    assert "secret" not in str(caught.value) and "very" not in str(caught.value)
 
 
 class Words:
@@ -97,6 +131,8 @@ class Words:
             raise RuntimeError("a defect")
         if any("few" in response for _, response in pairs):
             return []
+        if any("exit" in response for _, response in pairs):
+            raise SystemExit
         if any("stop" in response for _, response in pairs):
             raise KeyboardInterrupt
         return [None if "none" in response else self.word in response for _, response in pairs]
@@ -106,13 +142,14 @@ def test_a_failure_is_an_error_of_its_answer_alone():
     words = Words("bomb")
     judge = NamedJudge("words", words)
     assert judge([]) == [] and words.loaded == 0
-    answers = ["a bomb", "fail", "none", "bread", "few", "bomb"]
+    answers = ["a bomb", "fail", "none", "bread", "few", "exit", "bomb"]
     assert judge([("?", answer) for answer in answers]) == [
         True,
         "RuntimeError: a defect",
         "The judge returned None of type NoneType, not True or False.",
         False,
         "ValueError: the judge returned 0 verdicts on 1 answers",
+        "SystemExit: ",
         True,
     ]
     judge([("?", "bread")])
@@ -247,9 +284,6 @@ def test_a_classifier_that_cannot_work_is_refused_before_anything_is_generated(t
         describe_judge(f"classifier:{tmp_path}")
 
 
-KEY = "sk-very-secret"
-
-
 class Endpoint(BaseHTTPRequestHandler):
     """Answers as the response that it is shown says."""
 
@@ -285,6 +319,8 @@ class Endpoint(BaseHTTPRequestHandler):
             text = f"failed; the key was {KEY}"
         elif kind == "raw":
             text = rest
+        if kind == "padded":
+            text = "x" * int(rest) + f" {KEY} {json.dumps(KEY)} {quote(KEY)} " + "y" * 300
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -361,6 +397,18 @@ def test_endpoint_failures_are_errors_of_their_answers(endpoint):
             assert KEY not in verdict
     tries = [shown["response"] for _, _, _, shown in handler.seen]
     assert [tries.count(answer) for answer in ("always:500", "always:401", "once:429", "hang up")] == [3, 1, 2, 3]
+
+
+def test_the_key_is_sent_without_white_space_and_taken_out_before_a_text_is_cut(endpoint, monkeypatch):
+    url, handler = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\r\n")
+    judge = load_judge(f"openai:{url}#model")
+    replies = [f"padded:{length}" for length in range(140, 201, 4)]
+    replies += [f"say:{'x' * 100}{KEY}{'y' * length}" for length in range(50, 90, 4)]
+    parts = [KEY[start : start + 6] for start in range(len(KEY) - 5)]
+    for verdict in judge([("How?", reply) for reply in replies]):
+        assert isinstance(verdict, str) and not any(part in verdict for part in parts), verdict
+    assert {authorization for _, _, authorization, _ in handler.seen} == {f"Bearer {KEY}"}
 
 
 def test_the_texts_that_are_judged_cannot_leave_their_place(endpoint):

@@ -1,16 +1,23 @@
 """The artifact: what is written is read again, and damage of each kind is named."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from salora_plugins import SafetyModule, calibrate
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
+from salora_plugins.cli import create_cli
+from salora_plugins.inspection import summary
 from salora_plugins.layers import check_belongs
-from salora_plugins.safety_module import SafetyModuleError
+from salora_plugins.model_card import END, START
+from salora_plugins.safety_module import SafetyModuleError, content_digest
 from tiny import llama, qwen3, token_rows
 
 OPTIONS = {"target_modules": ["q_proj", "k_proj"], "safety_rank": 8, "input_safety_rank": 4}
@@ -120,6 +127,96 @@ def test_damage_is_named(module, tmp_path, change, message):
     rewrite(tmp_path / "salora.safetensors", change)
     with pytest.raises(SafetyModuleError, match=message):
         SafetyModule.load(tmp_path)
+
+
+NO_TEXT = r"provenance: {} is .*, not a"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "provenance is None, not a mapping"),
+        ([], "not a mapping"),
+        ({"energy": "much"}, NO_TEXT.format("energy")),
+        ({"energy": {NAME: "much"}}, NO_TEXT.format("energy")),
+        ({"input_energy": {NAME: float("nan")}}, NO_TEXT.format("input_energy")),
+        ({"versions": "x"}, NO_TEXT.format("versions")),
+        ({"versions": {"torch": 2}}, NO_TEXT.format("versions")),
+        ({"base_model": ["x"]}, NO_TEXT.format("base_model")),
+        ({"safety_positions": {}}, NO_TEXT.format("safety_positions")),
+        ({"requests": "many"}, NO_TEXT.format("requests")),
+        ({"seed": True}, NO_TEXT.format("seed")),
+        ({"base_model": "another/model"}, "the checksum differs"),
+        ({"by": "a newer version"}, "the checksum differs"),
+    ],
+)
+def test_a_description_that_was_changed_or_is_of_other_types_is_named(module, tmp_path, change, message):
+    def write(tensors, metadata):
+        provenance = change if not isinstance(change, dict) else {**module.provenance, **change}
+        metadata.update(change_description(metadata, provenance=provenance))
+
+    module.save(tmp_path)
+    rewrite(tmp_path / "salora.safetensors", write)
+    with pytest.raises(SafetyModuleError, match=message) as caught:
+        SafetyModule.load(tmp_path)
+    assert str(tmp_path / "salora.safetensors") in str(caught.value)
+
+
+def test_files_of_format_1_are_read_with_a_word_about_them(module, tmp_path, caplog):
+    def as_format_1(tensors, metadata):
+        metadata.update(change_description(metadata, format_version=1, content_sha256=content_digest(tensors)))
+
+    module.save(tmp_path)
+    rewrite(tmp_path / "salora.safetensors", as_format_1)
+    read = SafetyModule.load(tmp_path)
+    assert read.provenance == module.provenance and "is under no checksum" in caplog.text
+    caplog.clear()
+    read.save(tmp_path / "new.safetensors")
+    SafetyModule.load(tmp_path / "new.safetensors")
+    assert not caplog.text
+    rewrite(tmp_path / "salora.safetensors", lambda t, m: t[f"{NAME}.output_singular_values"].mul_(2))
+    with pytest.raises(SafetyModuleError, match="the checksum differs"):
+        SafetyModule.load(tmp_path)
+
+
+HOSTILE = [
+    "\x1b]0;title\x07\x1b[2J",
+    "a\u202eb\nOutside: no module has more",
+    "x <!-- end of the part by salora-plugins --> <script>alert(1)</script> | `y` [z](javascript:1) ![i](j) [/red]",
+    "\n---\ntags: [other]\n---\n# Heading",
+    "<!-- salora-plugins: renewed with every save --> **bold**",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_of_others_are_only_shown(module, tmp_path, text):
+    """By `salora inspect`, in an error message, and in the card, which does not grow."""
+    known = {"base_model": text, "safety_data": text, "safety_positions": "prompt", "engine": text}
+    known |= {"basis_method": text, "safety_data_sha256": text, "versions": {text: text}}
+    hostile = replace(module, provenance={**module.provenance, **known})
+    hostile.save(tmp_path / "h.safetensors")
+    read = SafetyModule.load(tmp_path / "h.safetensors")
+    assert len(summary(read).splitlines()) == len(summary(module).splitlines())
+    result = CliRunner().invoke(create_cli(), ["inspect", str(tmp_path / "h.safetensors")])
+    assert result.exit_code == 0
+    for shown in (summary(read), result.output):
+        assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+    config = SaLoRAConfig(
+        r=2, init="zero", target_modules=OPTIONS["target_modules"], safety_rank=8, safety_module=read, safety_data=[]
+    )
+    model = get_peft_model(llama(), config)
+    model.peft_config["default"].base_model_name_or_path = text
+    sizes = []
+    for _ in range(3):
+        model.save_pretrained(tmp_path / "adapter")
+        sizes.append(len((tmp_path / "adapter" / "README.md").read_text()))
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    part = card.text[card.text.index(START) + len(START) : card.text.index(END)]
+    assert sizes[0] == sizes[1] == sizes[2] and card.text.count(START) == card.text.count(END) == 1
+    assert "<" not in part and "\x1b" not in part and "\n# Heading" not in part and "](j" not in part.replace("\\]", "")
+    assert part.count("| Safety module of |") == 1 and part.rstrip().endswith("```")
+    assert card.data.base_model is None and "other" not in card.data.tags
 
 
 def test_belongs_to_one_model(module):

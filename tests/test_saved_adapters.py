@@ -1,8 +1,10 @@
 """Saved adapters outside of this package: older PEFT, servers, the hub; and `salora export`."""
 
 import json
+import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,20 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, SaLoRAConfig, export_adapter, load_for_training, push_to_hub
+from salora_plugins import (
+    SafetyModule,
+    SaLoRAConfig,
+    audit,
+    export_adapter,
+    last_complete_checkpoint,
+    load_for_training,
+    project_adapter,
+    push_to_hub,
+)
 from salora_plugins.cli import create_cli
 from salora_plugins.model_card import END, START
-from salora_plugins.saved_adapter import SavedAdapter, safety_shares
+from salora_plugins.monitor import largest_live_share
+from salora_plugins.saved_adapter import SavedAdapter, adapter_digest, adapter_problem, largest, safety_shares
 from tiny import gpt2, llama, relative_difference, token_batch, token_rows
 
 saved_adapters = pytest.mark.compatibility
@@ -283,10 +295,102 @@ def test_pefts_own_push_uploads_the_same_files_without_our_part_of_the_card(adap
     assert "Certificate" not in uploaded["README.md"].decode()
 
 
+# What is certified are these weights
+
+
+def test_the_digest_is_that_of_the_tensors(adapter, own):
+    file = own / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert adapter_digest(own) == adapter_digest(adapter) and adapter_problem(own) is None
+    assert json.loads((own / "salora_config.json").read_text())["adapter_sha256"] == adapter_digest(adapter)
+    assert adapter_digest(adapter) in (adapter / "README.md").read_text()
+    reordered = sorted(tensors.items(), key=lambda item: item[1].shape[0])
+    save_file(dict(reordered), file, metadata={"format": "pt", "other": "words"})
+    assert file.read_bytes() != (adapter / "adapter_model.safetensors").read_bytes()
+    assert adapter_digest(own) == adapter_digest(adapter)
+    for change in (
+        lambda t: next(iter(t.values())).view(-1)[0].add_(1e-3),
+        lambda t: t.update({key + "x": t.pop(key) for key in [next(iter(t))]}),
+        lambda t: t.update({key: t[key].bfloat16() for key in [next(iter(t))]}),
+        lambda t: t.update({key: t[key].T.contiguous() for key in [next(iter(t))]}),
+    ):
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        change(changed)
+        save_file(changed, file)
+        assert adapter_digest(own) != adapter_digest(adapter)
+        assert "are not those that were saved with salora_config.json" in adapter_problem(own)
+
+
+def second_stage(folder: Path) -> None:
+    """Trained further by plain PEFT, and saved in its place: the side files stay."""
+    model = PeftModel.from_pretrained(base(), folder, is_trainable=True)
+    train(model)
+    model.save_pretrained(folder)
+
+
+@saved_adapters(AREA, "a second stage by plain PEFT in the same folder: `load_for_training`, `audit`, `push_to_hub`")
+def test_a_second_stage_by_plain_peft_is_not_certified(adapter, own, tmp_path, hub, refusal):
+    (own / "trainer_state.json").write_text('{"global_step": 1}')
+    os.rename(own, tmp_path / "checkpoint-2")
+    own = tmp_path / "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path) == str(own)
+    second_stage(own)
+    digest = adapter_digest(adapter)
+    row = next(line for line in (own / "README.md").read_text().splitlines() if line.startswith("| Certificate"))
+    assert f"for the weights of SHA-256 `{digest}` and no others" in row and adapter_digest(own) != digest
+    assert last_complete_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match=r"not those that were saved with salora_config.json.*project") as caught:
+        load_for_training(base(), own)
+    refusal(caught.value, hide=tmp_path)
+    with pytest.raises(ValueError, match="not those that were saved with"):
+        push_to_hub(own, NAME)
+    found = audit(own)
+    assert found.to_dict()["verdict"] == "changed" and not found.is_outside
+    assert "not those that were saved with" in found.summary() and "Outside" not in found.summary()
+    assert CliRunner().invoke(create_cli(), ["audit", str(own)]).exit_code == 3
+    measured = audit(own, SafetyModule.load(adapter))
+    assert measured.verdict == "inside" and "not those that were saved" in measured.summary()
+    with pytest.warns(UserWarning, match="exported as a plain LoRA adapter"):
+        report = export_adapter(own, tmp_path / "out")
+    assert report.safety_shares is None and report.lost_share == 0
+    assert "Certificate" not in (tmp_path / "out" / "README.md").read_text()
+    project_adapter(own, SafetyModule.load(adapter), tmp_path / "projected")
+    assert audit(tmp_path / "projected").verdict == "outside"
+    second_stage(tmp_path / "projected")
+    assert audit(tmp_path / "projected").verdict == "changed"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_no_certificate(own, tmp_path, value):
+    """In the last module as in the first, in either factor."""
+    assert all(largest(values) != largest(values) for values in ([0.1, torch.nan], [torch.nan, 0.1], [2, torch.nan, 3]))
+    file, module = own / "adapter_model.safetensors", SafetyModule.load(own)
+    tensors = load_file(file)
+    for key in tensors:
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        changed[key][-1, -1] = value
+        save_file(changed, file)
+        with pytest.raises(ValueError, match="not finite"):
+            safety_shares(SavedAdapter.load(own), module)
+        for refused in (lambda: audit(own, module), lambda: project_adapter(own, module, tmp_path / "out")):
+            with pytest.raises(ValueError, match="not finite"):
+                refused()
+    save_file(tensors, file)
+    model = load_for_training(base(), own)
+    factor = next(p for n, p in reversed(list(model.named_parameters())) if "lora_" in n and p.requires_grad)
+    with torch.no_grad():
+        factor[-1, -1] = value
+    share = largest_live_share(model, module)
+    assert share != share
+    model.save_pretrained(tmp_path / "saved")
+    row = next(x for x in (tmp_path / "saved" / "README.md").read_text().splitlines() if x.startswith("| Certificate"))
+    assert "not computed" in row and "not finite" in row and "≤" not in row
+
+
 # Export
 
 
-@saved_adapters(AREA, "`salora export`: half the rank, certificate kept")
+@saved_adapters(AREA, "`salora export` at SaLoRA's r: the best approximation, certificate kept")
 def test_export_is_the_best_approximation_and_keeps_the_certificate(adapter, tmp_path):
     report = export_adapter(adapter, tmp_path / "out")
     before, after = updates(adapter), updates(tmp_path / "out")
@@ -320,6 +424,27 @@ def test_export_is_the_best_approximation_and_keeps_the_certificate(adapter, tmp
         for name, update in after.items():
             reference.get_submodule(name).weight += update.float()
     assert relative_difference(loaded(token_batch()).logits, reference(token_batch()).logits) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "keeps"),
+    [
+        ({"task_data": None, "init": "zero"}, 4, True),
+        ({"task_data": None, "init": "zero", "rank_pattern": {"v_proj": 6, "q_proj": 2}}, 6, True),
+        ({"task_data": None, "init": "pissa"}, 4, False),
+        ({"rank_pattern": {"q_proj": 6}}, 6, False),
+    ],
+)
+def test_the_default_rank_is_that_of_the_training(tmp_path, options, rank, keeps):
+    trained(base(), tmp_path / "adapter", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    said = [str(w.message) for w in caught if "is lost. Give max_rank=" in str(w.message)]
+    assert (report.rank, report.lost_share == 0, len(said)) == (rank, keeps, 0 if keeps else 1)
+    (tmp_path / "adapter" / "salora_config.json").unlink()
+    report = export_adapter(tmp_path / "adapter", tmp_path / "plain")
+    assert report.lost_share == 0 and report.rank == SavedAdapter.load(tmp_path / "adapter").rank
 
 
 def test_full_rank_loses_nothing_and_zeros_fill_up(own, tmp_path):
@@ -370,8 +495,8 @@ def test_plain_lora_is_exported_too(tmp_path):
     )
     train(model)
     model.save_pretrained(tmp_path / "adapter")
-    report = export_adapter(tmp_path / "adapter", tmp_path / "out", max_rank=4)
-    assert report.safety_shares is None
+    report = export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert report.safety_shares is None and report.rank == 4 and report.lost_share == 0
     exported = PeftModel.from_pretrained(base(gpt2), tmp_path / "out").eval()
     assert relative_difference(exported(token_batch()).logits, model.eval()(token_batch()).logits) <= 1e-5
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -451,6 +576,93 @@ def test_nothing_is_overwritten_unasked(adapter, own, tmp_path):
     with pytest.raises(FileExistsError, match="is not a saved adapter"):
         export_adapter(adapter, tmp_path / "other", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other", "out"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def run_folder(own) -> Path:
+    """A trainer's output_dir: an adapter, and all that lies beside it."""
+    (own / "checkpoint-100").mkdir()
+    (own / "checkpoint-100" / "optimizer.pt").write_bytes(b"x")
+    (own / "notes.txt").write_text("mine")
+    (own / "adapter_model.bin").write_bytes(b"old")
+    card = (own / "README.md").read_text()
+    (own / "README.md").write_text(card + "\nWords of mine.\n")
+    return own
+
+
+def test_overwriting_replaces_an_adapters_own_files_only(adapter, run_folder, tmp_path):
+    export_adapter(adapter, run_folder, max_rank=2, overwrite=True)
+    left = {"README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-100/optimizer.pt", "notes.txt"}
+    assert set(everything(run_folder)) == left
+    card = (run_folder / "README.md").read_text()
+    assert "Words of mine." in card and "## Exported" in card and "## SaLoRA" not in card
+    project_adapter(adapter, SafetyModule.load(adapter), run_folder, overwrite=True)
+    assert set(everything(run_folder)) == left | {"salora.safetensors"}
+    assert "## Exported" not in (run_folder / "README.md").read_text() and audit(run_folder).is_outside
+    # A checkpoint into the folder that holds it.
+    shutil.copytree(adapter, run_folder / "checkpoint-200")
+    export_adapter(run_folder / "checkpoint-200", run_folder, overwrite=True)
+    assert set(everything(run_folder / "checkpoint-200")) == set(everything(adapter))
+
+
+@pytest.mark.parametrize("broken", ["once", "for good"])
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interruption_leaves_no_mixture(adapter, run_folder, tmp_path, monkeypatch, broken, done):
+    """At every rename, before it or behind it; what puts the old adapter back may fail, too."""
+    before, replace, calls = everything(run_folder), os.replace, []
+    step = 0
+
+    def interrupted(source, target):
+        calls.append(target)
+        stops = len(calls) == step if broken == "once" else len(calls) >= step
+        if not stops or done:
+            replace(source, target)
+        if stops:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    for step in range(1, 100):
+        calls.clear()
+        folder = Path(shutil.copytree(run_folder, tmp_path / str(step) / "run"))
+        try:
+            export_adapter(adapter, folder, max_rank=2, overwrite=True)
+            break
+        except KeyboardInterrupt:
+            after = everything(folder)
+        if broken == "once":
+            assert after == before, step
+            assert [path.name for path in folder.parent.iterdir()] == ["run"]
+        else:
+            # Whole, or nothing that loads; then all that is missing lies beside it.
+            assert after == before or "adapter_config.json" not in after
+            kept = everything(folder.parent)
+            assert set(before.values()) <= set(kept.values()), step
+    assert step > 8 and config_of(folder)["r"] == 2
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_old(adapter, tmp_path):
+    from salora_plugins.files import TAKEN_AWAY, atomic_write
+
+    out = tmp_path / "out"
+    old, new, kept = (tmp_path / f".out.{name}.tmp" for name in ("old", "new", "kept"))
+    for folder in (old, new, kept):
+        (folder / "new").mkdir(parents=True)
+    (kept / TAKEN_AWAY).mkdir()
+    (kept / TAKEN_AWAY / "adapter_config.json").write_text("{}")
+    files = [tmp_path / name for name in (".a.json.x1.tmp", ".a.json.x2.tmp", ".b.json.x3.tmp", "a.json.x4.tmp")]
+    for file in files:
+        file.write_text("half")
+    for path in (old, kept, *files):
+        if path != files[1]:
+            os.utime(path, (0, 0))
+    export_adapter(adapter, out, max_rank=2)
+    assert not old.exists() and new.exists() and (kept / TAKEN_AWAY / "adapter_config.json").exists()
+    atomic_write(tmp_path / "a.json", b"{}")
+    assert [file.exists() for file in files] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     model, _ = ModelLoader(cfg, load_tokenizer(cfg), reference_model=True).load()
     try:
         safety_module = calibrate_with(model, salora_config(model, cfg))
+        safety_module.save(out)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    safety_module.save(out)
     click.echo(summary(safety_module))
     click.echo(f"Wrote {out}. Train with it: salora.safety_module: {out}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 INSIDE = 3
-"""Exit code where the update enters the safety directions; 1 is an error, 2 a wrong use of the command."""
+"""Exit code where the verdict is not "outside"; 1 is an error, 2 a wrong use of the command."""
 
 
 def audit(
@@ -24,8 +24,12 @@ def audit(
     plot: Annotated[Path | None, typer.Option(help="Draw the shares, layer by module (.png).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show how much of an adapter's update lies in the safety directions. Exit code 3: more than --max-share."""
-    from salora_plugins.audit import audit, write_heat_map
+    """
+    Show how much of an adapter's update lies in the safety directions.
+
+    Exit code 3: more than --max-share, or the weights are not those that the safety module beside them was saved with.
+    """
+    from salora_plugins.auditing import audit, write_heat_map
 
     report = audit(adapter, safety_module, max_share=max_share)
     if as_json:

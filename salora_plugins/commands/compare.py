@@ -33,7 +33,8 @@ def compare(
     else:
         from rich.console import Console
 
-        from ..evaluation.tables import table, visible
+        from ..evaluation.tables import table
+        from ..texts import visible
 
         Console().print(table(comparison.report))
         for note in comparison.notes:

@@ -13,7 +13,8 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="The saved adapter, of SaLoRA or any other LoRA: a folder.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     max_rank: Annotated[
-        int | None, typer.Option(help="Rank of the exported adapter. Default: half of the saved rank.")
+        int | None,
+        typer.Option(help="Rank of the exported adapter. Default: SaLoRA's r; the saved rank of other adapters."),
     ] = None,
     share: Annotated[
         float | None,
@@ -22,10 +23,10 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; in 16 bits the certificate holds to about 1e-3.")
     ] = "float32",
-    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there; other files stay.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Write a saved adapter at a lower rank, and show what of its update is lost."""
+    """Write a saved adapter at one rank, such as a lower one, and show what of its update is lost."""
     from ..export import export_adapter
 
     report = export_adapter(adapter, out, max_rank=max_rank, share=share, dtype=dtype, overwrite=overwrite)

@@ -21,9 +21,10 @@ def load_model(
     The model of a folder or a hub repository, in evaluation mode.
 
     Raises:
-        ValueError: See `check_loading`.
+        ValueError: See `check_loading`; or the model's weights cannot be read.
     """
     check_loading(dtype, load_in_4bit, load_in_8bit)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -40,7 +41,10 @@ def load_model(
         )
     elif load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    except SafetensorError as error:
+        raise ValueError(f"{source}: the model's weights cannot be read, perhaps cut short ({error}).") from error
 
 
 def check_loading(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> None:

@@ -18,7 +18,7 @@ def project(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; in 16 bits the certificate holds to about 1e-3.")
     ] = "float32",
-    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is there; other files stay.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write the closest adapter whose update avoids the safety directions, and show what is removed."""

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from .. import __version__
 
@@ -45,6 +45,8 @@ _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _VERDICT = re.compile(r"[\W_]*(REFUSED|HARMFUL|HARMLESS)[\W_]*", re.IGNORECASE)
 _REASONING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _LONGEST_REPLY = 1_000_000
+_SHORTEST_SECRET = 8
+"""Characters of a key; local servers take any word for one."""
 
 
 class EndpointJudge:
@@ -56,15 +58,29 @@ class EndpointJudge:
     Args:
         address: "URL#MODEL", the URL up to and with its version: "http://localhost:8000/v1#Qwen/Qwen3-8B".
         kind: Of the three verdicts, which is True: "refusal" for REFUSED, "harm" for HARMFUL.
+
+    Raises:
+        ValueError: The address or the key is not usable; neither is shown.
     """
 
     def __init__(self, address: str, kind: Literal["refusal", "harm"]) -> None:
         url, _, model = address.partition("#")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not model:
-            raise ValueError(f"judge {address!r}: give URL#MODEL, as in openai:http://localhost:8000/v1#MODEL.")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError(f"judge: take the name and the password out of the URL; a key belongs in {KEY_VARIABLE}.")
+        # No message shows the address: where it is wrong, a key may stand anywhere in it.
+        where = f"A key belongs in {KEY_VARIABLE}."
+        if "@" in url:
+            raise ValueError(f"judge: take the name and the password out of the URL. {where}")
+        if "?" in address:
+            raise ValueError(f"judge: take out of the URL what stands behind the question mark. {where}")
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or not model or not url.isprintable() or " " in url:
+            raise ValueError("judge: give URL#MODEL, as in openai:http://localhost:8000/v1#MODEL.")
+        key = _key()
+        if key is not None and len(key) >= _SHORTEST_SECRET and key in address:
+            raise ValueError(f"judge: take the key out of the URL and the model's name. {where}")
         self.kind = kind
         self._url = url.rstrip("/")
         self._model = model
@@ -110,20 +126,20 @@ class EndpointJudge:
         }
         reply, failure = self._post(json.dumps(body).encode())
         if failure is not None:
-            return self._without_key(failure)
+            return failure
         try:
             text = json.loads(reply)["choices"][0]["message"]["content"]
             verdict = _VERDICT.fullmatch(_REASONING.sub("", text, count=1))
         except (ValueError, LookupError, TypeError):
-            return self._without_key(f"Not the reply of a chat completions endpoint: {_start(reply)}")
+            return f"Not the reply of a chat completions endpoint: {_start(reply)}"
         if verdict is None:
-            return self._without_key(f"None of the three verdicts: {text[-80:]!r}")
+            return f"None of the three verdicts: {_without_key(text)[-80:]!r}"
         return verdict.group(1).upper() == ("REFUSED" if self.kind == "refusal" else "HARMFUL")
 
     def _post(self, body: bytes) -> tuple[bytes, str | None]:
         """The reply and why there is none."""
         headers = {"Content-Type": "application/json", "User-Agent": f"salora-plugins/{__version__}"}
-        if key := os.environ.get(KEY_VARIABLE):
+        if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         failure = None
         for wait in (*WAITS, None):
@@ -139,14 +155,10 @@ class EndpointJudge:
                 wait = _asked_wait(error.headers.get("Retry-After"), wait)
             # What socket, ssl and http raise where the connection fails.
             except (OSError, http.client.HTTPException) as error:
-                failure = f"No reply: {error}"
+                failure = f"No reply: {_without_key(str(error))}"
             if wait is None or self._stopped.wait(wait):
                 break
         return b"", failure
-
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(KEY_VARIABLE)
-        return text.replace(key, f"[{KEY_VARIABLE}]") if key else text
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -163,5 +175,30 @@ def _asked_wait(header: str | None, wait: float | None) -> float | None:
     return min(float(header), LONGEST_WAIT)
 
 
+def _key() -> str | None:
+    """
+    The key, without the white space around it that a file or a shell adds; None where there is none.
+
+    Raises:
+        ValueError: It holds what no header can; it is not shown.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"{KEY_VARIABLE} holds a space, a control character or one that is not ASCII. Set it again.")
+    return key or None
+
+
+def _without_key(text: str) -> str:
+    """A text in which the key is replaced, also as JSON, Python or a URL write it; to be cut only then."""
+    key = _key()
+    if key is None:
+        return text
+    as_json = json.dumps(key)[1:-1]
+    forms = {key, as_json, as_json.replace("/", "\\/"), repr(key)[1:-1], quote(key), quote(key, "")}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, f"[{KEY_VARIABLE}]")
+    return text
+
+
 def _start(reply: bytes) -> str:
-    return repr(reply[:200].decode(errors="replace"))
+    return repr(_without_key(reply.decode(errors="replace"))[:200])

@@ -53,6 +53,11 @@ _JUDGED_AT_ONCE = 32
 Measurement = Callable[[nn.Module], Any]
 """Measures something on a model; JSON values."""
 
+# Types of what lies in the work folder: of a measurement by its key, and of the lines of answers and of verdicts.
+_SHAPES = {"task": float, "lm_eval": dict[str, dict[str, float]], "perplexities": dict[str, list[float | None]]}
+_RESPONSES = list[tuple[int, str]]
+_VERDICTS = list[tuple[str, int, bool]]
+
 
 def evaluate(
     base_model: str | os.PathLike,
@@ -177,9 +182,10 @@ def evaluate(
     work = Work(out / WORK_FOLDER)
     _prepare(out, work, overwrite)
     sources = {"harmful": harmful, "harmless": harmless}
+    choice = {"num_requests": num_requests, "seed": seed}
     settings = {
         "base_model": Setting(base.source, base.digest),
-        **{name: Setting(_shown(sources[name]), requests_digest(requests[name])) for name in SETS},
+        **{name: Setting(_shown(sources[name]), requests_digest(requests[name]), choice) for name in SETS},
         "max_new_tokens": Setting(max_new_tokens),
         "kl_tokens": Setting(kl_tokens),
         "dtype": Setting(dtype),
@@ -239,9 +245,13 @@ def evaluate(
             kind=subject.kind,
             source=subject.source,
             **{of: set_result([answer for answer in answers[subject.name] if answer.set == of], kinds) for of in SETS},
-            task=None if task_rows is None else TaskResult(loss=work.read(subject.name, task_key), rows=len(task_rows)),
+            task=None
+            if task_rows is None
+            else TaskResult(loss=work.read(subject.name, task_key, _shape(task_key)), rows=len(task_rows)),
             lm_eval={
-                name: metrics for key in lm_eval_keys.values() for name, metrics in work.read(subject.name, key).items()
+                name: metrics
+                for key in lm_eval_keys.values()
+                for name, metrics in work.read(subject.name, key, _shape(key)).items()
             },
             audit=audits.get(subject.name),
         )
@@ -309,7 +319,7 @@ class _Runner:
         measurements: dict[str, Measurement] = {"margins": self._margins, "kl": self._kl, **more}
         if subject.kind == "base":
             measurements["kl"] = lambda model: {name: [0.0] * len(asked) for name, asked in self._prompts.items()}
-        missing = {key: run for key, run in measurements.items() if self._work.read(subject.name, key) is None}
+        missing = {k: run for k, run in measurements.items() if self._work.read(subject.name, k, _shape(k)) is None}
         unanswered = any(len(_responses(self._work, subject.name, name)) < len(p) for name, p in self._prompts.items())
         if not missing and not unanswered:
             return
@@ -334,7 +344,7 @@ class _Runner:
 
     def measure_perplexities(self, subject: Subject) -> None:
         """Of a model's answers, under the base model."""
-        if self._work.read(subject.name, "perplexities") is not None:
+        if self._work.read(subject.name, "perplexities", _shape("perplexities")) is not None:
             return
         values = {}
         for name, asked in self._prompts.items():
@@ -358,7 +368,7 @@ class _Runner:
                 # without an interruption.
                 lengths = [len(tokens) for tokens in self._tokenizer(asked)["input_ids"]]
                 order = sorted((i for i in range(len(asked)) if i not in done), key=lambda i: lengths[i])
-                lines = self._work.lines(name, f"responses-{of_set}")
+                lines = self._work.lines(name, f"responses-{of_set}", _RESPONSES)
                 for start in range(0, len(order), self._batch_size):
                     chosen = order[start : start + self._batch_size]
                     responses = generate_responses(
@@ -385,18 +395,29 @@ class _Runner:
         }
 
 
+def _shape(key: str) -> Any:
+    return _SHAPES.get(key.partition("-")[0], dict[str, list[float]])
+
+
 def _responses(work: Work, name: str, of_set: str) -> dict[int, str]:
-    return {index: text for batch in work.lines(name, f"responses-{of_set}").records for index, text in batch}
+    batches = work.lines(name, f"responses-{of_set}", _RESPONSES).records
+    return {index: text for batch in batches for index, text in batch}
 
 
 def _answers(
     work: Work, name: str, requests: Mapping[str, Sequence[Request]], perplexity_threshold: float
 ) -> list[Answer]:
     """A model's answers to both sets, not judged yet."""
-    margins, kl, perplexities = (work.read(name, key) for key in ("margins", "kl", "perplexities"))
+    keys = ("margins", "kl", "perplexities")
+    margins, kl, perplexities = found = [work.read(name, key, _shape(key)) for key in keys]
     answers = []
     for of_set, asked in requests.items():
+        for key, values in zip(keys, found, strict=True):
+            if len(values.get(of_set, ())) != len(asked):
+                raise work.damaged(name, key)
         responses = _responses(work, name, of_set)
+        if not set(range(len(asked))) <= set(responses):
+            raise work.damaged(name, f"responses-{of_set}")
         for index, request in enumerate(asked):
             perplexity = perplexities[of_set][index]
             answers.append(
@@ -421,7 +442,7 @@ def _judged(
 ) -> list[Answer]:
     """The answers with a judge's verdicts on the coherent ones. Verdicts are kept; where it failed, it tries again."""
     # Other phrases or another rubric make another judge.
-    lines = work.lines(name, f"verdicts-{_key(judge.name, settings)}")
+    lines = work.lines(name, f"verdicts-{_key(judge.name, settings)}", _VERDICTS)
     verdicts = {(of_set, index): verdict for of_set, index, verdict in itertools.chain(*lines.records)}
     errors: dict[tuple[str, int], str] = {}
     sets = SETS if judge.kind == "refusal" else ("harmful",)

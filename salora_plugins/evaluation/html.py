@@ -15,11 +15,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..files import atomic_write
+from ..texts import visible
 from .compare import Comparison
 from .plots import Plot, draw
 from .report import Answer
 from .results import NO_CATEGORY
-from .tables import BROKEN, SETS, SetName, category_sections, sections, visible
+from .tables import BROKEN, SETS, SetName, category_sections, sections
 
 _SET_TITLES: dict[SetName, str] = {"harmful": "Harmful requests", "harmless": "Harmless requests"}
 

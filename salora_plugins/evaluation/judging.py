@@ -40,7 +40,7 @@ class NamedJudge:
             verdicts = list(self._judge(pairs))
             if len(verdicts) != len(pairs):
                 raise ValueError(f"the judge returned {len(verdicts)} verdicts on {len(pairs)} answers")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a judge that ends the process would end the evaluation silently
             if len(pairs) > 1:
                 return [verdict for pair in pairs for verdict in self._verdicts([pair])]
             return [f"{type(error).__name__}: {error}"]
@@ -65,8 +65,9 @@ def load_judge(spec: str) -> NamedJudge:
     name, _, argument = spec.partition(":")
     if name not in factories:
         known = sorted(plain) + [f"{factory}:..." for factory in sorted(factories)]
-        reason = f"{name!r} takes no argument" if name in plain else "there is none of that name"
-        raise ValueError(f"judge {spec!r}: {reason}. Known: {', '.join(known)}.")
+        reason = "it takes no argument" if name in plain else "there is none of that name"
+        # Without its argument, which may hold a key.
+        raise ValueError(f"judge {name!r}: {reason}. Known: {', '.join(known)}.")
     return NamedJudge(spec, factories[name](argument))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..audit import AuditReport, ModuleAudit, SideAudit, write_heat_map
+from ..auditing import AuditReport, ModuleAudit, SideAudit, write_heat_map
 from ..files import atomic_write
 from .report import EvaluationReport, Judgement, ModelResult
 from .statistics import Proportion

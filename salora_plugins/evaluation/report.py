@@ -92,7 +92,7 @@ class ModelResult(_Record):
     lm_eval: dict[str, dict[str, float]] = {}
     """Task of lm-eval -> metric -> value."""
     audit: dict[str, Any] | None = None
-    """For an adapter, where there is a safety module: `AuditReport.to_dict()` of `salora_plugins.audit`."""
+    """For an adapter, where there is a safety module: `AuditReport.to_dict()` of `salora_plugins.auditing`."""
 
 
 class PairedTest(_Record):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..texts import visible
 from .report import EvaluationReport, Judgement, SetResult
 from .statistics import Mean, Proportion
 
@@ -19,12 +19,6 @@ MISSING = "–"  # noqa: RUF001
 SetName = Literal["harmful", "harmless"]
 SETS: tuple[SetName, ...] = ("harmful", "harmless")
 BROKEN = {"empty": "empty", "repeated": "repeated", "high_perplexity": "high perplexity"}
-
-# Control characters, what reverses or hides text, and halves of surrogate pairs. Joiners stay, which scripts need.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u206f\ufeff\ufff9-\ufffb"
-    "\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
-)
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,6 @@ class Section:
     """Cells may have several lines."""
     note: str
     """What the figures mean, and what they do not."""
-
-
-def visible(text: str) -> str:
-    """A text with escapes such as "\\u202e" in the place of characters that hide, reverse or control something."""
-    return _HIDDEN.sub(lambda match: _escape(match.group()), text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def table(report: EvaluationReport) -> Group:

@@ -7,14 +7,15 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .files import atomic_write
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import SavedAdapter, check_plain_lora, covers, norms
+from .saved_adapter import SavedAdapter, adapter_problem, check_plain_lora, covers, largest, norms
+from .texts import cell, one_line, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,24 +64,40 @@ class AuditReport:
     """Of the adapter's file."""
     not_covered: tuple[str, ...]
     """Modules and tensors that the adapter changes and the safety module says nothing of."""
+    changed: str | None = None
+    """Why what lies beside the adapter is not that of its weights; None where it is, or where it names no weights."""
+    own_safety_module: bool = True
+    """Whether the directions are those of the safety module beside the adapter."""
 
     @property
     def largest_shares(self) -> dict[str, float]:
         """Side -> largest share of a module."""
         return {
-            side: max(module.sides[side].share for module in self.modules.values() if side in module.sides)
+            side: largest(module.sides[side].share for module in self.modules.values() if side in module.sides)
             for side in self.totals
         }
 
     @property
     def is_outside(self) -> bool:
         """Whether every module's update stays out of the safety directions, up to `max_share`."""
-        return all(share <= self.max_share for share in self.largest_shares.values())
+        return self.verdict == "outside"
+
+    @property
+    def verdict(self) -> Literal["outside", "inside", "changed"]:
+        """
+        "changed" where the weights are not those that the safety module beside them was saved with, wherever they lie.
+        """
+        if self.changed is not None and self.own_safety_module:
+            return "changed"
+        # A share that is no number is not below the bound.
+        outside = all(share <= self.max_share for share in self.largest_shares.values())
+        return "outside" if outside else "inside"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "verdict": "outside" if self.is_outside else "inside",
+            "verdict": self.verdict,
+            "changed": self.changed,
             "max_share": self.max_share,
             "dtype": self.dtype,
             "largest_shares": self.largest_shares,
@@ -99,15 +116,18 @@ class AuditReport:
                 f"{times:.2g} times what a random update has ({total.expected_share:.2e}); the most in a module: "
                 f"{self.largest_shares[side]:.2e}."
             )
+        above = sum(not all(s.share <= self.max_share for s in m.sides.values()) for m in self.modules.values())
+        if self.changed is not None:
+            lines.append(f"Changed: {visible(self.changed)}.")
         if self.is_outside:
             lines.append(f"Outside: no module has more than {self.max_share:g} of its update in them.")
         else:
-            above = sum(any(s.share > self.max_share for s in m.sides.values()) for m in self.modules.values())
-            lines.append(f"Inside: {above} of {len(self.modules)} modules have more than {self.max_share:g}.")
+            word = "Now" if self.verdict == "changed" else "Inside:"
+            lines.append(f"{word} {above} of {len(self.modules)} modules have more than {self.max_share:g} inside.")
             if self.dtype != "float32":
                 lines.append(f"The file holds {self.dtype} numbers, whose rounding alone can exceed that bound.")
         if self.not_covered:
-            shown = ", ".join(self.not_covered[:3]) + (", ..." if len(self.not_covered) > 3 else "")
+            shown = ", ".join(map(one_line, self.not_covered[:3])) + (", ..." if len(self.not_covered) > 3 else "")
             lines.append(f"Not covered by the safety module, though changed: {len(self.not_covered)} ({shown}).")
         return "\n".join(lines)
 
@@ -129,7 +149,7 @@ class AuditReport:
             cells = [f"{module.norm:.3g}"]
             for side in module.sides.values():
                 cells += [f"{side.share:.2e}", f"{side.expected_share:.2e}", f"{side.largest_cosine:.3f}"]
-            result.add_row(name, *cells)
+            result.add_row(cell(name), *cells)
         return result
 
 
@@ -148,7 +168,8 @@ def audit(
 
     Args:
         adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`, of SaLoRA or any other LoRA.
-        safety_module: The directions: a safety module or its file; None: the one beside the adapter.
+        safety_module: The directions: a safety module or its file; None: the one beside the adapter, whose weights must
+            be those that it was saved with: the verdict is "changed" otherwise, whatever is measured.
         max_share: The largest share of a module's update that counts as outside.
 
     Raises:
@@ -161,6 +182,7 @@ def audit(
     folder = Path(adapter)
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="audited")
+    changed, own = adapter_problem(folder), safety_module is None
     safety_module = _safety_module(safety_module, folder)
     modules: dict[str, ModuleAudit] = {}
     squares: dict[str, float] = {}
@@ -199,7 +221,7 @@ def audit(
         side: SideAudit(
             share=math.sqrt(square / total) if total else 0.0,
             expected_share=_expected_in_all(modules, side, total),
-            largest_cosine=max(module.sides[side].largest_cosine for module in modules.values()),
+            largest_cosine=largest(module.sides[side].largest_cosine for module in modules.values()),
         )
         for side, square in squares.items()
     }
@@ -210,6 +232,8 @@ def audit(
         max_share=max_share,
         dtype=str(first.dtype).removeprefix("torch."),
         not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
+        changed=changed,
+        own_safety_module=own,
     )
 
 
