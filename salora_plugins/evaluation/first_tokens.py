@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calibration.batching import check_token_ids, pad_left
 from ..calibration.capture import evaluation_mode, input_device
 from ..calibration.data import Example, render_prompt
+from ..calibration.generation import end_tokens
 
 REFUSING_OPENINGS: tuple[str, ...] = (
     "I'm sorry",
@@ -96,6 +98,7 @@ def refusal_margins(
             f"refusing and complying share an opening: {tokenizer.decode(next(iter(shared)))!r}. Take it out of one."
         )
     prompts = render_requests(tokenizer, requests)
+    check_token_ids(prompts, model, lambda index: f"the request {requests[index][:60]!r}")
     margins = torch.empty(len(prompts), dtype=torch.float64)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "measuring margins", progress):
@@ -141,7 +144,8 @@ def first_token_reference(
     """
     prompts = render_requests(tokenizer, requests)
     answers: list[list[int]] = [[] for _ in prompts]
-    end = {tokenizer.eos_token_id}
+    check_token_ids(prompts, model, lambda index: f"the request {requests[index][:60]!r}")
+    end = end_tokens(model, tokenizer)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "", False):
             # A few tokens each: without a cache, which not every model has, and without generate's settings.
@@ -280,23 +284,15 @@ def answer_log_probabilities(
 
 def _last_logits(model: nn.Module, sequences: list[list[int]], count: int) -> Tensor:
     """The logits of the last `count` positions, (sequences, count, vocabulary) float32."""
-    tokens, mask = _padded(model, sequences)
+    tokens, mask = pad_left(sequences, device=input_device(model))
     return _call(model, tokens, mask, use_cache=False, logits_to_keep=count).logits[:, -count:].float()
 
 
 def _last_logits_and_cache(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor]:
-    tokens, mask = _padded(model, prompts)
+    tokens, mask = pad_left(prompts, device=input_device(model))
     output = _call(model, tokens, mask, use_cache=True, logits_to_keep=1)
     name = _cache_name(model)
     return output.logits[:, -1:].float(), None if name is None else getattr(output, name, None), mask
-
-
-def _padded(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Padded on the left with token 0, which the mask hides."""
-    width, device = max(map(len, sequences)), input_device(model)
-    tokens = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return tokens, mask
 
 
 def _call(model: nn.Module, tokens: Tensor, mask: Tensor, **options: Any) -> Any:

@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ..calibration.data import MAX_ROWS, TEXT_COLUMNS, Example, parse_row
@@ -74,13 +73,6 @@ def requests_digest(requests: Sequence[Request]) -> str:
 def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
     if source == "builtin":
         return list(enumerate(_BUILTIN[option](), start=1))
-    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt" and Path(source).is_file():
-        try:
-            lines = Path(source).read_bytes().decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            where = describe(source, option)
-            raise DataError(f"{where}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-        return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
     return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
 
 
