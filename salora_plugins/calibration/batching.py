@@ -75,24 +75,22 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def check_token_ids(sequences: Sequence[Sequence[int]], model: nn.Module, name: Callable[[int], str]) -> None:
+def check_token_ids(input_ids: Sequence[int], vocabulary: int | None, name: Callable[[], str]) -> None:
     """
     Refuse ids that a model has no embedding for; on a GPU they would end every later use of it in the process.
 
     Args:
-        sequences: Token ids.
-        model: Is not run.
-        name: Called with the index of a sequence for what to call it in messages.
+        input_ids: Of one sequence.
+        vocabulary: From `vocabulary_size`; None is not known.
+        name: What to call the sequence in messages.
 
     Raises:
         DataError: There is such an id.
     """
-    known = vocabulary_size(model)
-    for index, input_ids in enumerate(sequences):
-        for position, token in enumerate(input_ids):
-            if token < 0 or (known is not None and token >= known):
-                raise DataError(
-                    f"{name(index)} has the token id {token} at position {position}, and the model has embeddings for "
-                    f"0 to {'the last one' if known is None else known - 1}. Tokenize with the model's own tokenizer; "
-                    "where tokens were added to it, call model.resize_token_embeddings(len(tokenizer)) first."
-                )
+    for position, token in enumerate(input_ids):
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            known = "" if vocabulary is None else f", and the model has embeddings for 0 to {vocabulary - 1}"
+            raise DataError(
+                f"{name()} has the token id {token} at position {position}{known}. Tokenize with the model's own "
+                "tokenizer; where tokens were added to that, call model.resize_token_embeddings(len(tokenizer)) first."
+            )

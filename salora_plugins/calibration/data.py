@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from .batching import check_token_ids
 from .rendering import common_prefix_length, prompt_and_response_ids, prompt_ids
 from .sources import DataError, describe, read_rows
 
@@ -112,7 +113,12 @@ class TokenizedExample:
 
 
 def load_examples(
-    source: Any, *, option: str, allow_missing_response: bool = False, max_rows: int = MAX_ROWS
+    source: Any,
+    *,
+    option: str,
+    allow_missing_response: bool = False,
+    max_rows: int = MAX_ROWS,
+    vocabulary: int | None = None,
 ) -> list[Example | TokenizedExample]:
     """Read examples from wherever the user keeps them.
 
@@ -145,6 +151,7 @@ def load_examples(
             with a warning.
         max_rows: of a larger data set, a fixed random subset of this size is read (of a stream, the
             first rows).
+        vocabulary: number of tokens that the model knows (`batching.vocabulary_size`), to refuse other ids in rows.
 
     Returns:
         At least one example, in the order of the rows.
@@ -172,6 +179,8 @@ def load_examples(
             if isinstance(example, Example) and example.response is None and not allow_missing_response:
                 left_out.unanswered.append(row_name)
             else:
+                if isinstance(example, TokenizedExample):
+                    check_token_ids(example.input_ids, vocabulary, row_name.__str__)
                 examples.append(example)
     if not examples:
         raise DataError(left_out.nothing_usable())
@@ -202,6 +211,7 @@ def tokenize_examples(
     *,
     max_length: int,
     option: str,
+    vocabulary: int | None = None,
 ) -> list[TokenizedExample]:
     """Render examples, tokenize them and mark the response, including the end of turn that closes it.
 
@@ -214,9 +224,11 @@ def tokenize_examples(
         tokenizer: may be None if all examples are tokenized.
         max_length: number of tokens that are kept, from the beginning.
         option: what the user calls this data, for messages.
+        vocabulary: number of tokens that the model knows, to refuse those that only the tokenizer does.
 
     Raises:
-        DataError: there is no tokenizer, the chat template refuses a conversation, or nothing is left.
+        DataError: there is no tokenizer, the chat template refuses a conversation, the model does not know a token, or
+            nothing is left.
     """
     tokenized: list[TokenizedExample] = []
     left_out = 0
@@ -227,7 +239,9 @@ def tokenize_examples(
                     f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
                     "of `input_ids` and `labels`."
                 )
-            example = tokenize(example, tokenizer, f"the example of {option} that asks {_short(example.request)}")
+            name = f"the example of {option} that asks {_short(example.request)}"
+            example = tokenize(example, tokenizer, name)
+            check_token_ids(example.input_ids, vocabulary, name.__str__)
         cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length])
         if cut.has_response:
             tokenized.append(cut)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .batching import check_token_ids, pad_left
+from .batching import check_token_ids, pad_left, vocabulary_size
 from .capture import input_device
 
 
@@ -45,7 +46,9 @@ def greedy_answers(
     """
     from transformers import GenerationConfig
 
-    check_token_ids(prompts, model, lambda index: f"a prompt that ends with {tokenizer.decode(prompts[index])[-60:]!r}")
+    vocabulary = vocabulary_size(model)
+    for prompt in prompts:
+        check_token_ids(prompt, vocabulary, partial(_shown, tokenizer, prompt))
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     tokens = {
@@ -60,6 +63,10 @@ def greedy_answers(
         generated = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
     answers = generated[:, input_ids.shape[1] :].tolist()
     return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+
+
+def _shown(tokenizer: Any, prompt: Sequence[int]) -> str:
+    return f"the prompt that ends with {tokenizer.decode(prompt)[-60:]!r}"
 
 
 @contextmanager

@@ -9,10 +9,12 @@ mistral-common's, have control tokens that no text stands for.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from ..callers import argument_of_caller
 from .sources import DataError
 
 if TYPE_CHECKING:
@@ -117,6 +119,23 @@ def tokenizer_of(processing_class: Any) -> Any:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template
     return tokenizer
+
+
+def trainer_tokenizer() -> Any:
+    """
+    What a trainer that is being made now renders with: PEFT hands a tuner only its configuration.
+
+    Returns:
+        The tokenizer of a trainer of transformers whose `__init__` is running; None where there is no such, or where it
+        has not loaded one yet, which it then takes from the model's own folder.
+    """
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    found = argument_of_caller(
+        "processing_class", "__init__", lambda variables: isinstance(variables.get("self"), module.Trainer)
+    )
+    return None if found is None else tokenizer_of(found)
 
 
 def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -224,8 +243,8 @@ def _apply_template(
                 (merged, *messages[2:]), tokenizer, name, add_generation_prompt, options, tokenize=tokenize
             )
         raise DataError(
-            f"The tokenizer's chat template refuses {name}: {type(error).__name__}: {error} (roles: {', '.join(roles)}). Change the "
-            "conversation, or set another `tokenizer.chat_template`."
+            f"The tokenizer's chat template refuses {name}: {type(error).__name__}: {error} (roles: "
+            f"{', '.join(roles)}). Change the conversation, or set another `tokenizer.chat_template`."
         ) from error
 
 

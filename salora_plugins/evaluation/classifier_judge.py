@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..commands.loading import load_model
 from ..calibration.rendering import template_options
+from ..commands.loading import load_model
 from .generation import continue_prompts
 
 BATCH_SIZE = 8
@@ -99,7 +99,7 @@ class ClassifierJudge:
             raise
 
     def _render(self, request: str, response: str) -> list[int]:
-        """Token ids of the conversation in the classifier's template, which must show it whole: it could not be judged otherwise."""
+        """Token ids of the conversation in the classifier's template, which must show it whole for it to be judged."""
         errors, options = [], template_options(self._tokenizer)
         for content in _CONTENTS:
             turns = [

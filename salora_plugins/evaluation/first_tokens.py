@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration.batching import check_token_ids, pad_left
+from ..calibration.batching import check_token_ids, pad_left, vocabulary_size
 from ..calibration.capture import evaluation_mode, input_device
 from ..calibration.data import Example, render_prompt
 from ..calibration.generation import end_tokens
@@ -97,8 +98,7 @@ def refusal_margins(
         raise ValueError(
             f"refusing and complying share an opening: {tokenizer.decode(next(iter(shared)))!r}. Take it out of one."
         )
-    prompts = render_requests(tokenizer, requests)
-    check_token_ids(prompts, model, lambda index: f"the request {requests[index][:60]!r}")
+    prompts = _prompts(model, tokenizer, requests)
     margins = torch.empty(len(prompts), dtype=torch.float64)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "measuring margins", progress):
@@ -142,9 +142,8 @@ def first_token_reference(
         num_tokens: How many tokens of the answer; fewer where it ends before.
         batch_size: Requests per forward pass.
     """
-    prompts = render_requests(tokenizer, requests)
+    prompts = _prompts(model, tokenizer, requests)
     answers: list[list[int]] = [[] for _ in prompts]
-    check_token_ids(prompts, model, lambda index: f"the request {requests[index][:60]!r}")
     end = end_tokens(model, tokenizer)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "", False):
@@ -194,6 +193,14 @@ def first_token_kl(model: nn.Module, reference: FirstTokenReference, *, batch_si
 def render_requests(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
     """Token ids of requests, up to where a model begins to answer."""
     return [render_prompt(Example(({"role": "user", "content": request},)), tokenizer) for request in requests]
+
+
+def _prompts(model: nn.Module, tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+    """Rendered requests, whose tokens the model knows."""
+    prompts, vocabulary = render_requests(tokenizer, requests), vocabulary_size(model)
+    for request, prompt in zip(requests, prompts, strict=True):
+        check_token_ids(prompt, vocabulary, partial("the request {!r}".format, request[:60]))
+    return prompts
 
 
 def _token_sequences(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:

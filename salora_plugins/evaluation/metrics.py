@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..calibration.batching import check_token_ids, collate
+from ..calibration.batching import check_token_ids, collate, vocabulary_size
 from ..calibration.capture import evaluation_mode, input_device
 from ..calibration.data import IGNORED, Example, TokenizedExample, tokenize
 from ..judges import is_refusal
@@ -49,7 +50,9 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
     if not rows:
         raise ValueError("rows is empty: a loss needs at least one conversation")
     encoded = [encode_conversation(tokenizer, row) for row in rows]
-    check_token_ids([example.input_ids for example in encoded], model, lambda index: f"row {index + 1}")
+    vocabulary = vocabulary_size(model)
+    for number, example in enumerate(encoded, start=1):
+        check_token_ids(example.input_ids, vocabulary, partial("row {}".format, number))
     encoded.sort(key=lambda example: len(example.input_ids))
     total, count, device = 0.0, 0, input_device(model)
     with evaluation_mode(model), torch.no_grad():
