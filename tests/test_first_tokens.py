@@ -170,7 +170,7 @@ def test_requests(tmp_path):
         "Two?",
     ]
     (tmp_path / "latin.txt").write_bytes(b"Caf\xe9?\n")
-    with pytest.raises(ValueError, match=r"harmful=.*latin\.txt': not UTF-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"harmful=.*latin\.txt is not UTF-8 text \(byte 3\)"):
         load_requests(tmp_path / "latin.txt", option="harmful")
     (tmp_path / "requests.csv").write_text("prompt,category\nOne?,\nTwo?,x\n")
     assert [request.category for request in load_requests(tmp_path / "requests.csv", option="harmful")] == [None, "x"]
