@@ -93,7 +93,7 @@ def add_own_refusals(
         logger.warning(
             "Calibrating on %d safety examples instead of %d: the model refused %d of %d requests.",
             len(kept),
-            num,
+            min(num, len(examples)),
             counts["refusals"],
             counts["requests"],
         )
