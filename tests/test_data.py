@@ -27,6 +27,7 @@ from salora_plugins.calibration.data import (
     select_examples,
     tokenize_examples,
 )
+from salora_plugins.calibration.rendering import tokenizer_of
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
 
@@ -295,6 +296,18 @@ def test_mistral_common(name, mode):
     assert list(tokenized.input_ids) == whole
     asked = tokenizer.apply_chat_template([user("Say [INST].")], add_generation_prompt=True, return_dict=False)
     assert list(tokenized.labels) == [-100] * len(asked) + whole[len(asked) :]
+
+
+def test_a_processor_renders_with_its_own_template():
+    class Processor:  # of a vision-language model, say
+        def __init__(self, chat_template):
+            self.tokenizer, self.chat_template = build_tokenizer(CHATML), chat_template
+
+    same, other = Processor(CHATML), Processor(LLAMA)
+    assert tokenizer_of(same) is tokenizer_of(same.tokenizer) is same.tokenizer
+    assert tokenizer_of(other).chat_template == LLAMA
+    assert other.tokenizer.chat_template == CHATML
+    assert tokenizer_of(Processor(None)).chat_template == CHATML
 
 
 def test_a_response_ends_with_the_token_that_ends_its_turn():

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
 from tiny import (
     llama,
     preference_rows,
@@ -164,6 +164,26 @@ def test_two_templates_are_refused(folder, tmp_path):
     longer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="has another vocabulary than the trainer's"):
         trained_with_another_template(TEMPLATE_KINDS[0], folder, tmp_path, tokenizer=longer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_that_was_made_for_another_template_is_named(tmp_path, caplog):
+    """PEFT alone knows no trainer; our callbacks see both."""
+    other = tokenizer()
+    other.chat_template = OWN_TEMPLATE
+    for own, callback in ((tokenizer(), True), (other, True), (other, False)):
+        caplog.clear()
+        trainer = trl.SFTTrainer(
+            get_peft_model(llama(), config(tokenizer=tokenizer())),
+            arguments(trl.SFTConfig, tmp_path, max_steps=1),
+            train_dataset=sum_rows(),
+            processing_class=own,
+            callbacks=[TaskInitializationCallback()] if callback else [],
+        )
+        if not callback:
+            trainer.add_callback(SafetyMonitorCallback(trainer, harmful=["Harm?"], every_steps=1))
+        trainer.train()
+        assert ("was calibrated with another chat template" in caplog.text) == (own is other)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ from .data import (
     select_examples,
     tokenize_examples,
 )
-from .rendering import tokenizer_of, trainer_tokenizer
+from .rendering import template_digest, tokenizer_of, trainer_tokenizer
 from .responses import add_own_refusals
 from .statistics import Engine, ModuleStatistics, choose_engine
 
@@ -141,6 +141,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "safety_positions": config.resolved_safety_positions,
             "positions_counted": positions_counted,
             **counts,
+            **({} if config.tokenizer is None else {"chat_template_sha256": template_digest(config.tokenizer)}),
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,

@@ -169,7 +169,7 @@ def load_examples(
     left_out = _LeftOut(where)
     for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*_TOKENIZED, *TEXT_COLUMNS)):
         row_name = f"row {number} of {where}"
-        if _is_undesirable(row):
+        if is_undesirable(row):
             left_out.undesirable.append((row_name, row["label"]))
             continue
         found = parse_row(row, row_name, allow_text=not allow_missing_response)
@@ -339,7 +339,7 @@ class _LeftOut:
             )
 
 
-def _is_undesirable(row: Any) -> bool:
+def is_undesirable(row: Any) -> bool:
     """Whether this is a row of unpaired preferences (KTO) whose answer is a bad one."""
     if not isinstance(row, Mapping) or row.get("label") is None:
         return False

@@ -9,6 +9,7 @@ mistral-common's, have control tokens that no text stands for.
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -121,6 +122,11 @@ def tokenizer_of(processing_class: Any) -> Any:
     return tokenizer
 
 
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's chat template, as 64 hexadecimal digits; of nothing where it has none."""
+    return hashlib.sha256(str(getattr(tokenizer, "chat_template", None) or "").encode()).hexdigest()
+
+
 def trainer_tokenizer() -> Any:
     """
     What a trainer that is being made now renders with: PEFT hands a tuner only its configuration.
@@ -135,7 +141,8 @@ def trainer_tokenizer() -> Any:
     found = argument_of_caller(
         "processing_class", "__init__", lambda variables: isinstance(variables.get("self"), module.Trainer)
     )
-    return None if found is None else tokenizer_of(found)
+    tokenizer = tokenizer_of(found)
+    return tokenizer if hasattr(tokenizer, "apply_chat_template") else None  # such as an image processor
 
 
 def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
