@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .calibration.rendering import template_digest, tokenizer_of
 from .evaluation.first_tokens import FirstTokenReference, first_token_kl, first_token_reference, refusal_margins
 from .evaluation.requests import load_requests
 from .safety_module import SafetyModule
@@ -41,6 +42,8 @@ class SafetyMonitorCallback(TrainerCallback):
     - `safety/certificate`: the largest share of a module's update in the safety directions, where there is a safety
       module;
     - `safety/requests` and `safety/seconds`: on how many requests, and what it took.
+
+    It also warns if the trainer renders with another chat template than the adapter was calibrated with.
 
     No text is generated, and nothing that training depends on is changed: with and without the monitor, the weights are
     the same. If measuring takes more than `max_time_share` of the time since the measurement before, it takes half of
@@ -100,7 +103,7 @@ class SafetyMonitorCallback(TrainerCallback):
                 "(fsdp_version: 2)."
             )
         self.trainer = trainer
-        self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer_of(trainer.processing_class if tokenizer is None else tokenizer)
         self.requests = [request.prompt for request in load_requests(harmful, option="harmful", num=num_requests)]
         self.every_steps = every_steps
         if safety_module is not None and not isinstance(safety_module, SafetyModule):
@@ -123,6 +126,7 @@ class SafetyMonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self._model()
+        warn_of_another_template(model, self.trainer.processing_class)
         if state.global_step and not isinstance(model, PeftModel):
             logger.warning(
                 "SafetyMonitorCallback compares the model with itself at step %d, where this run resumes: it has no "
@@ -239,6 +243,27 @@ def _covered_factors(model: nn.Module, safety_module: SafetyModule) -> Iterator[
 def _whole(weight: Tensor) -> Tensor:
     weight = weight.detach()
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu()
+
+
+def warn_of_another_template(model: nn.Module, processing_class: Any) -> None:
+    """
+    Warn where a trainer renders with another chat template than the adapter was calibrated with, as it can where the
+    adapter was made before the trainer.
+
+    Args:
+        model: Anything; only SaLoRA's adapters are looked at.
+        processing_class: The trainer's tokenizer or processor, or None.
+    """
+    safety_module = _own_safety_module(model)
+    calibrated = None if safety_module is None else safety_module.provenance.get("chat_template_sha256")
+    if calibrated is None or processing_class is None:
+        return
+    if template_digest(tokenizer_of(processing_class)) != calibrated:
+        logger.warning(
+            "The adapter was calibrated with another chat template than the trainer's processing_class has, so that "
+            "its safety directions are those of other tokens. Give the trainer peft_config=SaLoRAConfig(...) and the "
+            "model without an adapter, or SaLoRAConfig(tokenizer=...) that tokenizer."
+        )
 
 
 def _own_safety_module(model: nn.Module) -> SafetyModule | None:

@@ -6,8 +6,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
-from salora_plugins.calibration import CalibrationError, DataError
+from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, task_bases
 from salora_plugins.calibration.capture import collect_statistics, position_mask
+from salora_plugins.calibration.data import load_examples
+from salora_plugins.calibration.responses import add_own_refusals
 from salora_plugins.calibration.statistics import Engine
 from tiny import (
     gpt2,
@@ -131,6 +133,98 @@ def test_model_that_refuses_nothing():
         calibrate(llama(), tokenizer(), safety_data=requests, **OPTIONS)
     with pytest.raises(CalibrationError, match=r"refused 0 of \d+ requests of safety_data"):
         calibrate(llama(), tokenizer(), num_safety_samples=4, **OPTIONS)
+
+
+def asked(count: int) -> list[dict]:
+    return [{"prompt": f"Please do harm number {i}."} for i in range(count)]
+
+
+@pytest.mark.parametrize(("answered", "unanswered"), [(8, 1), (8, 8), (16, 40), (1, 1)])
+def test_answered_rows_suffice_beside_requests_that_the_model_does_not_refuse(answered, unanswered, caplog):
+    rows = [*refusal_rows(answered), *asked(unanswered)]
+    module = calibrate(llama(), tokenizer(), safety_data=rows, **OPTIONS)
+    assert module.provenance["safety_samples"] == answered
+    assert (module.provenance["requests"], module.provenance["refusals"]) == (unanswered, 0)
+    assert f"Calibrating on {answered} safety examples instead of {answered + unanswered}" in caplog.text
+
+
+@pytest.mark.parametrize(("answered", "unanswered"), [(8, 9), (1, 2), (15, 40)])
+def test_few_answered_rows_do_not_hide_a_model_that_refuses_nothing(answered, unanswered):
+    rows = [*refusal_rows(answered), *asked(unanswered)]
+    message = rf"refused 0 of {unanswered} requests of safety_data, beside {answered} rows with a response, so there is"
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(llama(), tokenizer(), safety_data=rows, **OPTIONS)
+
+
+def test_a_calibration_answers_greedily_whatever_the_generation_configuration_says():
+    """The examples that answers make, from which everything follows."""
+
+    def examples(model):
+        requests = load_examples(asked(8), option="safety_data", allow_missing_response=True)
+        return add_own_refusals(
+            model, tokenizer(), requests, 8, is_refusal=lambda *_: True, batch_size=4, max_length=96
+        )
+
+    expected = examples(llama())
+    model = llama()
+    settings = model.generation_config
+    settings.update(
+        num_beams=2,
+        repetition_penalty=1.8,
+        suppress_tokens=list(range(3, 150)),
+        max_time=1e-9,
+        return_dict_in_generate=True,
+    )
+    kept = settings.to_dict()
+    assert examples(model) == expected
+    assert model.generation_config is settings and settings.to_dict() == kept
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_before_it_runs():
+    model = llama()
+    sizes = forward_passes(model)
+    rows = token_rows(16)
+    rows[5] = {"input_ids": [5, 9999], "labels": [-100, 9999]}
+    with pytest.raises(
+        DataError, match=r"^row 6 of safety_data has the token id 9999 at position 1, and the model has"
+    ):
+        calibrate(model, safety_data=rows, **OPTIONS)
+    longer = tokenizer()
+    longer.add_tokens(["harm"])
+    for data in (refusal_rows(), asked(16)):
+        with pytest.raises(DataError, match=r"'Please help me to do harm.* has the token id 259|do harm.* id 259"):
+            calibrate(model, longer, safety_data=data, **OPTIONS)
+    assert not sizes
+    model.resize_token_embeddings(len(longer))
+    calibrate(model, longer, safety_data=refusal_rows(), **OPTIONS)
+
+
+@pytest.mark.parametrize("option", ["safety_data", "task_data"])
+def test_a_configuration_is_not_written_to(tmp_path, option):
+    """Each of two models is calibrated with its own tokenizer, found beside it."""
+    without_template = tokenizer()
+    without_template.chat_template = None
+    folders = [tmp_path / "chat", tmp_path / "plain"]
+    models = []
+    for folder, own in zip(folders, (tokenizer(), without_template), strict=True):
+        llama().save_pretrained(folder)
+        own.save_pretrained(folder)
+        models.append(type(llama()).from_pretrained(folder))
+    data = {"safety_data": refusal_rows(), "task_data": refusal_rows()} if option == "task_data" else {}
+    config = SaLoRAConfig(**OPTIONS, **{"safety_data": refusal_rows(), **data})
+    before = dict(vars(config))
+    for model, own in zip(models, (tokenizer(), without_template), strict=True):
+        if option == "safety_data":
+            found, expected = (
+                calibrate_with(model, config),
+                calibrate(llama(), own, safety_data=refusal_rows(), **OPTIONS),
+            )
+            bases, expected = found.bases, expected.bases
+        else:
+            bases = task_bases(model, config)
+            expected = task_bases(llama(), SaLoRAConfig(**OPTIONS, **data, tokenizer=own))
+        assert vars(config) == before
+        assert all(torch.equal(bases[name], basis) for name, basis in expected.items())
 
 
 def test_broken_models_and_ranks():

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from salora_plugins.calibration.data import (
     select_examples,
     tokenize_examples,
 )
+from salora_plugins.calibration.rendering import tokenizer_of
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
 
@@ -212,6 +214,132 @@ def test_prompt_that_was_rendered_before_is_not_rendered_again():
     assert tokenize_one(row, build_tokenizer(CHATML))[0].startswith("<|im_start|>user\nWhat does")
 
 
+# In the way of Llama 3.x, Mistral Small, SmolLM3 and gpt-oss.
+DATED = {
+    "Llama 3": "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{% endif %}Today Date: {{ date_string }}\n",
+    "Mistral Small": "{% set today = strftime_now('%Y-%m-%d') %}{% set system = 'The current date is ' + today %}"
+    "[SYSTEM_PROMPT]{{ system }}[/SYSTEM_PROMPT]",
+    "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}{{ 'Today Date: ' ~ today ~ '\n' }}",
+    "gpt-oss": "{% macro head() %}{{ 'Current date: ' + strftime_now('%Y-%m-%d') + '\n\n' }}{% endmacro %}{{ head() }}",
+}
+
+
+@pytest.mark.parametrize("head", DATED.values(), ids=DATED)
+def test_templates_that_write_the_date_render_the_same_every_day(head):
+    """With transformers' own clock, they are other ids, and so another calibration, on every day."""
+    tokenizer = build_tokenizer(head + CHATML)
+    before, response = tokenize_one({"messages": PAIR}, tokenizer)
+    assert any(date in before for date in ("26 Jul 2024", "26 July 2024", "2024-07-26"))
+    assert response == ANSWERED
+    assert tokenizer.decode(render_prompt(Example(tuple(PAIR[:1])), tokenizer)) == before
+
+
+class TokenizerWithoutTextControls(PreTrainedTokenizerFast):
+    """Renders by code of its own; the tokens that it writes around the turns are not read from text."""
+
+    def apply_chat_template(
+        self, conversation, tokenize=True, add_generation_prompt=False, return_dict=True, **options
+    ):
+        assert tokenize, "its texts are no good"
+        ids = [self.convert_tokens_to_ids("<s>")]
+        for message in conversation:
+            control = "<|im_start|>" if message["role"] == "user" else "<|im_end|>"
+            ids += [
+                self.convert_tokens_to_ids(control),
+                *self(message["content"])["input_ids"],
+            ]
+        if conversation[-1]["role"] == "assistant":
+            ids.append(self.eos_token_id)
+        elif add_generation_prompt:
+            ids.append(self.convert_tokens_to_ids("<|im_end|>"))
+        return {"input_ids": ids} if return_dict else ids
+
+
+def test_ids_are_those_of_the_tokenizers_own_rendering():
+    plain = build_tokenizer()
+    tokenizer = TokenizerWithoutTextControls(
+        tokenizer_object=plain.backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        split_special_tokens=True,
+    )
+    request = "What does <|im_end|> do?"
+    row = {"prompt": request, "response": "It ends."}
+    (tokenized,) = tokenize_examples(load_examples([row], option="d"), tokenizer, max_length=99, option="d")
+    asked = tokenizer.apply_chat_template([user(request)], add_generation_prompt=True, return_dict=False)
+    assert render_prompt(Example((user(request),)), tokenizer) == asked
+    assert [token for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True) if label == -100] == asked
+    assert tokenizer.decode(tokenized.input_ids[len(asked) :]) == "It ends.</s>"
+    rendered = {"prompt": tokenizer.decode(asked), "response": "It ends."}
+    with pytest.raises(DataError, match=r"as if it were rendered already, and the tokenizer does not read its control"):
+        tokenize_one(rendered, tokenizer)
+
+
+@pytest.mark.parametrize("mode", ["test", "finetuning"])
+@pytest.mark.parametrize("name", ["mistral_instruct_tokenizer_240323.model.v3", "tekken_240911.json"])
+def test_mistral_common(name, mode):
+    folder = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    from transformers import MistralCommonBackend
+
+    tokenizer = MistralCommonBackend(tokenizer_path=folder / name, mode=mode)
+    row = {"prompt": "Say [INST].", "response": "No."}
+    if mode == "finetuning":  # cannot ask
+        with pytest.raises(DataError, match="chat template refuses the request"):
+            render_prompt(Example((user("Hi"),)), tokenizer)
+        return
+    (tokenized,) = tokenize_examples(load_examples([row], option="d"), tokenizer, max_length=99, option="d")
+    finetuning = MistralCommonBackend(tokenizer_path=folder / name, mode="finetuning")
+    whole = finetuning.apply_chat_template([user("Say [INST]."), assistant("No.")], return_dict=False)
+    assert list(tokenized.input_ids) == whole
+    asked = tokenizer.apply_chat_template([user("Say [INST].")], add_generation_prompt=True, return_dict=False)
+    assert list(tokenized.labels) == [-100] * len(asked) + whole[len(asked) :]
+
+
+def test_a_processor_renders_with_its_own_template():
+    class Processor:  # of a vision-language model, say
+        def __init__(self, chat_template):
+            self.tokenizer, self.chat_template = build_tokenizer(CHATML), chat_template
+
+    same, other = Processor(CHATML), Processor(LLAMA)
+    assert tokenizer_of(same) is tokenizer_of(same.tokenizer) is same.tokenizer
+    assert tokenizer_of(other).chat_template == LLAMA
+    assert other.tokenizer.chat_template == CHATML
+    assert tokenizer_of(Processor(None)).chat_template == CHATML
+
+
+def test_a_response_ends_with_the_token_that_ends_its_turn():
+    tokenizer = build_tokenizer(CHATML + "{% if not add_generation_prompt %}</s>\n{% endif %}")
+    tokenizer.eos_token = "<|im_end|>"
+    assert tokenize_one({"messages": PAIR}, tokenizer) == (ASKED, ANSWERED)
+
+
+def test_a_response_that_cannot_be_told_apart_is_refused():
+    numbered = build_tokenizer("{{ messages | string | length }}: {% for m in messages %}{{ m.content }}\n{% endfor %}")
+    silent = build_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}")
+    for tokenizer in (numbered, silent):
+        with pytest.raises(
+            DataError, match=r"that asks 'How are you\?': the tokenizer's chat template renders the conv"
+        ):
+            tokenize_one({"messages": PAIR}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0].tools.name }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+    ],
+)
+def test_whatever_a_template_raises_is_named(template, error):
+    with pytest.raises(DataError, match=rf"chat template refuses the example of task_data that asks 'How.*{error}"):
+        tokenize_one({"messages": PAIR}, build_tokenizer(template))
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("adds_eos", [False, True])
 def test_plain_text_without_a_chat_template(adds_bos, adds_eos):
@@ -281,6 +409,109 @@ def test_undesirable_answers_are_not_used():
         load_examples(rows[:1], option="safety_data")
     # In other rows a column of this name means something else.
     assert len(load_examples([{"text": "Hi", "label": False}], option="task_data")) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [(False, True), (0, 1), ("0", "1"), ("false", "true"), ("False ", "True"), (0.0, 1.0), ("0.0", "1.0")],
+)
+def test_every_way_to_write_a_label(bad, good, tmp_path):
+    rows = [{"prompt": QUESTION, "completion": c, "label": bad if c == "No." else good} for c in ("No.", ANSWER)]
+    if bad is False:
+        assert [example.response for example in load_examples(rows, option="task_data")] == [ANSWER]
+        return
+    with pytest.warns(UserWarning, match=r"1 answers with label .* are taken as undesirable, as in KTO.*row 1 of"):
+        assert [example.response for example in load_examples(rows, option="task_data")] == [ANSWER]
+    lines = [f'"{row["prompt"]}","{row["completion"]}",{row["label"]}' for row in rows]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion,label", *lines]))
+    with pytest.warns(UserWarning, match="taken as undesirable"):
+        assert [e.response for e in load_examples(tmp_path / "rows.csv", option="task_data")] == [ANSWER]
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": " "}, {"content": []}])
+def test_a_last_turn_that_only_calls_tools_is_left_out(content):
+    call = CALL | content
+    shared = {("from" if k == "role" else "value" if k == "content" else k): v for k, v in call.items()}
+    rows = [
+        {"messages": [user("Hi"), call]},
+        {"conversations": [{"from": "human", "value": "Hi"}, shared | {"from": "gpt"}]},
+        {"prompt": [user("Hi")], "completion": [call]},
+        {"prompt": [user("Hi")], "chosen": [call], "rejected": PAIR[1:]},
+        {"chosen": [user("Hi"), call], "rejected": PAIR},
+        {"messages": [user("Hi"), {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}} | content]},
+    ]
+    for options in ({"option": "task_data"}, {"option": "safety_data", "allow_missing_response": True}):
+        with pytest.warns(UserWarning, match=r"6 rows whose last turn only calls tools are left out \(first: row 2 of"):
+            assert [e.response for e in load_examples([{"messages": PAIR}, *rows], **options)] == [ANSWER]
+        with pytest.raises(DataError, match=r"row 1 of .* ends with a turn that only calls tools, as all do"):
+            load_examples(rows, **options)
+    # Its text counts, and what went before may call tools.
+    said = load_examples([{"messages": [user("Hi"), call | {"content": "I look."}]}], option="task_data")
+    assert said[0].response == "I look."
+    turns = [user("Hi"), call, {"role": "tool", "content": "4"}, assistant("Four.")]
+    assert load_examples([{"messages": turns}], option="task_data")[0].response == "Four."
+
+
+def test_plain_requests(tmp_path):
+    """A text file of a request a line, or a list of strings; they are no answers to train on."""
+    (tmp_path / "requests.txt").write_text("One?\n\n  Two? \r\n", encoding="utf-8-sig")
+    for source in (tmp_path / "requests.txt", str(tmp_path / "requests.txt"), ["One?", "Two?"], ("One?", "Two?")):
+        examples = load_examples(source, option="safety_data", allow_missing_response=True)
+        assert examples == [Example((user("One?"),)), Example((user("Two?"),))]
+    with pytest.raises(DataError, match="row 1 of task_data is 'One\\?'; a row must map"):
+        load_examples(["One?"], option="task_data")
+    with pytest.raises(DataError, match="row 2 of safety_data: the `prompt` is empty"):
+        load_examples(["One?", ""], option="safety_data", allow_missing_response=True)
+
+
+def test_alpaca_columns(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        {"instruction": "And now?", "output": "Bye", "system": "Be kind.", "history": [["Hi", "Hello"]]},
+        {"instruction": "Silence", "input": None, "output": ""},
+    ]
+    expected = [
+        Example((user("Add.\n\n1 and 2"),), "3"),
+        Example((user("Hi"),), "Hello"),
+        Example((system("Be kind."), user("Hi"), assistant("Hello"), user("And now?")), "Bye"),
+        Example((user("Silence"),), None),
+    ]
+    assert load_examples(rows, option="safety_data", allow_missing_response=True) == expected
+    with pytest.warns(UserWarning, match="1 rows without a response"):
+        assert load_examples(rows, option="task_data") == expected[:3]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:3]))
+    assert load_examples(tmp_path / "rows.json", option="task_data") == expected[:3]
+    # The original data set also has both as one `text`, on which trainers train.
+    both = [{**rows[0], "text": "Add 1 and 2. 3"}]
+    assert load_examples(both, option="task_data") == [Example(response="Add 1 and 2. 3")]
+    assert load_examples(both, option="safety_data", allow_missing_response=True) == expected[:1]
+
+
+def test_what_does_not_give_rows_in_an_order_is_refused():
+    """The names of a data frame's columns are no requests."""
+    frame = pytest.importorskip("pandas").DataFrame({"prompt": ["One?"], "response": ["No."]})
+    for source in (frame, {"One?", "Two?"}, b"One?"):
+        with pytest.raises(DataError, match=r"is not understood. Give .* data frame: `frame.to_dict"):
+            load_examples(source, option="safety_data", allow_missing_response=True)
+    assert len(load_examples(frame.to_dict("records"), option="task_data")) == 1
+
+
+def test_token_ids_that_the_model_does_not_know():
+    for bad in (300, -1):
+        rows = [{"input_ids": [5, 6]}, {"input_ids": [5, bad]}]
+        with pytest.raises(
+            DataError, match=f"row 2 of task_data has the token id {bad} at position 1, and the model has"
+        ):
+            load_examples(rows, option="task_data", vocabulary=300)
+    tokenizer = build_tokenizer(CHATML)
+    examples = [Example(tuple(PAIR[:1]), ANSWER)]
+    assert tokenize_examples(examples, tokenizer, max_length=99, option="d", vocabulary=len(tokenizer))
+    with pytest.raises(DataError, match=r"the example of d that asks 'How are you\?' has the token id \d+ at position"):
+        tokenize_examples(examples, tokenizer, max_length=99, option="d", vocabulary=100)
 
 
 def test_requests_without_a_response_are_for_safety_data_only():
@@ -403,9 +634,18 @@ BAD_ROWS = {
         "message 1 of `messages` has content that is not text",
     ),
     "no turn before": ({"messages": [assistant("Hi")]}, "there must be a turn before the response"),
-    "tool call as response": (
-        {"messages": [user("Hi"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
-        "the last assistant turn has no text as `content`",
+    "empty instruction": ({"instruction": " ", "output": "Hi"}, "the `instruction` is empty"),
+    "history is no list of pairs": (
+        {"instruction": "Hi", "output": "Hi", "history": ["Hi"]},
+        "`history` must be a list of pairs of request and answer, not 'Hi'",
+    ),
+    "half of a character": (
+        {"messages": [user("Hi \ud83d"), assistant("Hi")]},
+        r"there is a lone surrogate \(U\+D83D\) in a text, which is half of a character. Remove it.",
+    ),
+    "half of a character as response": (
+        {"prompt": "Hi", "response": "\udc00"},
+        r"lone surrogate \(U\+DC00\) in a text",
     ),
     "number as response": (
         {"prompt": "Hi", "response": 3},
@@ -469,7 +709,13 @@ def test_text_is_no_safety_data():
             r"a\.jsonl is not UTF-8 text \(byte 12\). Save it as UTF-8",
         ),
         ("a.parquet", "no parquet", r"a\.parquet is not a readable Parquet file"),
-        ("a.txt", "Hi", r"files of type .txt are not read. Use .jsonl, .json, .csv, .parquet"),
+        ("a.txt", "Hi", r"row 1 of task_data='.*a\.txt' has no response, nor has any other row"),
+        ("a.pdf", "Hi", r"files of type .pdf are not read. Use .jsonl, .json, .csv, .parquet, .txt"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "response": "b"}\n' + '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            r"a\.jsonl: the JSON value that begins in line 2 cannot be read: maximum recursion depth",
+        ),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

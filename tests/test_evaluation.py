@@ -6,10 +6,15 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 import tiny
+from salora_plugins.calibration.data import load_examples, tokenize_examples
+from salora_plugins.calibration.generation import greedy_answers
 from salora_plugins.evaluation import generate_responses, generation, refusal_rate, response_loss, wilson_interval
-from salora_plugins.evaluation.first_tokens import render_requests
+from salora_plugins.evaluation.first_tokens import refusal_margins, render_requests
+from salora_plugins.evaluation.metrics import encode_conversation
 from salora_plugins.evaluation.statistics import Mean, Proportion, mcnemar
 
 
@@ -77,10 +82,10 @@ def test_response_loss_is_the_mean_over_response_tokens(tokenizer):
     model = tiny.llama()
     total, count = 0.0, 0
     for row in ROWS:
-        # By hand: the probability of each response character (and of the closing tokens), one at a time.
+        # By hand: the probability of each response character (and of the token that ends the turn), one at a time.
         prompt = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
         ids = tokenizer(prompt)["input_ids"]
-        for token in tokenizer(row["completion"][0]["content"] + "<|im_end|>\n")["input_ids"]:
+        for token in tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"]:
             with torch.no_grad():
                 probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
             total -= math.log(probabilities[token].item())
@@ -101,10 +106,42 @@ def test_response_loss_refuses_what_it_cannot_measure(tokenizer):
     model = tiny.llama()
     with pytest.raises(ValueError, match="rows is empty"):
         response_loss(model, tokenizer, [])
-    changing = tiny.tokenizer()
-    changing.chat_template = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not begin with its rendered prompt"):
-        response_loss(model, changing, ROWS)
+    silent = tiny.tokenizer()
+    silent.chat_template = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"that asks 'What is two plus two\?': .* cannot be told apart"):
+        response_loss(model, silent, ROWS)
+    longer = tiny.tokenizer()
+    longer.add_tokens(["Four"])
+    with pytest.raises(
+        ValueError, match=r"row 1 has the token id 259 at position \d+, and the model has embeddings for"
+    ):
+        response_loss(model, longer, ROWS)
+    with pytest.raises(ValueError, match="has the token id 259"):
+        generate_responses(model, longer, ["Four?"], progress=False)
+    with pytest.raises(ValueError, match=r"the request 'Four\?' has the token id 259"):
+        refusal_margins(model, longer, ["Four?"])
+
+
+OPENS_THINKING = tiny.CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+EMPTY_THINKING = tiny.CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
+).replace(
+    "assistant\n{% endif %}", "assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, OPENS_THINKING, EMPTY_THINKING, None])
+def test_the_response_is_the_same_in_calibration_and_evaluation(template):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    examples = load_examples(ROWS, option="task_data")
+    calibrated = tokenize_examples(examples, tokenizer, max_length=512, option="task_data")
+    assert [encode_conversation(tokenizer, row) for row in ROWS] == calibrated
+    for row, example in zip(ROWS, calibrated, strict=True):
+        response = [label for label in example.labels if label != -100]
+        assert tokenizer.decode(response) == row["completion"][0]["content"] + "<|im_end|>"
+    assert math.isfinite(response_loss(tiny.llama(), tokenizer, ROWS))
 
 
 def test_responses_come_in_order_and_do_not_depend_on_the_batch(tokenizer):
@@ -157,13 +194,88 @@ def test_generation_and_loss_leave_everything_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# What a repository's generation_config.json can hold and `generate` would follow.
+SETTINGS = {
+    "num_beams": 3,
+    "do_sample": True,
+    "repetition_penalty": 1.8,
+    "encoder_repetition_penalty": 2.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(3, 150)),
+    "begin_suppress_tokens": list(range(3, 150)),
+    "bad_words_ids": [[token] for token in range(3, 150)],
+    "sequence_bias": [[[7], 99.0]],
+    "forced_bos_token_id": 8,
+    "forced_eos_token_id": 8,
+    "min_length": 99,
+    "min_new_tokens": 12,
+    "max_length": 30,
+    "max_time": 1e-9,
+    "stop_strings": ["a", "e"],
+    "guidance_scale": 3.0,
+    "exponential_decay_length_penalty": [1, 9.0],
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "num_return_sequences": 2,
+    "prompt_lookup_num_tokens": 2,
+    "use_cache": False,
+    "cache_implementation": "static",
+}
+
+
+def greedily(model, tokenizer, request, count):
+    """By hand, one forward pass a token."""
+    ids = tokenizer(f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    begin = len(ids)
+    while (len(ids) < begin + count and ids[-1] != tokenizer.eos_token_id) or len(ids) == begin:
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[begin:]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_greedy_is_greedy_whatever_the_generation_configuration_says(tokenizer, wrapped):
+    model = tiny.llama()
+    requests = ["Hello", "What is the time?"]
+    expected = [greedily(model, tokenizer, request, 10) for request in requests]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
+    outer = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrapped else model
+    for name, value in SETTINGS.items():
+        settings = GenerationConfig(eos_token_id=2, pad_token_id=0)
+        setattr(settings, name, value)
+        model.generation_config = settings
+        kept = settings.to_dict()
+        assert generate_responses(outer, tokenizer, requests, max_new_tokens=10, progress=False) == texts, name
+        assert model.generation_config is settings and settings.to_dict() == kept, name
+    carriers = [module for module in outer.modules() if "generation_config" in vars(module)]
+    assert carriers == [model]
+
+
+def test_an_answer_ends_with_the_first_of_all_end_tokens(tokenizer):
+    model = tiny.llama()
+    long = greedily(model, tokenizer, "Hello", 10)
+    model.generation_config.eos_token_id = [long[4], 2]
+    prompt = render_requests(tokenizer, ["Hello"])[0]
+    assert greedy_answers(model, tokenizer, [prompt], max_new_tokens=10) == [long[: long.index(long[4]) + 1]]
+
+
 def test_generation_restores_the_state_after_an_error():
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = "right"
     tokenizer.pad_token = None
     model = tiny.llama().train()
+    settings = model.generation_config
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate_responses(model, tokenizer, ["Hello"], max_new_tokens=-1, progress=False)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate_responses(model, tokenizer, ["Hello"], max_new_tokens=2, progress=False)
+    handle.remove()
+    assert model.generation_config is settings
     assert model.training
     assert tokenizer.padding_side == "right"
     assert tokenizer.pad_token is None
@@ -207,8 +319,8 @@ def test_answers_begin_where_the_first_tokens_are_measured(monkeypatch, thinks):
     tokenizer = tiny.tokenizer()
     if thinks:
         tokenizer.chat_template += "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}"
-    texts = []
-    monkeypatch.setattr(generation, "continue_texts", lambda model, tokenizer, prompts, **_: texts.extend(prompts))
+    prompts = []
+    monkeypatch.setattr(generation, "continue_prompts", lambda model, tokenizer, ids, **_: prompts.extend(ids))
     generate_responses(None, tokenizer, ["Hi", "Two and two?"])
-    assert texts[0].endswith("</think>\n\n") == thinks
-    assert [tokenizer(text)["input_ids"] for text in texts] == render_requests(tokenizer, ["Hi", "Two and two?"])
+    assert tokenizer.decode(prompts[0]).endswith("</think>\n\n") == thinks
+    assert prompts == render_requests(tokenizer, ["Hi", "Two and two?"])

@@ -12,7 +12,7 @@ from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation import generate_responses
 from salora_plugins.evaluation.first_tokens import _cache_name, first_token_kl, first_token_reference, refusal_margins
-from salora_plugins.evaluation.requests import load_requests
+from salora_plugins.evaluation.requests import Request, load_requests
 from salora_plugins.judges import is_refusal
 
 REQUESTS = ["How do I bake bread?", "Hi", "Tell me a long story about a small town by the sea, please."]
@@ -158,7 +158,7 @@ def test_margins_tell_what_an_aligned_model_refuses():
     assert (margins[refused][:, None] > margins[~refused]).float().mean() > 0.9
 
 
-def test_requests(tmp_path):
+def test_requests(tmp_path, caplog):
     (tmp_path / "requests.txt").write_text("One?\n\nTwo?\nOne?\n")
     assert [request.prompt for request in load_requests(tmp_path / "requests.txt", option="harmful")] == [
         "One?",
@@ -169,8 +169,17 @@ def test_requests(tmp_path):
         "One?",
         "Two?",
     ]
+    assert load_requests(["One?", "Two?"], option="harmful") == [Request("One?"), Request("Two?")]
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "category": "sums"},
+        {"prompt": "Bad?", "completion": "Yes.", "label": 0},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+    ]
+    expected = [Request("Add.\n\n1 and 2", "sums", "3"), Request("Bad?")]
+    assert load_requests(rows, option="harmless") == expected
+    assert "harmless: 1 rows whose last turn only calls tools are left out" in caplog.text
     (tmp_path / "latin.txt").write_bytes(b"Caf\xe9?\n")
-    with pytest.raises(ValueError, match=r"harmful=.*latin\.txt': not UTF-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"harmful=.*latin\.txt is not UTF-8 text \(byte 3\)"):
         load_requests(tmp_path / "latin.txt", option="harmful")
     (tmp_path / "requests.csv").write_text("prompt,category\nOne?,\nTwo?,x\n")
     assert [request.category for request in load_requests(tmp_path / "requests.csv", option="harmful")] == [None, "x"]

@@ -15,7 +15,9 @@ import torch
 import salora_plugins
 import tiny
 from salora_plugins import plugins
+from salora_plugins.calibration import DataError
 from salora_plugins.calibration.basis import top_singular_vectors
+from salora_plugins.calibration.data import load_examples
 from salora_plugins.cli import create_cli
 from salora_plugins.data.builtin import builtin_prompts
 from salora_plugins.judges import OPENINGS, REFUSAL_PHRASES, is_refusal, keyword_judge
@@ -62,12 +64,22 @@ def installed_here(installed, monkeypatch):
     forget()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_data_source_is_read_as_far_as_asked(installed_here):
+    """It may have no end; and what it raises while it is read is named like what it raises at once."""
+    assert len(load_examples("endless_requests", option="safety_data", max_rows=50)) == 50
+    with pytest.raises(
+        DataError, match=r"safety_data='failing_requests': the data source failed: OSError: the connect"
+    ):
+        load_examples("failing_requests", option="safety_data")
+
+
 def test_installed_plugin_is_used_by_name(installed_here):
     """Its data source and basis method in a calibration, while each broken plugin is named and skipped."""
     with pytest.warns(RuntimeWarning) as caught:
         names = [sorted(found()) for found in (plugins.data_sources, plugins.basis_methods, plugins.judges)]
     assert names == [
-        ["another_source", "builtin", "test_requests"],
+        ["another_source", "builtin", "endless_requests", "failing_requests", "test_requests"],
         ["first_coordinates", "salora"],
         ["keyword", "never"],
     ]

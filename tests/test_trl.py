@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from certificate import largest_share_inside
-from salora_plugins import SaLoRAConfig
+from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
 from tiny import (
     llama,
     preference_rows,
@@ -108,6 +108,82 @@ def test_sft_with_an_object_and_the_callback(tmp_path):
     offset = trainer.model.get_submodule(name)[0].offset
     assert torch.equal(offset, by_hand.get_submodule(name)[0].offset)
     check_result(trainer, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+OWN_TEMPLATE = tokenizer().chat_template.replace("message['role'] }}", "message['role'] | upper }}")
+
+
+def trained_with_another_template(kind: str, model: Path, output_dir: Path, **options) -> trl.SFTTrainer:
+    """A trainer that renders with OWN_TEMPLATE, which is not the one in the model's folder."""
+    own = tokenizer()
+    own.chat_template = OWN_TEMPLATE
+    peft_config = config(init="zero", calibration_cache=False, **options)
+    if kind == "SFT: `chat_template_path`":
+        (output_dir / "template.jinja").write_text(OWN_TEMPLATE)
+        args = arguments(trl.SFTConfig, output_dir, chat_template_path=str(output_dir / "template.jinja"))
+        return trl.SFTTrainer(str(model), args, train_dataset=sum_rows(), peft_config=peft_config)
+    if kind == "SFT: `processing_class`":
+        args = arguments(trl.SFTConfig, output_dir)
+        return trl.SFTTrainer(str(model), args, train_dataset=sum_rows(), peft_config=peft_config, processing_class=own)
+    args = arguments(trl.DPOConfig, output_dir)
+    return trl.DPOTrainer(
+        str(model), args=args, train_dataset=preference_rows(), peft_config=peft_config, processing_class=own
+    )
+
+
+TEMPLATE_KINDS = ["SFT: `chat_template_path`", "SFT: `processing_class`", "DPO: `processing_class`"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=row(f"{kind}, also in calibration")) for kind in TEMPLATE_KINDS]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_calibration_renders_as_the_trainer_does(folder, tmp_path, kind):
+    trainer = trained_with_another_template(kind, folder, tmp_path)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert trainer.model.peft_config["default"].tokenizer is None
+    own = tokenizer()
+    options = {"target_modules": ["q_proj", "v_proj"], "safety_rank": 8, "safety_data": refusal_rows()}
+    own.chat_template = OWN_TEMPLATE
+    expected = calibrate(llama(), own, **options, calibration_cache=False)
+    found = SafetyModule.load(tmp_path / "adapter")
+    assert all(torch.equal(found.bases[name], basis) for name, basis in expected.bases.items())
+    of_the_folder = calibrate(llama(), tokenizer(), **options, calibration_cache=False)
+    assert not any(torch.equal(found.bases[name], basis) for name, basis in of_the_folder.bases.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_two_templates_are_refused(folder, tmp_path):
+    message = r"SaLoRAConfig\(tokenizer=...\) has another chat template than the trainer's processing_class \(chat_temp"
+    for kind in TEMPLATE_KINDS:
+        with pytest.raises(ValueError, match=message):
+            trained_with_another_template(kind, folder, tmp_path, tokenizer=tokenizer())
+    longer = tokenizer()
+    longer.chat_template = OWN_TEMPLATE
+    trained_with_another_template(TEMPLATE_KINDS[0], folder, tmp_path, tokenizer=longer)
+    longer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="has another vocabulary than the trainer's"):
+        trained_with_another_template(TEMPLATE_KINDS[0], folder, tmp_path, tokenizer=longer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_that_was_made_for_another_template_is_named(tmp_path, caplog):
+    """PEFT alone knows no trainer; our callbacks see both."""
+    other = tokenizer()
+    other.chat_template = OWN_TEMPLATE
+    for own, callback in ((tokenizer(), True), (other, True), (other, False)):
+        caplog.clear()
+        trainer = trl.SFTTrainer(
+            get_peft_model(llama(), config(tokenizer=tokenizer())),
+            arguments(trl.SFTConfig, tmp_path, max_steps=1),
+            train_dataset=sum_rows(),
+            processing_class=own,
+            callbacks=[TaskInitializationCallback()] if callback else [],
+        )
+        if not callback:
+            trainer.add_callback(SafetyMonitorCallback(trainer, harmful=["Harm?"], every_steps=1))
+        trainer.train()
+        assert ("was calibrated with another chat template" in caplog.text) == (own is other)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from salora_plugins import SaLoRAModel
+from salora_plugins.monitor import warn_of_another_template
 
 
 class TaskInitializationCallback(TrainerCallback):
@@ -16,7 +17,8 @@ class TaskInitializationCallback(TrainerCallback):
     Set SaLoRA's task initialization from `num_task_samples` rows of the training set, before the first step.
 
     Without it the initialization comes from the first training batch, which is enough for most; with it, from as
-    many rows as the paper uses. A resumed run keeps the factors of its checkpoint.
+    many rows as the paper uses. A resumed run keeps the factors of its checkpoint. It warns if the trainer renders with
+    another chat template than the adapter was calibrated with.
 
     Example:
 
@@ -35,5 +37,6 @@ class TaskInitializationCallback(TrainerCallback):
     ) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.base_model, SaLoRAModel):
             raise ValueError("TaskInitializationCallback needs a trainer with peft_config=SaLoRAConfig(...).")
+        warn_of_another_template(model, kwargs.get("processing_class"))
         for adapter_name in model.base_model.waiting_for_task_data:
             model.base_model.initialize_from_task_data(train_dataloader.dataset, adapter_name)

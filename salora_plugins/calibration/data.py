@@ -11,10 +11,11 @@ import logging
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from .batching import check_token_ids
 from .rendering import common_prefix_length, prompt_and_response_ids, prompt_ids
 from .sources import DataError, describe, read_rows
 
@@ -30,6 +31,7 @@ __all__ = [
     "parse_row",
     "render_prompt",
     "select_examples",
+    "tokenize",
     "tokenize_examples",
 ]
 
@@ -43,7 +45,7 @@ MAX_ROWS = 4_000
 
 FORMATS = (
     "messages; prompt + response; prompt + completion; prompt + chosen; chosen (+ rejected); "
-    "conversations (from/value); text; input_ids (+ labels)"
+    "conversations (from/value); instruction (+ input) + output; text; input_ids (+ labels)"
 )
 """The columns that a row can have, for messages."""
 
@@ -58,10 +60,14 @@ _MASKS = ("completion_mask", "assistant_masks")
 _CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "response")
 _TOKENIZED = ("input_ids", "labels", "attention_mask", "seq_lengths", *_MASKS, *chain(*_TOKEN_PAIRS))
-TEXT_COLUMNS = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, "text", "label")
+_ALPACA = ("instruction", "input", "output", "system", "history")
+TEXT_COLUMNS = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, *_ALPACA, "text", "label")
 """Columns of rows of text that are looked at."""
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
+_SHAREGPT = {"from": "role", "value": "content"}
+_CALLS = ("tool_calls", "function_call")
+"""Keys of a message that calls tools, which may then have no content."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,12 @@ class TokenizedExample:
 
 
 def load_examples(
-    source: Any, *, option: str, allow_missing_response: bool = False, max_rows: int = MAX_ROWS
+    source: Any,
+    *,
+    option: str,
+    allow_missing_response: bool = False,
+    max_rows: int = MAX_ROWS,
+    vocabulary: int | None = None,
 ) -> list[Example | TokenizedExample]:
     """Read examples from wherever the user keeps them.
 
@@ -120,22 +131,27 @@ def load_examples(
     - `chosen`, with or without `prompt`; for two plain strings without `prompt`, it is what `chosen` and
       `rejected` share at their beginning, as in TRL;
     - `prompt` with `completion` or `response`;
-    - `text`, all of which counts as response.
+    - Alpaca's `instruction`, with or without `input`, `system` and `history`, and `output`;
+    - `text`, all of which counts as response; where requests are wanted, `instruction` comes first.
+
+    Where `allow_missing_response`, a row that is a plain string is a request.
 
     `prompt`, `completion` and `chosen` are strings or lists of messages. A plain-string `prompt` is a user
     turn where the tokenizer has a chat template. An answer that is marked as undesirable (KTO's `label` is
-    False) is not used, nor are further columns.
+    False, 0, or the text "false" or "0") is not used, nor are further columns. A row whose last turn only calls tools
+    is left out with a warning.
 
     Args:
-        source: the name of a registered data source; a file (.jsonl, .json, .csv, .parquet); a folder with
-            such a file or one that `datasets` saved; a hub data set id (`id` or `id:config`, its `train`
-            split); a `datasets` object; rows (mappings, or examples that are passed on).
+        source: the name of a registered data source; a file (.jsonl, .json, .csv, .parquet, or .txt with a request
+            a line); a folder with one of the others or one that `datasets` saved; a hub data set id (`id` or
+            `id:config`, its `train` split); a `datasets` object; rows (mappings, or examples that are passed on).
         option: what the user calls this data, for messages.
         allow_missing_response: keep requests without an answer (response None), and refuse plain `text`,
             which does not tell request and response apart. Otherwise rows without an answer are left out
             with a warning.
         max_rows: of a larger data set, a fixed random subset of this size is read (of a stream, the
             first rows).
+        vocabulary: number of tokens that the model knows (`batching.vocabulary_size`), to refuse other ids in rows.
 
     Returns:
         At least one example, in the order of the rows.
@@ -150,27 +166,25 @@ def load_examples(
         )
     where = describe(source, option)
     examples: list[Example | TokenizedExample] = []
-    undesirable = 0
-    unanswered: list[str] = []
+    left_out = _LeftOut(where)
     for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*_TOKENIZED, *TEXT_COLUMNS)):
         row_name = f"row {number} of {where}"
-        if _is_undesirable(row):
-            undesirable += 1
+        if is_undesirable(row):
+            left_out.undesirable.append((row_name, row["label"]))
             continue
-        for example in parse_row(row, row_name, allow_text=not allow_missing_response):
+        found = parse_row(row, row_name, allow_text=not allow_missing_response)
+        if not found:
+            left_out.only_calls.append(row_name)
+        for example in found:
             if isinstance(example, Example) and example.response is None and not allow_missing_response:
-                unanswered.append(row_name)
+                left_out.unanswered.append(row_name)
             else:
+                if isinstance(example, TokenizedExample):
+                    check_token_ids(example.input_ids, vocabulary, row_name.__str__)
                 examples.append(example)
     if not examples:
-        raise DataError(_nothing_usable(where, unanswered, undesirable))
-    if unanswered:
-        warnings.warn(
-            f"{where}: {len(unanswered)} rows without a response are left out (first: {unanswered[0]})",
-            stacklevel=2,
-        )
-    if undesirable:
-        logger.info("%s: %d rows with label False (undesirable answers) are not used", where, undesirable)
+        raise DataError(left_out.nothing_usable())
+    left_out.report()
     if not any(isinstance(example, Example) or example.has_response for example in examples):
         raise DataError(
             f"{where}: no row has a response token (every label is -100, or every mask is 0). Mark "
@@ -197,6 +211,7 @@ def tokenize_examples(
     *,
     max_length: int,
     option: str,
+    vocabulary: int | None = None,
 ) -> list[TokenizedExample]:
     """Render examples, tokenize them and mark the response, including the end of turn that closes it.
 
@@ -209,15 +224,24 @@ def tokenize_examples(
         tokenizer: may be None if all examples are tokenized.
         max_length: number of tokens that are kept, from the beginning.
         option: what the user calls this data, for messages.
+        vocabulary: number of tokens that the model knows, to refuse those that only the tokenizer does.
 
     Raises:
-        DataError: there is no tokenizer, the chat template refuses a conversation, or nothing is left.
+        DataError: there is no tokenizer, the chat template refuses a conversation, the model does not know a token, or
+            nothing is left.
     """
     tokenized: list[TokenizedExample] = []
     left_out = 0
     for example in examples:
         if isinstance(example, Example):
-            example = _tokenize(example, tokenizer, option)
+            if tokenizer is None:
+                raise DataError(
+                    f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
+                    "of `input_ids` and `labels`."
+                )
+            name = f"the example of {option} that asks {_short(example.request)}"
+            example = tokenize(example, tokenizer, name)
+            check_token_ids(example.input_ids, vocabulary, name.__str__)
         cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length])
         if cut.has_response:
             tokenized.append(cut)
@@ -249,53 +273,126 @@ def data_digest(examples: Iterable[Example | TokenizedExample]) -> str:
     return digest.hexdigest()
 
 
-def _tokenize(example: Example, tokenizer: PreTrainedTokenizerBase | None, option: str) -> TokenizedExample:
-    name = f"the example of {option} that asks {_short(example.request)}"
-    if tokenizer is None:
-        raise DataError(
-            f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
-            "of `input_ids` and `labels`."
-        )
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExample:
+    """
+    Render one example and mark its response.
+
+    Args:
+        example: With a response.
+        tokenizer: With or without a chat template.
+        name: What to call the example in messages.
+
+    Raises:
+        DataError: See [`tokenize_examples`].
+    """
     if example.response is None:
         raise DataError(f"{name} has no response")
     input_ids, num_prompt = prompt_and_response_ids(example, tokenizer, name)
     return TokenizedExample(tuple(input_ids), (IGNORED,) * num_prompt + tuple(input_ids[num_prompt:]))
 
 
-def _nothing_usable(where: str, unanswered: Sequence[str], undesirable: int) -> str:
-    if unanswered:
-        return f"{unanswered[0]} has no response, nor has any other row. Give rows with one of: {FORMATS}."
-    if undesirable:
-        return f"{where}: every row has label False (an undesirable answer). Give desirable answers too."
-    return f"{where} has no rows. Give data with at least one."
+@dataclass
+class _LeftOut:
+    """The rows of a source that are not used."""
+
+    where: str
+    unanswered: list[str] = field(default_factory=list)
+    only_calls: list[str] = field(default_factory=list)
+    undesirable: list[tuple[str, Any]] = field(default_factory=list)
+
+    def nothing_usable(self) -> str:
+        """Why no row is left."""
+        if self.unanswered:
+            return f"{self.unanswered[0]} has no response, nor has any other row. Give rows with one of: {FORMATS}."
+        if self.only_calls:
+            return (
+                f"{self.only_calls[0]} ends with a turn that only calls tools, as all do. Give answers that are text."
+            )
+        if self.undesirable:
+            return f"{self.where}: every row has label False (an undesirable answer). Give desirable answers too."
+        return f"{self.where} has no rows. Give data with at least one."
+
+    def report(self) -> None:
+        """Say how many rows are not used, and why."""
+        if self.unanswered:
+            warnings.warn(
+                f"{self.where}: {len(self.unanswered)} rows without a response are left out (first: "
+                f"{self.unanswered[0]})",
+                stacklevel=3,
+            )
+        if self.only_calls:
+            warnings.warn(
+                f"{self.where}: {len(self.only_calls)} rows whose last turn only calls tools are left out (first: "
+                f"{self.only_calls[0]})",
+                stacklevel=3,
+            )
+        if self.undesirable:
+            logger.info(
+                "%s: %d rows with label False (undesirable answers) are not used", self.where, len(self.undesirable)
+            )
+        unclear = [(name, label) for name, label in self.undesirable if not isinstance(label, bool)]
+        if unclear:
+            warnings.warn(
+                f"{self.where}: {len(unclear)} answers with label {unclear[0][1]!r} are taken as undesirable, as in "
+                f"KTO, and not used (first: {unclear[0][0]}). If the column means something else, leave it out.",
+                stacklevel=3,
+            )
 
 
-def _is_undesirable(row: Any) -> bool:
+def is_undesirable(row: Any) -> bool:
     """Whether this is a row of unpaired preferences (KTO) whose answer is a bad one."""
-    return (
-        isinstance(row, Mapping)
-        and row.get("label") is False
-        and any(name in row for name in (*_ANSWERS, "completion_ids", "completion_input_ids"))
-    )
+    if not isinstance(row, Mapping) or row.get("label") is None:
+        return False
+    label = row["label"]
+    if isinstance(label, str):
+        is_false = label.strip().casefold() in ("false", "0", "0.0")
+    else:  # also a number of numpy
+        is_false = not getattr(label, "shape", ()) and not isinstance(label, (Sequence, Mapping)) and bool(label == 0)
+    return is_false and any(name in row for name in (*_ANSWERS, "completion_ids", "completion_input_ids"))
 
 
 def parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | TokenizedExample]:
     """
-    The examples of a row: one, or several if the row is packed.
+    The examples of a row: one, several if the row is packed, or none if its last turn only calls tools.
 
     Args:
         row: In any format of [`load_examples`].
         where: What to call the row in messages.
-        allow_text: Whether a row of plain `text` is understood.
+        allow_text: Whether a row of plain `text` is understood, and a string is not a request.
 
     Raises:
         DataError: The row is not understood.
     """
     if isinstance(row, (Example, TokenizedExample)):
         return [row]
+    if isinstance(row, str) and not allow_text:
+        row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is {_short(row)}; a row must map column names to values")
-    row = {name: value for name, value in row.items() if value is not None}
+    examples = _examples({name: value for name, value in row.items() if value is not None}, where, allow_text)
+    for example in examples:
+        if isinstance(example, Example):
+            _check_text(example, where)
+    return examples
+
+
+def _check_text(example: Example, where: str) -> None:
+    """
+    Raises:
+        DataError: A text cannot be encoded: half of a character that UTF-16 writes as two, as cutting a text leaves it.
+    """
+    try:
+        json.dumps(vars(example), ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise DataError(
+            f"{where}: there is a lone surrogate (U+{code:04X}) in a text, which is half of a character. Remove it."
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: its values are nested too deeply, or in a circle ({error})") from error
+
+
+def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Example | TokenizedExample]:
     if "input_ids" in row:
         return _tokenized_row(row, where)
     for prompt, response in _TOKEN_PAIRS:
@@ -304,17 +401,19 @@ def parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | T
             return [TokenizedExample(before + after, (IGNORED,) * len(before) + after)]
     for column in _CONVERSATIONS:
         if column in row:
-            return [_split(_messages(row, column, where), where)]
+            return _split(_messages(row, column, where), where)
     if "chosen" in row:
-        return [_answer(row, "chosen", where) if "prompt" in row else _implicit_prompt(row, where)]
+        return _answer(row, "chosen", where) if "prompt" in row else _implicit_prompt(row, where)
     for column in _ANSWERS:
         if "prompt" in row and column in row:
-            return [_answer(row, column, where)]
+            return _answer(row, column, where)
     if "prompt" in row:
         prompt = _prompt(row, where)
         if prompt[-1]["role"] == "assistant":
             raise DataError(f"{where}: the `prompt` ends with an assistant turn; move that into `completion`")
         return [Example(prompt)]
+    if "instruction" in row and not (allow_text and "text" in row):
+        return [_alpaca(row, where)]
     if "text" in row:
         if not allow_text:
             raise DataError(
@@ -328,11 +427,25 @@ def parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | T
     )
 
 
-def _answer(row: Mapping[str, Any], column: str, where: str) -> Example:
+def _alpaca(row: Mapping[str, Any], where: str) -> Example:
+    """The example of a row in Alpaca's columns, with the two of LLaMA-Factory."""
+    texts = {name: _text(row, name, where) for name in _ALPACA if name in row and name != "history"}
+    if texts["instruction"] is None:
+        raise DataError(f"{where}: the `instruction` is empty")
+    messages = [] if texts.get("system") is None else [{"role": "system", "content": texts["system"]}]
+    for pair in row.get("history", ()):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(f"{where}: `history` must be a list of pairs of request and answer, not {_short(pair)}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    request = "\n\n".join(filter(None, (texts["instruction"], texts.get("input"))))
+    return Example((*messages, {"role": "user", "content": request}), texts.get("output"))
+
+
+def _answer(row: Mapping[str, Any], column: str, where: str) -> list[Example]:
     """The example of a row with a prompt and an answer in `column`, each a string or a list of messages."""
     prompt = _prompt(row, where)
     if isinstance(row[column], str):
-        return Example(prompt, _text(row, column, where))
+        return [Example(prompt, _text(row, column, where))]
     answer = _messages(row, column, where)
     # Some data sets repeat the prompt in the answer, and then it counts once (as in TRL).
     repeats = answer[0]["role"] != "assistant" if isinstance(row["prompt"], str) else answer[: len(prompt)] == prompt
@@ -347,7 +460,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     return ({"role": "user", "content": row["prompt"]},)
 
 
-def _implicit_prompt(row: Mapping[str, Any], where: str) -> Example:
+def _implicit_prompt(row: Mapping[str, Any], where: str) -> list[Example]:
     """The example of a preference row that holds the prompt within `chosen`."""
     chosen, rejected = row["chosen"], row.get("rejected")
     if not isinstance(chosen, str):
@@ -358,19 +471,24 @@ def _implicit_prompt(row: Mapping[str, Any], where: str) -> Example:
             "where the response begins. Add the column `prompt`."
         )
     prompt = chosen[: common_prefix_length(chosen, rejected)].removesuffix(" ")
-    return Example(response=chosen[len(prompt) :] or None, prompt_text=prompt)
+    return [Example(response=chosen[len(prompt) :] or None, prompt_text=prompt)]
 
 
-def _split(messages: tuple[dict[str, Any], ...], where: str) -> Example:
-    """Take the last turn of a conversation as the response if it is the assistant's."""
+def _split(messages: tuple[dict[str, Any], ...], where: str) -> list[Example]:
+    """Take the last turn of a conversation as the response if it is the assistant's; nothing if it only calls tools."""
     *context, last = messages
     if last["role"] != "assistant":
-        return Example(messages)
+        return [Example(messages)]
     if not context:
         raise DataError(f"{where}: there must be a turn before the response")
-    if "content" not in last:
-        raise DataError(f"{where}: the last assistant turn has no text as `content`")
-    return Example(tuple(context), last["content"] if last["content"].strip() else None)
+    response = last.get("content") or ""
+    if not response.strip() and _calls_tools(last):
+        return []
+    return [Example(tuple(context), response if response.strip() else None)]
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    return any(message.get(key) for key in _CALLS)
 
 
 def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -385,14 +503,14 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str
         if not isinstance(message, Mapping):
             raise DataError(f"{name} must have a role and a content, but is {_short(message)}")
         message = {key: item for key, item in message.items() if item is not None}
-        if "from" in message and "value" in message:
-            message = {"role": message["from"], "content": message["value"]}
+        if "from" in message and "role" not in message:
+            message = {_SHAREGPT.get(key, key): item for key, item in message.items()}
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{name} has the role {role!r}; use one of {', '.join(_ROLES)}")
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = message["content"] = _join_text_parts(content, name)
-        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
+        if not isinstance(content, str) and not (content is None and _calls_tools(message)):
             raise DataError(f"{name} must have a text as `content`, not {_short(content)}")
         messages.append(message | {"role": _ROLES[role]})
     return tuple(messages)
@@ -449,5 +567,8 @@ def _integers(row: Mapping[str, Any], column: str, where: str) -> tuple[int, ...
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

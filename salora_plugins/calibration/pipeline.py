@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from ..plugins import basis_methods, judges
 from ..ranks import Rank
 from ..safety_module import SafetyModule
 from .basis import compute_bases
-from .batching import batches
+from .batching import batches, vocabulary_size
 from .cache import cache_key, load_cached, store
 from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator, statistics_dimensions
 from .data import (
@@ -44,6 +45,7 @@ from .data import (
     select_examples,
     tokenize_examples,
 )
+from .rendering import template_digest, tokenizer_of, trainer_tokenizer
 from .responses import add_own_refusals
 from .statistics import Engine, ModuleStatistics, choose_engine
 
@@ -84,6 +86,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     Under torch.distributed, where every rank must call it, each takes its share of the samples, and all end with the
     same bits.
     """
+    config = copy.copy(config)  # a tokenizer that is found is kept in it
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     names = target_module_names(model, config)
@@ -138,6 +141,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "safety_positions": config.resolved_safety_positions,
             "positions_counted": positions_counted,
             **counts,
+            **({} if config.tokenizer is None else {"chat_template_sha256": template_digest(config.tokenizer)}),
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
@@ -176,12 +180,18 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
         CalibrationError: A layer is not used or gives NaN, or the weights are sharded.
         DataError: The task data cannot be read.
     """
+    config = copy.copy(config)  # a tokenizer that is found is kept in it
     names = target_module_names(model, config)
     if (found := unreachable_weight(model, names)) is not None:
         raise CalibrationError(f"{found}, so that no task data can be run through it. Set init='pissa' or 'zero'.")
     layers = {name: base_layer(model.get_submodule(name)) for name in names}
     source = config.task_data if rows is None else rows
-    examples = load_examples(source, option="task_data", max_rows=max(MAX_ROWS, config.num_task_samples))
+    examples = load_examples(
+        source,
+        option="task_data",
+        max_rows=max(MAX_ROWS, config.num_task_samples),
+        vocabulary=vocabulary_size(model),
+    )
     examples = select_examples(examples, config.num_task_samples, config.seed)
     with adapters_disabled(model), on_accelerator(model), evaluation_mode(model):
         statistics = collect_statistics(
@@ -211,6 +221,7 @@ def _selected(model: nn.Module, config: SaLoRAConfig) -> list[Example | Tokenize
         option="safety_data",
         allow_missing_response=True,
         max_rows=max(MAX_ROWS, config.num_safety_samples),
+        vocabulary=vocabulary_size(model),
     )
     examples = select_examples(examples, len(examples), config.seed)
     if any(_needs_response(example) for example in examples):
@@ -313,37 +324,77 @@ def _batches(examples: list[TokenizedExample], config: SaLoRAConfig) -> list[dic
     share = examples[rank::world_size]
     if not share:  # more ranks than examples: one whose positions do not count, since every rank must run the model
         share = [TokenizedExample(examples[0].input_ids, (IGNORED,) * len(examples[0].input_ids))]
-    return list(batches(share, config.calibration_batch_size, pad_token_id=_pad_token_id(config.tokenizer)))
+    # Padding is masked, so that any id will do.
+    return list(batches(share, config.calibration_batch_size, pad_token_id=0))
 
 
 def _tokenized(
     model: nn.Module, config: SaLoRAConfig, examples: Sequence[Example | TokenizedExample], option: str
 ) -> list[TokenizedExample]:
-    needs_tokenizer = any(isinstance(example, Example) for example in examples)
-    tokenizer = _tokenizer(model, config, option) if needs_tokenizer else config.tokenizer
-    return tokenize_examples(examples, tokenizer, max_length=config.calibration_max_length, option=option)
+    tokenizer = None
+    if any(isinstance(example, Example) for example in examples):
+        tokenizer = _tokenizer(model, config, option)
+    return tokenize_examples(
+        examples,
+        tokenizer,
+        max_length=config.calibration_max_length,
+        option=option,
+        vocabulary=vocabulary_size(model),
+    )
 
 
 def _tokenizer(model: nn.Module, config: SaLoRAConfig, option: str) -> Any:
-    if config.tokenizer is None:
-        from transformers import AutoTokenizer
+    """
+    What this calibration renders with: the tokenizer of the configuration, of the trainer that is being made, or the
+    one in the model's own folder.
 
-        source = getattr(getattr(model, "config", None), "_name_or_path", "")
-        try:
-            if not source:
-                raise ValueError("the model has no name or path")
-            config.tokenizer = AutoTokenizer.from_pretrained(source)
-        except Exception as error:
-            raise CalibrationError(
-                f"{option} holds text, and no tokenizer was found for the model ({error}). Pass "
-                "SaLoRAConfig(tokenizer=...), or rows with input_ids and labels."
-            ) from error
+    Args:
+        config: This calibration's own copy, which keeps what is found.
+
+    Raises:
+        CalibrationError: There is none.
+        ValueError: The configuration's renders otherwise than the trainer's.
+    """
+    trainers = trainer_tokenizer()
+    if config.tokenizer is not None:
+        config.tokenizer = tokenizer_of(config.tokenizer)
+        if trainers is not None:
+            _check_renders_alike(config.tokenizer, trainers)
+    elif trainers is not None:
+        config.tokenizer = trainers
+    else:
+        config.tokenizer = _own_tokenizer(model, option)
     return config.tokenizer
 
 
-def _pad_token_id(tokenizer: Any) -> int:
-    """Padding is masked, so that any id will do where there is no tokenizer or it has none."""
-    return getattr(tokenizer, "pad_token_id", None) or 0
+def _check_renders_alike(given: Any, trainers: Any) -> None:
+    differences = []
+    if given is not trainers:
+        if (given.chat_template or None) != (trainers.chat_template or None):
+            differences.append("chat template")
+        if given.get_vocab() != trainers.get_vocab():
+            differences.append("vocabulary")
+    if differences:
+        raise ValueError(
+            f"SaLoRAConfig(tokenizer=...) has another {' and '.join(differences)} than the trainer's processing_class "
+            "(chat_template_path changes that), so that calibration would see other tokens than training. Leave "
+            "`tokenizer` out of SaLoRAConfig, which then takes the trainer's, or give both the same."
+        )
+
+
+def _own_tokenizer(model: nn.Module, option: str) -> Any:
+    from transformers import AutoTokenizer
+
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        if not source:
+            raise ValueError("the model has no name or path")
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise CalibrationError(
+            f"{option} holds text, and no tokenizer was found for the model ({error}). Pass "
+            "SaLoRAConfig(tokenizer=...), or rows with input_ids and labels."
+        ) from error
 
 
 def _registered(option: str, name: str, registered: dict[str, Any]) -> Any:

@@ -7,20 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..distributed import gather_json, rank_and_world_size
-from .capture import CalibrationError, input_device
+from .capture import CalibrationError
 from .data import IGNORED, Example, TokenizedExample, render_prompt
+from .generation import greedy_answers
 
 logger = logging.getLogger(__name__)
 
 RESPONSE_TOKENS = 64
 """Length of a generated response; a refusal is decided and mostly complete by then."""
 
-_ENOUGH_REFUSALS = 16
+_ENOUGH = 16
+"""So many examples always do; of fewer rows, at least half must come with a response or be refused."""
 
 
 def add_own_refusals(
@@ -49,7 +50,8 @@ def add_own_refusals(
         At most `num` examples, all with a response, and the counts "requests" and "refusals".
 
     Raises:
-        CalibrationError: Too few requests were refused, so the model has no alignment to preserve.
+        CalibrationError: Too few requests were refused, so the model has no alignment to preserve, and the rows that
+            came with a response do not suffice without them: all together they are neither 16 nor half of the rows.
     """
     kept: list[Example | TokenizedExample] = []
     counts = {"requests": 0, "refusals": 0}
@@ -79,17 +81,19 @@ def add_own_refusals(
         if len(kept) >= num:
             break
     progress.close()
-    if counts["refusals"] < min(_ENOUGH_REFUSALS, math.ceil(counts["requests"] / 2)):
+    answered = len(kept) - counts["refusals"]
+    if len(kept) < min(_ENOUGH, math.ceil((answered + counts["requests"]) / 2)):
+        beside = f", beside {answered} rows with a response" if answered else ""
         raise CalibrationError(
-            f"The model refused {counts['refusals']} of {counts['requests']} requests of safety_data, so there is too "
-            "little alignment to preserve. Use an aligned (instruction-tuned, safety-trained) model with its chat "
-            "template, or give safety_data with the responses that it should keep."
+            f"The model refused {counts['refusals']} of {counts['requests']} requests of safety_data{beside}, so there "
+            "is too little alignment to preserve. Use an aligned (instruction-tuned, safety-trained) model with its "
+            "chat template, or give safety_data with the responses that it should keep."
         )
     if len(kept) < min(num, len(examples)):
         logger.warning(
             "Calibrating on %d safety examples instead of %d: the model refused %d of %d requests.",
             len(kept),
-            num,
+            min(num, len(examples)),
             counts["refusals"],
             counts["requests"],
         )
@@ -119,7 +123,6 @@ def _batches(
         yield batch
 
 
-@torch.no_grad()
 def _answer(
     model: nn.Module, tokenizer: Any, requests: Sequence[Example], max_length: int
 ) -> list[tuple[tuple[list[int], list[int]] | None, str]]:
@@ -136,38 +139,11 @@ def _answer(
     answers: list[tuple[tuple[list[int], list[int]] | None, str]] = [(None, "")] * len(prompts)
     if not fitting:
         return answers
-    width = max(len(prompts[index]) for index in fitting)
-    end_tokens = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_tokens), 0)
-    device = input_device(model)
-    input_ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in fitting], device=device)
-    attention_mask = torch.tensor(
-        [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in fitting], device=device
-    )
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=min(RESPONSE_TOKENS, max_length - 1),
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad,
-        use_cache=True,
-    )[:, width:].tolist()
-    for index, tokens in zip(fitting, generated, strict=True):
-        end = next((i for i, token in enumerate(tokens) if token in end_tokens), None)
-        response = tokens if end is None else tokens[: end + 1]
+    longest = min(RESPONSE_TOKENS, max_length - 1)
+    generated = greedy_answers(model, tokenizer, [prompts[index] for index in fitting], max_new_tokens=longest)
+    for index, response in zip(fitting, generated, strict=True):
         prompt = prompts[index]
         response = response[: max_length - len(prompt)]
         labels = [IGNORED] * len(prompt) + response
         answers[index] = ((prompt + response, labels), tokenizer.decode(response, skip_special_tokens=True))
     return answers
-
-
-def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Tokens that end a response: the generation configuration's and the tokenizer's."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    tokens = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return tokens - {None}

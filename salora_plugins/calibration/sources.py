@@ -10,7 +10,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..plugins import data_sources
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_TABLES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (*_TABLES, ".txt")
 """Data files that are read."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
@@ -44,7 +45,7 @@ def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[st
     """
     where = describe(source, option)
     if isinstance(source, str) and source in data_sources():
-        rows = _call_data_source(source, where)
+        rows = _call_data_source(source, where, max_rows)
     elif isinstance(source, (str, Path)):
         rows = _read_path(source, option, where)
     else:
@@ -54,10 +55,11 @@ def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[st
         known = [name for name in rows.column_names if name in columns]
         # Without a known column all stay, for the error message to list them.
         rows = rows.with_format(None).select_columns(known or rows.column_names)
-    elif isinstance(rows, (Mapping, str)) or not isinstance(rows, Iterable):
+    elif not _holds_rows(rows):
         raise DataError(
             f"{where}: data of type {type(rows).__name__} is not understood. Give the name of a data source, "
-            "a file, a folder, a hub data set id, a `datasets.Dataset`, or a list of rows."
+            "a file, a folder, a hub data set id, a `datasets.Dataset`, or a list of rows (of a data frame: "
+            "`frame.to_dict('records')`)."
         )
     elif not isinstance(rows, Sequence):
         return enumerate(islice(rows, max_rows), start=1)
@@ -73,11 +75,24 @@ def describe(source: Any, option: str) -> str:
     return f"{option}={str(source)!r}" if isinstance(source, (str, Path)) else option
 
 
-def _call_data_source(name: str, where: str) -> Any:
+def _call_data_source(name: str, where: str, max_rows: int) -> Any:
     try:
-        return list(data_sources()[name]())
+        rows = data_sources()[name]()
+        if _holds_rows(rows) and not isinstance(rows, Sequence) and not _is_dataset(rows):
+            rows = list(islice(rows, max_rows))  # it may be endless, and fail only here
     except Exception as error:
         raise DataError(f"{where}: the data source failed: {type(error).__name__}: {error}") from error
+    return rows
+
+
+def _holds_rows(rows: Any) -> bool:
+    """
+    Whether rows come one after another; data frames and tables give their columns, and sets another order in every
+    process.
+    """
+    if isinstance(rows, (Mapping, Set, str, bytes, bytearray)) or hasattr(rows, "columns"):
+        return False
+    return isinstance(rows, Iterable)
 
 
 def _read_path(source: str | Path, option: str, where: str) -> Any:
@@ -88,7 +103,7 @@ def _read_path(source: str | Path, option: str, where: str) -> Any:
         return _read_folder(path, where)
     if path.is_file():
         return _read_file(path, where)
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in (*SUFFIXES, ".txt"):
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return _read_hub(source, option, where)
     raise DataError(f"{where}: there is no such file or folder (looked in {Path.cwd()}). Check the path.")
 
@@ -113,14 +128,14 @@ def _read_folder(folder: Path, where: str) -> Any:
             return datasets.load_from_disk(str(folder))
         except Exception as error:
             raise DataError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TABLES)
     if len(files) > 1:
         # Several files may be splits, and calibrating on test rows would go unnoticed.
         files = [path for path in files if path.name.startswith("train")] or files
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise DataError(
-            f"{where}: a folder must hold one data file ({', '.join(SUFFIXES)}), or one whose name starts "
+            f"{where}: a folder must hold one data file ({', '.join(_TABLES)}), or one whose name starts "
             f"with 'train'; found: {found}. Name the file."
         )
     return _read_file(files[0], where)
@@ -140,6 +155,8 @@ def _read_file(path: Path, where: str) -> Sequence[Any]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    if suffix == ".txt":  # a request a line
+        return [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
     if suffix == ".csv":
         return _parse_csv(text, path)
     if suffix == ".json" and text.lstrip().startswith("["):
@@ -157,6 +174,8 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
             f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} (column {error.colno}). A "
             "data file holds one JSON object a line, or (.json) a list of objects."
         ) from error
+    except (RecursionError, ValueError) as error:  # values nested too deeply, or a number of too many digits
+        raise DataError(f"{path}: the JSON value that begins in line {first_line} cannot be read: {error}") from error
 
 
 def _parse_csv(text: str, path: Path) -> list[dict[str, str]]:

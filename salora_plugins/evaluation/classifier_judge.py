@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..calibration.rendering import template_options
 from ..commands.loading import load_model
-from .generation import continue_texts
+from .generation import continue_prompts
 
 BATCH_SIZE = 8
 MAX_NEW_TOKENS = 20
@@ -55,24 +56,22 @@ class ClassifierJudge:
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool | str]:
         verdicts: list[bool | str] = [""] * len(pairs)
-        texts: dict[int, str] = {}
+        prompts: dict[int, list[int]] = {}
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         for index, pair in enumerate(pairs):
-            text = self._render(*pair)
-            length = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-            if longest is not None and length + MAX_NEW_TOKENS > longest:
-                verdicts[index] = f"The conversation has {length} tokens; {self._source} takes {longest}."
+            prompt = self._render(*pair)
+            if longest is not None and len(prompt) + MAX_NEW_TOKENS > longest:
+                verdicts[index] = f"The conversation has {len(prompt)} tokens; {self._source} takes {longest}."
             else:
-                texts[index] = text
-        found = continue_texts(
+                prompts[index] = prompt
+        found = continue_prompts(
             self._model,
             self._tokenizer,
-            list(texts.values()),
-            add_special_tokens=False,
+            list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=BATCH_SIZE,
         )
-        for index, text in zip(texts, found, strict=True):
+        for index, text in zip(prompts, found, strict=True):
             verdicts[index] = _verdict(text)
         return verdicts
 
@@ -99,22 +98,27 @@ class ClassifierJudge:
             self._tokenizer = None
             raise
 
-    def _render(self, request: str, response: str) -> str:
-        """The conversation in the classifier's template, which must show it whole: it could not be judged otherwise."""
-        errors = []
+    def _render(self, request: str, response: str) -> list[int]:
+        """Token ids of the conversation in the classifier's template, which must show it whole for it to be judged."""
+        errors, options = [], template_options(self._tokenizer)
         for content in _CONTENTS:
             turns = [
                 {"role": "user", "content": content(request.strip())},
                 {"role": "assistant", "content": content(response.strip())},
             ]
             try:
-                text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text, ids = (
+                    self._tokenizer.apply_chat_template(
+                        turns, tokenize=tokenize, add_generation_prompt=True, return_dict=False, **options
+                    )
+                    for tokenize in (False, True)
+                )
             except Exception as error:  # a template raises what it likes
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
             _before, found, after = text.partition(request.strip())
             if found and response.strip() in after:
-                return text
+                return ids
         reason = f" ({errors[0]})" if errors else ""
         raise ValueError(
             f"judge 'classifier': the chat template of {self._source} does not show the request and the response"

@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calibration.batching import check_token_ids, pad_left, vocabulary_size
 from ..calibration.capture import evaluation_mode, input_device
 from ..calibration.data import Example, render_prompt
+from ..calibration.generation import end_tokens
 
 REFUSING_OPENINGS: tuple[str, ...] = (
     "I'm sorry",
@@ -95,7 +98,7 @@ def refusal_margins(
         raise ValueError(
             f"refusing and complying share an opening: {tokenizer.decode(next(iter(shared)))!r}. Take it out of one."
         )
-    prompts = render_requests(tokenizer, requests)
+    prompts = _prompts(model, tokenizer, requests)
     margins = torch.empty(len(prompts), dtype=torch.float64)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "measuring margins", progress):
@@ -139,9 +142,9 @@ def first_token_reference(
         num_tokens: How many tokens of the answer; fewer where it ends before.
         batch_size: Requests per forward pass.
     """
-    prompts = render_requests(tokenizer, requests)
+    prompts = _prompts(model, tokenizer, requests)
     answers: list[list[int]] = [[] for _ in prompts]
-    end = {tokenizer.eos_token_id}
+    end = end_tokens(model, tokenizer)
     with _measuring(model):
         for chosen in _by_length(prompts, batch_size, "", False):
             # A few tokens each: without a cache, which not every model has, and without generate's settings.
@@ -190,6 +193,14 @@ def first_token_kl(model: nn.Module, reference: FirstTokenReference, *, batch_si
 def render_requests(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
     """Token ids of requests, up to where a model begins to answer."""
     return [render_prompt(Example(({"role": "user", "content": request},)), tokenizer) for request in requests]
+
+
+def _prompts(model: nn.Module, tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+    """Rendered requests, whose tokens the model knows."""
+    prompts, vocabulary = render_requests(tokenizer, requests), vocabulary_size(model)
+    for request, prompt in zip(requests, prompts, strict=True):
+        check_token_ids(prompt, vocabulary, partial("the request {!r}".format, request[:60]))
+    return prompts
 
 
 def _token_sequences(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -280,23 +291,15 @@ def answer_log_probabilities(
 
 def _last_logits(model: nn.Module, sequences: list[list[int]], count: int) -> Tensor:
     """The logits of the last `count` positions, (sequences, count, vocabulary) float32."""
-    tokens, mask = _padded(model, sequences)
+    tokens, mask = pad_left(sequences, device=input_device(model))
     return _call(model, tokens, mask, use_cache=False, logits_to_keep=count).logits[:, -count:].float()
 
 
 def _last_logits_and_cache(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor]:
-    tokens, mask = _padded(model, prompts)
+    tokens, mask = pad_left(prompts, device=input_device(model))
     output = _call(model, tokens, mask, use_cache=True, logits_to_keep=1)
     name = _cache_name(model)
     return output.logits[:, -1:].float(), None if name is None else getattr(output, name, None), mask
-
-
-def _padded(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Padded on the left with token 0, which the mask hides."""
-    width, device = max(map(len, sequences)), input_device(model)
-    tokens = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return tokens, mask
 
 
 def _call(model: nn.Module, tokens: Tensor, mask: Tensor, **options: Any) -> Any:

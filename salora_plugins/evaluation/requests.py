@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ..calibration.data import MAX_ROWS, TEXT_COLUMNS, Example, parse_row
+from ..calibration.data import MAX_ROWS, TEXT_COLUMNS, Example, is_undesirable, parse_row
 from ..calibration.sources import DataError, describe, read_rows
 from ..data.builtin import builtin_prompts, harmless_prompts
 
@@ -56,13 +55,19 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
     rows = _rows(source, option)
     where = describe(source, option)
     requests: dict[str, Request] = {}
+    only_calls = 0
     for number, row in rows:
         request = _request(row, f"row {number} of {where}")
-        requests.setdefault(request.prompt, request)
+        if request is None:
+            only_calls += 1
+        else:
+            requests.setdefault(request.prompt, request)
     if not requests:
         raise DataError(f"{where}: there is no request in it. Give at least one.")
-    if len(requests) < len(rows):
-        logger.info("%s: %d requests stand there more than once", where, len(rows) - len(requests))
+    if only_calls:
+        logger.warning("%s: %d rows whose last turn only calls tools are left out", where, only_calls)
+    if len(requests) + only_calls < len(rows):
+        logger.info("%s: %d requests stand there more than once", where, len(rows) - only_calls - len(requests))
     return _spread(list(requests.values()), num, seed)
 
 
@@ -74,24 +79,21 @@ def requests_digest(requests: Sequence[Request]) -> str:
 def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
     if source == "builtin":
         return list(enumerate(_BUILTIN[option](), start=1))
-    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt" and Path(source).is_file():
-        try:
-            lines = Path(source).read_bytes().decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            where = describe(source, option)
-            raise DataError(f"{where}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-        return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
     return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
 
 
-def _request(row: Any, where: str) -> Request:
+def _request(row: Any, where: str) -> Request | None:
+    """None where the answer only calls tools."""
     examples = parse_row(row, where, allow_text=False)
+    if not examples:
+        return None
     example = examples[0] if len(examples) == 1 else None
     if not isinstance(example, Example) or [message["role"] for message in example.messages] != ["user"]:
         raise DataError(f"{where}: not a request of one user turn. Give rows with `prompt`, a text.")
-    category = row.get("category")
+    category = row.get("category") if isinstance(row, Mapping) else None
     category = "" if category is None else str(category).strip()
-    return Request(example.request, category or None, example.response)  # an empty cell of a CSV file is none
+    response = None if is_undesirable(row) else example.response
+    return Request(example.request, category or None, response)  # an empty cell of a CSV file is no category
 
 
 def _spread(requests: list[Request], num: int | None, seed: int) -> list[Request]:

@@ -7,6 +7,20 @@ def requests() -> list[dict]:
     return [{"prompt": f"Request {number}", "response": "I will not."} for number in range(24)]
 
 
+def endless_requests():
+    number = 0
+    while True:
+        number += 1
+        if number > 10_000:
+            raise MemoryError("more than anyone asked for")
+        yield {"prompt": f"Request {number}", "response": "I will not."}
+
+
+def failing_requests():
+    yield {"prompt": "Request", "response": "I will not."}
+    raise OSError("the connection is lost")
+
+
 def first_coordinates(statistics, rank, side):
     """The first unit vectors, whatever the data."""
     import torch  # here, so that the command starts without it
@@ -22,6 +36,8 @@ def never(request: str, response: str) -> bool:
 @hookimpl
 def register_data_sources(register):
     register("test_requests", requests)
+    register("endless_requests", endless_requests)
+    register("failing_requests", failing_requests)
 
 
 @hookimpl
