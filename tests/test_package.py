@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
 
 # In a process of its own: in this one, other tests have imported what they needed, in their own order.
 NAMES = """
@@ -41,3 +47,46 @@ def test_no_name_is_taken_by_a_submodule_whatever_was_imported_before():
     assert found["modules"] > 60 and found["exports"] > 20
     assert all(not str(name).startswith("salora_plugins") for _, name in found["missing"]), found["missing"]
     assert set(kinds) == {"type", "ABCMeta", "function", "str"}
+
+
+# Of what the extras hold, what may be imported where; everything else is a dependency of every installation.
+EXTRAS = {
+    "data": ["datasets"],
+    "plot": ["matplotlib"],
+    "lm-eval": ["lm_eval"],
+    "trl": ["trl", "datasets"],
+    "axolotl": ["axolotl", "click"],
+}
+
+
+def imported(folder: Path) -> dict[str, str]:
+    """Top-level module that is imported anywhere in a folder, also within functions -> a file that does."""
+    found = {}
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            found |= {name.partition(".")[0]: str(file.relative_to(folder.parent)) for name in names}
+    return {name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, "salora_plugins"}}
+
+
+def module_names(requirements: list[str]) -> set[str]:
+    names = {re.match(r"[\w.-]+", requirement).group().lower().replace("-", "_") for requirement in requirements}
+    return names - {"salora_plugins"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = module_names(project["dependencies"])
+    assert all(re.search(r">=\d", requirement) for requirement in project["dependencies"])
+    optional = project["optional-dependencies"]
+    for extra, modules in EXTRAS.items():
+        assert set(modules) <= module_names(optional[extra]), extra
+    core = imported(ROOT / "salora_plugins")
+    in_extras = {name for modules in EXTRAS.values() for name in modules}
+    undeclared = {name: file for name, file in core.items() if name not in needed | in_extras}
+    assert not undeclared
+    assert not needed - set(core), "declared, but imported nowhere"
+    integrations = imported(ROOT / "integrations")
+    assert not {name: file for name, file in integrations.items() if name not in needed | in_extras}

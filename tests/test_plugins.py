@@ -86,9 +86,11 @@ def test_installed_plugin_is_used_by_name(installed_here):
     skipped = [
         ("a_missing_package", "could not be loaded and is skipped: ModuleNotFoundError: No module named 'a_pack"),
         ("a_misspelled_hook", "could not be loaded and is skipped: PluginValidationError: unknown hook 'registe"),
+        ("exits_at_import", "could not be loaded and is skipped: SystemExit: a plugin is no place for this"),
         ("fails_to_register", "failed in register_data_sources and is skipped: RuntimeError: a defect of this p"),
         ("takes_names", "registers a data source named 'builtin', but that name is taken already, so it is skip"),
         ("fails_to_register", "failed in register_judges and is skipped: TypeError: the judge 'not callable' mu"),
+        ("unknown_type", "failed in register_judges and is skipped: SystemExit: 0"),
     ]
     messages = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     for message, (name, error) in zip(messages, skipped, strict=True):
@@ -131,9 +133,11 @@ def test_commands_of_plugins(installed):
     assert result.returncode == 0
     for text in ("demo", "say-hello", "Greet somebody."):
         assert text in result.stdout
-    for text in ("left-behind", "Not the demo"):
+    for text in ("left-behind", "Not the demo", "unknown-type"):
         assert text not in result.stdout
     for text in (
+        "'salora-test-plugin:exits_at_import' could not be loaded and is skipped: SystemExit",
+        "'salora-test-plugin:unknown_type' failed in register_commands and is skipped: RuntimeError",
         "'salora-test-plugin:a_missing_package' could not be loaded",
         "'salora-test-plugin:fails_to_register' failed in register_commands",
         "'salora-test-plugin:takes_names' registers a command named 'demo', but that name is taken already",
