@@ -23,6 +23,10 @@ from .saved_adapter import write_adapter_config
 
 CONFIG_FILE = "salora_config.json"
 
+# Of the factors that are saved with init="task" and "pissa": [A - A_0; A_0] and [B, B - B_0]. Up to version 0.1 it was
+# [A; A_0] and [B, -B_0], without a number in the file.
+_FORM, _FORM_OF_FACTORS = "form_of_factors", 2
+
 # Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
 _HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
@@ -349,8 +353,9 @@ class SaLoRAConfig(LoraConfig):
         """
         The plain [`~peft.LoraConfig`] under which the trained adapter is saved.
 
-        With `init="task"` or `"pissa"` the saved factors are the concatenations [A; A_0] and [B, -C B_0] of rank 2r,
-        so that ranks double and alphas grow by 2 (by sqrt(2) with rsLoRA): every layer keeps its scaling.
+        With `init="task"` or `"pissa"` the saved factors are the concatenations [A - A_0; A_0] and [B, B - B_0] of
+        rank 2r (projected), so that ranks double and alphas grow by 2 (by sqrt(2) with rsLoRA): every layer keeps its
+        scaling.
         """
         shared = {f.name for f in dataclasses.fields(LoraConfig)} - {"peft_type", "init_lora_weights"}
         options = {name: copy.deepcopy(getattr(self, name)) for name in shared}
@@ -382,6 +387,7 @@ class SaLoRAConfig(LoraConfig):
         folder.mkdir(parents=True, exist_ok=True)
         self._calibrated.save(folder / DEFAULT_FILE)
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        values[_FORM] = _FORM_OF_FACTORS
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         lora = self.to_lora_config().to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
@@ -401,12 +407,31 @@ class SaLoRAConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not (folder / CONFIG_FILE).is_file():
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
-        values = cls.from_json_file(str(folder / CONFIG_FILE))
+        check_form(folder / CONFIG_FILE)
+        values = {k: v for k, v in cls.from_json_file(str(folder / CONFIG_FILE)).items() if k != _FORM}
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
         values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
+
+
+def check_form(file: Path) -> None:
+    """
+    Args:
+        file: The `salora_config.json` of a saved adapter.
+
+    Raises:
+        ValueError: Its factors are saved in another form than this version's, and would be read as something else.
+    """
+    values = json.loads(file.read_text())
+    if values.get("init") != "zero" and values.get(_FORM) != _FORM_OF_FACTORS:
+        raise ValueError(
+            f"{file}: the factors of this adapter (init={values.get('init')!r}) were saved in another form "
+            f"({_FORM}={values.get(_FORM)!r}) than the one that this version trains on ({_FORM_OF_FACTORS}). Train it "
+            "further with the version that saved it. For everything else it is a plain LoRA adapter: "
+            "PeftModel.from_pretrained."
+        )
 
 
 def _name_of(value: Any) -> str | None:
