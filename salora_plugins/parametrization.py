@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
@@ -85,7 +86,7 @@ class SafeFactor(nn.Module):
 
     def forward(self, factor: Tensor) -> Tensor:
         weight = self.compute(factor)
-        if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        if torch.compiler.is_compiling() or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)
 
@@ -378,8 +379,16 @@ def register_safe_factor(linear: nn.Module, factor: SafeFactor) -> None:
     # unsafe: the effective weight is wider than the trained one, which torch does not expect.
     parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
     factor._registered = True
+    type(linear).__setattr__ = _assign  # the class of this one module, which torch made for its parametrization
     linear.parametrizations.weight.register_load_state_dict_pre_hook(_check_loaded)
     linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _assign(linear: nn.Module, name: str, value: Any) -> None:
+    """Assign to a layer with a computed weight; torch itself takes tensors for the weight but not parameters."""
+    if name == "weight" and isinstance(value, nn.Parameter):
+        value = value.detach()
+    nn.Module.__setattr__(linear, name, value)
 
 
 def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
