@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -96,12 +97,20 @@ def by_peft(model, other, folder):
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
 
 
-WAYS = [by_torch, by_assignment, by_safetensors, by_accelerate, by_distributed_checkpoint, by_peft]
+WAYS = {
+    by_torch: "`torch.save(model.state_dict())`, `load_state_dict`",
+    by_assignment: "`load_state_dict(..., assign=True)`",
+    by_safetensors: "safetensors' `save_model`, `load_model`",
+    by_accelerate: "accelerate's `save_state`, `load_state`",
+    by_distributed_checkpoint: "`torch.distributed.checkpoint`",
+    by_peft: "PEFT's state dict into another model",
+}
+row = partial(pytest.mark.compatibility, "Adapters")
 
 
 @pytest.mark.filterwarnings("ignore")
 @inits
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=row(what), id=way.__name__) for way, what in WAYS.items()])
 def test_a_loaded_state_computes_the_same_and_goes_on(way, init, tmp_path):
     side = "paper" if init == "task" else "two-sided"
     model = train(fresh(init, side))
@@ -168,6 +177,7 @@ def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own
     assert torch.equal(trained_factor(linears(model)[1]), start)
 
 
+@row("`get_peft_model_state_dict` of a compiled model")
 @pytest.mark.parametrize("compiled", ["whole", "layers"])
 def test_the_adapter_of_a_compiled_model(compiled):
     model = train(fresh())
@@ -344,6 +354,7 @@ def test_what_is_written_back_unchanged_changes_nothing():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@row("`reset_lora_parameters`, `torch.nn.init` and other writes to `lora_A.weight`")
 @inits
 def test_reset_lora_parameters(init):
     model = train(fresh(init))
