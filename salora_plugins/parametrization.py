@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
 
 Side = Literal["output", "input"]
 
@@ -60,9 +62,6 @@ class SafeFactor(nn.Module):
         offset: The start factor, A_0 (r, d_in) or B_0 (d_out, r); None where the factor starts at a zero update.
     """
 
-    basis: Tensor | None
-    """(d, r_s), float32: what the factor must stay orthogonal to."""
-
     awaits_task_data: bool
     """Whether the start factor is still to be restricted to the directions of a first training batch."""
 
@@ -73,7 +72,15 @@ class SafeFactor(nn.Module):
         self.start = None if offset is None else StartFactor(offset)
         self.awaits_task_data = False
         self._registered = False
-        self._trace: Tensor | None = None
+
+    @property
+    def basis(self) -> Tensor | None:
+        """(d, r_s), float32: what the factor must stay orthogonal to."""
+        return self._basis
+
+    @basis.setter
+    def basis(self, value: Tensor | None) -> None:
+        self._basis, self._trace = value, None
 
     @property
     def offset(self) -> Tensor | None:
@@ -240,8 +247,8 @@ class SafeFactor(nn.Module):
 
     def _follow(self, device: torch.device) -> None:
         """Dispatching a model over devices moves parameters only; move along once."""
-        if self.basis is not None and self.basis.device != device:
-            self.basis = self.basis.to(device)
+        if self._basis is not None and self._basis.device != device:
+            self._basis = moved_once(self._basis, device)
         if self.start is not None and self.start.value.device != device:
             self.start.value = self.start.value.to(device)
 
@@ -251,12 +258,26 @@ class SafeFactor(nn.Module):
         if self.basis is not None:
             device = fn(self.basis.new_empty(0)).device
             if device.type != "meta":
-                self.basis = self.basis.to(device)
+                self._follow(device)
         return self
 
     def extra_repr(self) -> str:
         basis = None if self.basis is None else tuple(self.basis.shape)
         return f"side={self.side}, basis={basis}, offset={self.start is not None}"
+
+
+# Basis -> device -> its copy there, as long as both are in use.
+_copies = WeakIdKeyDictionary()
+
+
+def moved_once(basis: Tensor, device: torch.device) -> Tensor:
+    """The copy of a basis on another device, one for all factors that share it: bases are most of the memory."""
+    copies = _copies.setdefault(basis, {})
+    copy_there = copies[device]() if device in copies else None
+    if copy_there is None:
+        copy_there = basis.to(device)
+        copies[device] = weakref.ref(copy_there)
+    return copy_there
 
 
 class StartFactor(nn.Module):

@@ -205,6 +205,18 @@ def test_the_adapter_of_a_compiled_model(compiled):
         get_peft_model_state_dict(model, state_dict={f"module.{k}": v for k, v in model.state_dict().items()})
 
 
+def test_layers_that_share_a_basis_share_it_on_another_device_too():
+    module = calibrate(llama(), safety_data=token_rows(8), target_modules=["q_proj", "k_proj"], safety_rank=8)
+    model = get_peft_model(llama(), config(init="zero", safety_module=module, target_modules=["q_proj", "k_proj"]))
+    attention = model.base_model.model.model.layers[0].self_attn
+    factors = [safe_factor(getattr(attention, name).lora_A["default"]) for name in ("q_proj", "k_proj")]
+    assert factors[0].basis is factors[1].basis
+    elsewhere = torch.device("meta")  # stands for any other
+    for factor in factors:
+        factor._follow(elsewhere)
+    assert factors[0].basis.device == elsewhere and factors[0].basis is factors[1].basis
+
+
 # Small updates
 
 
