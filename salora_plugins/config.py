@@ -28,6 +28,10 @@ from .saved_adapter import (
     write_adapter_config,
 )
 
+# Of the factors that are saved with init="task" and "pissa": [A - A_0; A_0] and [B, B - B_0]. Up to version 0.1 it was
+# [A; A_0] and [B, -B_0], without a number in the file.
+_FORM, _FORM_OF_FACTORS = "form_of_factors", 2
+
 # Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
 _HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
@@ -382,8 +386,9 @@ class SaLoRAConfig(LoraConfig):
         """
         The plain [`~peft.LoraConfig`] under which the trained adapter is saved.
 
-        With `init="task"` or `"pissa"` the saved factors are the concatenations [A; A_0] and [B, -C B_0] of rank 2r,
-        so that ranks double and alphas grow by 2 (by sqrt(2) with rsLoRA): every layer keeps its scaling.
+        With `init="task"` or `"pissa"` the saved factors are the concatenations [A - A_0; A_0] and [B, B - B_0] of
+        rank 2r (projected), so that ranks double and alphas grow by 2 (by sqrt(2) with rsLoRA): every layer keeps its
+        scaling.
         """
         shared = {f.name for f in dataclasses.fields(LoraConfig)} - {"peft_type", "init_lora_weights"}
         options = {name: copy.deepcopy(getattr(self, name)) for name in shared}
@@ -421,7 +426,7 @@ class SaLoRAConfig(LoraConfig):
         write_adapter_config(folder, lora)
         # Behind the files that it belongs to: PEFT has written the weights before.
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
-        values[DIGEST_KEY] = adapter_digest(folder)
+        values |= {DIGEST_KEY: adapter_digest(folder), _FORM: _FORM_OF_FACTORS}
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         write_training_card(folder, self, self._safety_module)
 
@@ -438,7 +443,9 @@ class SaLoRAConfig(LoraConfig):
         if not (folder / CONFIG_FILE).is_file():
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = read_side_config(folder)
-        values.pop(DIGEST_KEY, None)
+        check_form(values, folder / CONFIG_FILE)
+        for key in (DIGEST_KEY, _FORM):
+            values.pop(key, None)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
         values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
@@ -447,6 +454,24 @@ class SaLoRAConfig(LoraConfig):
                 return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
+
+
+def check_form(values: dict[str, Any], file: Path) -> None:
+    """
+    Args:
+        values: Content of the `salora_config.json` of a saved adapter.
+        file: Where it was read, for messages.
+
+    Raises:
+        ValueError: Its factors are saved in another form than this version's, and would be read as something else.
+    """
+    if values.get("init") != "zero" and values.get(_FORM) != _FORM_OF_FACTORS:
+        raise ValueError(
+            f"{file}: the factors of this adapter (init={values.get('init')!r}) were saved in another form "
+            f"({_FORM}={values.get(_FORM)!r}) than the one that this version trains on ({_FORM_OF_FACTORS}). Train it "
+            "further with the version that saved it. For everything else it is a plain LoRA adapter: "
+            "PeftModel.from_pretrained."
+        )
 
 
 def _name_of(value: Any) -> str | None:

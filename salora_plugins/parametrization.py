@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
+import weakref
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
 
 Side = Literal["output", "input"]
+
+# A basis is recognized by what it keeps of this many fixed vectors.
+_PROBES = 4
+# What bases of the same subspace may differ in: decompositions of other devices and library versions.
+_SAME_SUBSPACE = 1e-2
 
 
 def project_out(matrix: Tensor, basis: Tensor, side: Side) -> Tensor:
@@ -34,13 +46,15 @@ class SafeFactor(nn.Module):
     """
     Computes a LoRA weight from the trained factor, as a parametrization of `lora_A.weight` or `lora_B.weight`.
 
-    - side "input", for lora_A: [A; A_0] (I - V_C V_C^T), shape (2r, d_in)
-    - side "output", for lora_B: (I - U_C U_C^T) [B, -B_0], shape (d_out, 2r)
+    - side "input", for lora_A: [A - A_0; A_0] (I - V_C V_C^T), shape (2r, d_in)
+    - side "output", for lora_B: (I - U_C U_C^T) [B, B - B_0], shape (d_out, 2r)
 
-    The frozen start factor enters both halves by the same operations and in the same dtype, so that the halves
-    cancel exactly as long as the factor has not been trained. Basis and start factor are plain attributes and not
-    buffers: they never change, so they need not be saved with the model's state, cast with the adapter or
-    broadcast by DistributedDataParallel in every step.
+    Their product is that of B (A - A_0) + (B - B_0) A_0 = B A - B_0 A_0, and the two differences are exact: the update
+    is zero at the start, and a small one is no difference of large products, neither here nor in a file.
+
+    The basis is a plain attribute and not a buffer, and so is the start factor in [`StartFactor`]: neither is cast with
+    the adapter, or broadcast by DistributedDataParallel in every step. In a state dict there is the start factor, and
+    what tells whether the factor was trained with this basis, so that loading computes the same or fails.
 
     Args:
         side: "input" for lora_A, "output" for lora_B.
@@ -48,76 +62,376 @@ class SafeFactor(nn.Module):
         offset: The start factor, A_0 (r, d_in) or B_0 (d_out, r); None where the factor starts at a zero update.
     """
 
-    basis: Tensor | None
-    """(d, r_s), float32: what the factor must stay orthogonal to."""
-
-    offset: Tensor | None
-    """A_0 or B_0, float32, of the factor's shape."""
+    awaits_task_data: bool
+    """Whether the start factor is still to be restricted to the directions of a first training batch."""
 
     def __init__(self, side: Side, basis: Tensor | None, offset: Tensor | None) -> None:
         super().__init__()
         self.side = side
         self.basis = basis
-        self.offset = offset
+        self.start = None if offset is None else StartFactor(offset)
+        self.awaits_task_data = False
+        self._registered = False
+
+    @property
+    def basis(self) -> Tensor | None:
+        """(d, r_s), float32: what the factor must stay orthogonal to."""
+        return self._basis
+
+    @basis.setter
+    def basis(self, value: Tensor | None) -> None:
+        self._basis, self._trace = value, None
+
+    @property
+    def offset(self) -> Tensor | None:
+        """A_0 or B_0, float32, of the trained factor's shape."""
+        return None if self.start is None else self.start.value
+
+    @offset.setter
+    def offset(self, value: Tensor) -> None:
+        self.start.value = value
 
     def forward(self, factor: Tensor) -> Tensor:
+        weight = self.compute(factor)
+        if torch.compiler.is_compiling() or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
+            return weight
+        return EffectiveWeight.of(weight, self, factor)
+
+    def compute(self, factor: Tensor) -> Tensor:
+        """The weight that PEFT's layers compute with, in the dtype of the trained factor and differentiable by it."""
         self._follow(factor.device)
-        stacked = self._stack(factor, self.offset)
-        if self.basis is None:
-            return stacked
+        if self.start is None and self.basis is None:
+            return factor
         # Autocast would run the projection in bf16 and let three digits of the safety directions through.
         with torch.autocast(device_type=factor.device.type, enabled=False):
-            return project_out(stacked.float(), self.basis, self.side).to(factor.dtype)
+            stacked = self._stack(factor.float(), self.offset, factor.dtype)
+            if self.basis is not None:
+                stacked = project_out(stacked, self.basis, self.side)
+            return stacked.to(factor.dtype)
 
     @torch.no_grad()
-    def exact(self, factor: Tensor) -> Tensor:
+    def exact(self, factor: Tensor, offset: Tensor | None = None) -> Tensor:
         """
-        The same weight in float32, projected in float64: what is saved.
+        The same weight in float32, computed in float64: what is saved.
 
         Rounding of the training dtype, TF32 and autocast are kept out of the certificate this way.
+
+        Args:
+            factor: The trained factor.
+            offset: The start factor, where it is not this module's own.
         """
-        stacked = self._stack(factor.detach(), self.offset).cpu()
+        dtype, factor = factor.dtype, factor.detach().cpu().double()
+        stacked = self._stack(factor, self.offset if offset is None else offset.detach().to(factor.device), dtype)
         if self.basis is not None:
-            stacked = project_out(stacked.double(), self.basis.cpu().double(), self.side)
+            stacked = project_out(stacked, self.basis.cpu().double(), self.side)
         return stacked.float().contiguous()
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inverse of `forward` on what was saved: the trained factor and the start factor."""
-        if self.offset is None:
+        """The inverse of `exact`: the trained factor and the start factor, float32, of an effective weight."""
+        if self.start is None:
             return weight, None
         if self.side == "input":
-            trained, start = weight.chunk(2, dim=0)
-            return trained.contiguous(), start.float().contiguous()
-        trained, start = weight.chunk(2, dim=1)
-        return trained.contiguous(), -start.float().contiguous()
+            difference, start = weight.float().chunk(2, dim=0)
+            return difference + start, start.contiguous()
+        trained, difference = weight.float().chunk(2, dim=1)
+        return trained.contiguous(), trained - difference
 
-    def _stack(self, factor: Tensor, offset: Tensor | None) -> Tensor:
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """
+        Take over a weight that is assigned to `lora_A.weight` or `lora_B.weight`; what is read afterwards is projected.
+
+        Raises:
+            ValueError: The weight has another shape than what is read there.
+        """
+        offset = self.offset
+        if offset is None:
+            return weight.detach().clone() if isinstance(weight, EffectiveWeight) else weight
+        if not self._registered:  # torch asks for the inverse of the weight that it replaces by this module, too
+            return weight
+        if weight.shape != self._effective_shape(offset.shape):
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} was assigned where {self.extra_repr()} computes one of shape "
+                f"{tuple(self._effective_shape(offset.shape))}."
+            )
+        trained, start = self.split(weight.detach())
+        self.offset = start.to(offset.device)
+        return trained.to(weight.dtype)
+
+    @torch.no_grad()
+    def adopt(self, factor: Tensor, weight: Tensor) -> None:
+        """
+        Change the trained factor, and the start factor with it, such that `weight` is computed, but for its projection.
+
+        Args:
+            factor: The trained factor, changed in place.
+            weight: What somebody wrote to the weight that was read.
+
+        Raises:
+            RuntimeError: The factor is sharded.
+            ValueError: The weight has another shape than what is read.
+        """
+        if isinstance(factor, DTensor) or hasattr(factor, "ds_id"):
+            raise RuntimeError(
+                "A LoRA weight was written to while its factor is sharded over processes. Write to it before the model "
+                "is given to FSDP or DeepSpeed."
+            )
+        current = self.compute(factor)
+        if weight.shape != current.shape:
+            raise ValueError(
+                f"A LoRA weight of shape {tuple(current.shape)} was replaced by one of shape {tuple(weight.shape)}."
+            )
+        weight = weight.detach().to(current)
+        if torch.equal(weight, current):
+            return
+        trained, start = self.split(weight)
+        factor.copy_(trained)
+        if start is not None:
+            self.offset = start.to(self.offset.device)
+
+    def get_extra_state(self) -> Tensor:
+        """What a state dict tells of this side: a trace of the basis, and whether the start awaits its task data."""
+        flag = torch.tensor([self.awaits_task_data], dtype=torch.uint8)
+        # Bytes: no cast of a state dict to another floating-point type changes them.
+        return torch.cat([flag, self._basis_trace().view(torch.uint8)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.awaits_task_data = bool(state[0])
+
+    def check_state(self, state: Tensor, name: str) -> None:
+        """
+        Raises:
+            ValueError: The factor of this state (of `get_extra_state`) was trained with another basis.
+        """
+        expected = self._basis_trace()
+        found = state.detach().cpu().to(torch.uint8)[1:].clone().view(torch.float32)
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-5, atol=_SAME_SUBSPACE):
+            raise ValueError(
+                f"{name}: the factor was trained with another safety module than this model's, with which it computes "
+                "something else. Create the adapter with the one that it was trained with, "
+                "SaLoRAConfig(safety_module=...): save it beside the state dict, or keep the folder that "
+                "save_pretrained writes."
+            )
+
+    def _basis_trace(self) -> Tensor:
+        """W^T U U^T W of fixed vectors W, (16,) float32 on the CPU: the same for all bases of one subspace."""
+        if self._trace is None:
+            if self.basis is None:
+                self._trace = torch.zeros(_PROBES * _PROBES)
+            else:
+                basis = self.basis.cpu() if self.basis.device.type == "mps" else self.basis
+                kept = basis.detach().double().T @ _probes(basis.shape[0]).to(basis.device)
+                self._trace = (kept.T @ kept).flatten().float().cpu()
+        return self._trace
+
+    def _stack(self, factor: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """
+        [A - A_0; A_0] or [B, B - B_0] in the factor's dtype.
+
+        Args:
+            factor: In the dtype to compute in.
+            offset: The start factor.
+            dtype: Of the trained factor; the start factor is rounded to it first, so that they are equal at the start.
+        """
         if offset is None:
             return factor
-        offset = offset.to(device=factor.device, dtype=factor.dtype)
-        return torch.cat([factor, offset], dim=0) if self.side == "input" else torch.cat([factor, -offset], dim=1)
+        offset = offset.to(device=factor.device, dtype=dtype).to(factor.dtype)
+        if self.side == "input":
+            return torch.cat([factor - offset, offset], dim=0)
+        return torch.cat([factor, factor - offset], dim=1)
+
+    def _effective_shape(self, shape: torch.Size) -> torch.Size:
+        rows, columns = shape
+        if self.start is None:
+            return shape
+        return torch.Size((2 * rows, columns) if self.side == "input" else (rows, 2 * columns))
 
     def _follow(self, device: torch.device) -> None:
         """Dispatching a model over devices moves parameters only; move along once."""
-        if self.basis is not None and self.basis.device != device:
-            self.basis = self.basis.to(device)
-        if self.offset is not None and self.offset.device != device:
-            self.offset = self.offset.to(device)
+        if self._basis is not None and self._basis.device != device:
+            self._basis = moved_once(self._basis, device)
+        if self.start is not None and self.start.value.device != device:
+            self.start.value = self.start.value.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SafeFactor:
         """Follow `.to(device)`, but stay float32: a basis in bf16 is not orthonormal any more."""
         super()._apply(fn, recurse)
-        for name in ("basis", "offset"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                device = fn(tensor.new_empty(0)).device
-                if device.type != "meta":
-                    setattr(self, name, tensor.to(device))
+        if self.basis is not None:
+            device = fn(self.basis.new_empty(0)).device
+            if device.type != "meta":
+                self._follow(device)
         return self
 
     def extra_repr(self) -> str:
         basis = None if self.basis is None else tuple(self.basis.shape)
-        return f"side={self.side}, basis={basis}, offset={self.offset is not None}"
+        return f"side={self.side}, basis={basis}, offset={self.start is not None}"
+
+
+# Basis -> device -> its copy there, as long as both are in use.
+_copies = WeakIdKeyDictionary()
+
+
+def moved_once(basis: Tensor, device: torch.device) -> Tensor:
+    """The copy of a basis on another device, one for all factors that share it: bases are most of the memory."""
+    copies = _copies.setdefault(basis, {})
+    copy_there = copies[device]() if device in copies else None
+    if copy_there is None:
+        copy_there = basis.to(device)
+        copies[device] = weakref.ref(copy_there)
+    return copy_there
+
+
+class StartFactor(nn.Module):
+    """
+    Holds A_0 or B_0: float32, on the device of its adapter, and in the state dict under a key of its own.
+
+    Args:
+        value: The start factor, float32.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def get_extra_state(self) -> Tensor:
+        return self.value
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.value = state.detach().to(device=self.value.device, dtype=torch.float32, copy=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartFactor:
+        super()._apply(fn, recurse)
+        like = fn(self.value.new_empty(0))
+        if like.device.type != "meta":
+            # Rounded as the trained factor is, so that a cast is no update.
+            rounded = self.value.to(like.dtype) if like.is_floating_point() else self.value
+            self.value = rounded.to(device=like.device, dtype=torch.float32)
+        return self
+
+
+class EffectiveWeight(Tensor):
+    """
+    The computed weight of a LoRA layer as it is read outside of compiled code. It behaves as any tensor, and what is
+    written to it in place, to a view of it or to its `.data`, reaches the trained factor at once
+    ([`SafeFactor.adopt`]): PEFT's `reset_lora_parameters`, `torch.nn.init` and the like work as on a parameter.
+
+    Results of operations are plain tensors, but for views of the weight.
+    """
+
+    _root: EffectiveWeight | None
+    _safe_factor: SafeFactor
+    _trained: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, factor: SafeFactor, trained: Tensor) -> EffectiveWeight:
+        """
+        Args:
+            weight: What `factor` computed.
+            factor: The parametrization.
+            trained: The trained factor.
+        """
+        result = weight.as_subclass(cls)
+        # No reference to itself: it would keep the graph of every step until the garbage collector comes.
+        result._root, result._safe_factor, result._trained = None, factor, trained
+        return result
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            weights = [value for value in _flat((args, kwargs or {})) if isinstance(value, EffectiveWeight)]
+            before = [_state(weight) for weight in weights]
+            result = func(*args, **(kwargs or {}))
+            for weight, state in zip(weights, before, strict=True):
+                if _state(weight) != state:
+                    weight._write_back()
+            return _as_views_of(result, weights)
+
+    def _write_back(self) -> None:
+        root = self if self._root is None else self._root
+        root._safe_factor.adopt(root._trained, root.detach().as_subclass(Tensor))
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+
+def _flat(value: Any) -> list[Any]:
+    """The values in nested arguments, as tensors come to an operation."""
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _flat(part)]
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in _flat(part)]
+    return [value]
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes with every write: torch counts those in place, and `.data = ...` brings another storage."""
+    return weight._version, weight.untyped_storage()._cdata
+
+
+def _as_views_of(result: Any, weights: list[EffectiveWeight]) -> Any:
+    """Hand on whose weight a view shows."""
+    if isinstance(result, (list, tuple)) and not hasattr(result, "_fields"):
+        return type(result)(_as_views_of(part, weights) for part in result)
+    if type(result) is not Tensor or result.layout != torch.strided:
+        return result
+    for weight in weights:
+        if result.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+            view = result.as_subclass(EffectiveWeight)
+            view._root = weight if weight._root is None else weight._root
+            view._safe_factor, view._trained = weight._safe_factor, weight._trained
+            return view
+    return result
+
+
+def _probes(dimension: int) -> Tensor:
+    """(dimension, 4) float64 numbers of about unit size without a pattern, the same everywhere."""
+    rows, columns = torch.arange(1, dimension + 1, dtype=torch.float64), torch.arange(1, _PROBES + 1).double()
+    return math.sqrt(2) * torch.cos(rows[:, None] ** 2 * columns.sqrt() * 0.6180339887498949)
+
+
+def register_safe_factor(linear: nn.Module, factor: SafeFactor) -> None:
+    """Let `factor` compute the weight of a lora_A or lora_B layer from here on."""
+    # unsafe: the effective weight is wider than the trained one, which torch does not expect.
+    parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
+    factor._registered = True
+    type(linear).__setattr__ = _assign  # the class of this one module, which torch made for its parametrization
+    linear.parametrizations.weight.register_load_state_dict_pre_hook(_check_loaded)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _assign(linear: nn.Module, name: str, value: Any) -> None:
+    """Assign to a layer with a computed weight; torch itself takes tensors for the weight but not parameters."""
+    if name == "weight" and isinstance(value, nn.Parameter):
+        value = value.detach()
+    nn.Module.__setattr__(linear, name, value)
+
+
+def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict with which this factor would compute something else than the one that was saved."""
+    name, factor = prefix.removesuffix(".parametrizations.weight."), module[0]
+    if f"{prefix}original" not in state_dict:
+        return
+    if factor.start is not None and f"{prefix}0.start._extra_state" not in state_dict:
+        raise ValueError(
+            f"{name}: the state dict holds the trained factor without its start factor (`..._extra_state`), which the "
+            "adapter computes with, too. Load a whole state_dict(), or an adapter that save_pretrained wrote; "
+            "named_parameters() is not enough with init='task' and 'pissa'."
+        )
+    if f"{prefix}0._extra_state" in state_dict:
+        factor.check_state(state_dict[f"{prefix}0._extra_state"], name)
+    else:
+        warnings.warn(
+            "The state dict does not tell which safety module its factors were trained with; with another than this "
+            "model's they compute something else.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def safe_factor(linear: nn.Module) -> SafeFactor | None:

@@ -20,14 +20,13 @@ from peft.mapping import (
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from .calibration import calibrate_with, task_bases
 from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import ExactStatistics
 from .callers import argument_of_caller
-from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
+from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType, check_form
 from .distributed import broadcast, gather_from_all_ranks
 from .files import hub_folder, is_hub_id
 from .initialization import pissa_factors, restrict_to_task
@@ -40,10 +39,10 @@ from .layers import (
     linear_weight,
     target_module_names,
 )
-from .parametrization import SafeFactor, safe_factor, trained_factor
+from .parametrization import SafeFactor, register_safe_factor, safe_factor, trained_factor
 from .ranks import Rank
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import FOREIGN_FACTOR_SHARE, check_saved_together
+from .saved_adapter import FOREIGN_FACTOR_SHARE, check_saved_together, read_side_config
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +50,18 @@ logger = logging.getLogger(__name__)
 _TASK_POSITIONS = 1024
 # Weights (in float32) that are decomposed together.
 _BYTES_AT_ONCE = 64 * 2**20
+# What torch.compile puts into the names of modules and of their weights, and what others put into the modules' only.
+_COMPILED = "_orig_mod."
+_WITHOUT_A_KEY = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class SaLoRAModel(LoraModel):
     """
     Adds SaLoRA adapters to a model.
 
-    An adapter is PEFT's LoRA layer whose two weights are parametrized by [`SafeFactor`]: lora_A.weight = [A; A_0]
-    (I - V_C V_C^T) and lora_B.weight = (I - U_C U_C^T) [B, -B_0]. The base weights are never touched, merging and
-    disabling are LoRA's own, and what is saved is an ordinary LoRA adapter.
+    An adapter is PEFT's LoRA layer whose two weights are parametrized by [`SafeFactor`]: lora_A.weight = [A - A_0; A_0]
+    (I - V_C V_C^T) and lora_B.weight = (I - U_C U_C^T) [B, B - B_0], the update of B A - B_0 A_0. The base weights are
+    never touched, merging and disabling are LoRA's own, and what is saved is an ordinary LoRA adapter.
 
     Args:
         model (`torch.nn.Module`): The aligned base model.
@@ -158,13 +160,16 @@ class SaLoRAModel(LoraModel):
         if any(isinstance(self.peft_config.get(name), SaLoRAConfig) for name in adapters):
             raise ValueError(
                 "add_weighted_adapter cannot combine SaLoRA adapters in training. Save them, load them with "
-                "PeftModel.from_pretrained and load_adapter, which gives plain LoRA adapters, and combine those."
+                "PeftModel.from_pretrained and load_adapter, which gives plain LoRA adapters, and combine those: with "
+                "combination_type 'linear', 'cat' or 'svd' the combination of adapters of one safety module stays "
+                "outside of its directions. Those that drop entries of the factors (ties, dare, magnitude_prune) do "
+                "not; `salora project` takes a saved combination out of them again."
             )
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._forget_waiting(adapter_name)
+        self._task_starts.pop(adapter_name, None)
         self._twins.pop(adapter_name, None)
 
     def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
@@ -181,13 +186,21 @@ class SaLoRAModel(LoraModel):
     @property
     def waiting_for_task_data(self) -> list[str]:
         """Adapters whose task initialization is still to come, from the first training batch if from nowhere else."""
-        return list(self._waiting_for_task_data)
+        return [name for name in self._task_starts if self._waits(name)]
 
     @property
-    def _waiting_for_task_data(self) -> dict[str, list[torch.utils.hooks.RemovableHandle]]:
-        """Adapters whose task initialization comes with the first training batch, and the hooks that wait for it."""
+    def _waiting_for_task_data(self) -> list[str]:
+        return self.waiting_for_task_data
+
+    @property
+    def _task_starts(self) -> dict[str, list[SafeFactor]]:
+        """Adapter -> its factors on the output side, where the first training batch may set their start."""
         # The base class injects from its constructor, before a subclass could set attributes of its own.
-        return self.__dict__.setdefault("_task_hooks", {})
+        return self.__dict__.setdefault("_factors_with_task_start", {})
+
+    def _waits(self, adapter_name: str) -> bool:
+        # One stands for all: they are restricted, loaded and copied together.
+        return any(factor.awaits_task_data for factor in self._task_starts[adapter_name][:1])
 
     @property
     def _twins(self) -> dict[str, str | None]:
@@ -248,8 +261,9 @@ class SaLoRAModel(LoraModel):
                 # Taken from the parameters: the frozen halves start with the very bits that the trained ones have.
                 offsets = lora_a.weight.detach().float().clone(), lora_b.weight.detach().float().clone()
         device = lora_a.weight.device
-        _register(lora_a, SafeFactor("input", placed.on(device, safety_module.input_bases.get(name)), offsets[0]))
-        _register(lora_b, SafeFactor("output", placed.on(device, safety_module.bases[name]), offsets[1]))
+        input_basis, output_basis = safety_module.input_bases.get(name), safety_module.bases[name]
+        register_safe_factor(lora_a, SafeFactor("input", placed.on(device, input_basis), offsets[0]))
+        register_safe_factor(lora_b, SafeFactor("output", placed.on(device, output_basis), offsets[1]))
 
     def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
         """(name in the base model, layer) of the layers that carry this adapter as SaLoRA."""
@@ -268,21 +282,35 @@ class SaLoRAModel(LoraModel):
         Let the first forward pass of training set the task initialization from its own batch.
 
         It runs the base model on that batch first, without gradients. That is no different from doing it before: the
-        initialization does not change what the model computes.
+        initialization does not change what the model computes. Whether it is still to come is part of the factors'
+        state, so that a state dict that is loaded brings its own answer.
         """
+        if "_entry_hooks" not in self.__dict__:
+            for entry in self._entry_points():
+                # A method and no closure: in a deep copy of the model it is the copy's.
+                handle = entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                self.__dict__.setdefault("_entry_hooks", []).append(handle)
+        factors = [safe_factor(layer.lora_B[adapter_name]) for _, layer in self._layers_of(adapter_name)]
+        for factor in factors:
+            factor.awaits_task_data = True
+        self._task_starts[adapter_name] = factors
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if adapter_name in self._waiting_for_task_data and module.training and torch.is_grad_enabled():
+    def _entry_points(self) -> list[nn.Module]:
+        """The base model, and its decoder: some losses skip the language-model head and call the decoder itself."""
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        return [self.model, decoder] if isinstance(decoder, nn.Module) and decoder is not self.model else [self.model]
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            for adapter_name in self._waiting_for_task_data:
                 self._initialize_from_batch(adapter_name, module, args, kwargs)
 
-        entry_points = [self.model]
-        # Some losses skip the language-model head and call the decoder itself.
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
-        if isinstance(decoder, nn.Module) and decoder is not self.model:
-            entry_points.append(decoder)
-        self._waiting_for_task_data[adapter_name] = [
-            entry.register_forward_pre_hook(hook, with_kwargs=True) for entry in entry_points
-        ]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in self.__dict__.pop("_entry_hooks", ()):
+            handle.remove()
+        self._task_starts.clear()
+        return model
 
     # torch.compile would trace it for the one time that it runs.
     @torch.compiler.disable
@@ -294,6 +322,14 @@ class SaLoRAModel(LoraModel):
         layers = self._layers_of(adapter_name)
         for _, layer in layers:
             _check_writable(trained_factor(layer.lora_B[adapter_name]))
+        if not all(_at_start(linear) for _, linear in _salora_linears(self.model, adapter_name)):
+            self._forget_waiting(adapter_name)
+            logger.warning(
+                "Adapter %r: its factors were changed before the first training batch, so they stay as they are; the "
+                "start is that of init='pissa'.",
+                adapter_name,
+            )
+            return
         index = _training_positions(args, kwargs)
         handles = []
         bases: dict[str, Tensor] = {}
@@ -330,8 +366,8 @@ class SaLoRAModel(LoraModel):
         return next((name for name, other in self.peft_config.items() if other is config and name != besides), None)
 
     def _forget_waiting(self, adapter_name: str) -> None:
-        for handle in self._waiting_for_task_data.pop(adapter_name, ()):
-            handle.remove()
+        for factor in self._task_starts.get(adapter_name, ()):
+            factor.awaits_task_data = False
 
     def _take_safety_module_of_checkpoint(self, model: nn.Module, adapter_name: str) -> None:
         """
@@ -344,6 +380,7 @@ class SaLoRAModel(LoraModel):
         folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
         if own is None or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
             return
+        check_form(read_side_config(folder), Path(folder) / CONFIG_FILE)
         config = self.peft_config[adapter_name]
         if config.safety_module == str(Path(folder) / DEFAULT_FILE):
             return  # `load_for_training` has read it already
@@ -403,21 +440,18 @@ class SaLoRAModel(LoraModel):
         """The weights as an ordinary LoRA adapter: effective, in float32, under LoRA's own keys."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, linear in _salora_linears(model, adapter_name):
-            key = f"{name}.parametrizations.weight.original"
-            if isinstance(selected[key], DTensor):
-                raise RuntimeError(
-                    "The factors are sharded by FSDP. Gather them on every rank with get_model_state_dict(model, "
-                    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
-                    "torch.distributed.checkpoint.state_dict, and give the result to save_pretrained(state_dict=...) "
-                    "on one."
+            key = f"{name}.parametrizations.weight."
+            if f"{key}original" not in selected:
+                raise ValueError(
+                    f"The state dict has no {key}original, a factor of adapter {adapter_name!r}. Give the state_dict() "
+                    "of this very model, without the prefixes of one that wraps it (such as 'module.')."
                 )
-            if selected[key].numel() == 0:
-                raise RuntimeError(
-                    "The factors are sharded by DeepSpeed ZeRO-3. Save with the trainer's save_model, with "
-                    "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration; or give what "
-                    "accelerator.get_state_dict(engine) gathers on all ranks to save_pretrained(state_dict=...) on one."
-                )
-            selected[f"{name}.weight"] = safe_factor(linear).exact(selected.pop(key))
+            _check_gathered(selected[f"{key}original"])
+            factor = safe_factor(linear)
+            state, start = (selected.pop(f"{key}{part}_extra_state", None) for part in ("0.", "0.start."))
+            if state is not None:
+                factor.check_state(state, name)
+            selected[f"{name}.weight"] = factor.exact(selected.pop(f"{key}original"), start)
         return selected
 
     @classmethod
@@ -427,7 +461,7 @@ class SaLoRAModel(LoraModel):
         if isinstance(tuner, SaLoRAModel):
             tuner._take_safety_module_of_checkpoint(model, adapter_name)
         state_dict = dict(state_dict)
-        remapped = {}
+        remapped, states = {}, {}
         for name, linear in _salora_linears(model, adapter_name):
             key = next((k for k in _checkpoint_keys(name, adapter_name) if k in state_dict), None)
             if key is None:
@@ -435,10 +469,12 @@ class SaLoRAModel(LoraModel):
             remapped[f"{name}.parametrizations.weight.original"] = _load_factor(
                 linear, state_dict.pop(key), name.replace(f".{adapter_name}", "")
             )
+            states.update(_states_of_loaded(safe_factor(linear), f"{name}.parametrizations.weight.0."))
         if remapped and isinstance(tuner, SaLoRAModel):
             tuner._check_that_more_than_a_copy_is_loaded(adapter_name, remapped)
             tuner._forget_waiting(adapter_name)
-        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict), **remapped}
+        others = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return {**others, **remapped, **states}
 
 
 def load_for_training(
@@ -574,12 +610,6 @@ class _PlacedBases:
         return self._placed.setdefault((id(basis), device), basis.to(device))
 
 
-def _register(linear: nn.Module, factor: SafeFactor) -> None:
-    # unsafe: the effective weight is wider than the trained one, which torch does not expect.
-    parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
-    linear.out_features, linear.in_features = linear.weight.shape
-
-
 def _copy_factors(layer: LoraLayer, source: str, target: str) -> None:
     """Adapters that share one configuration share the safety module and start from the same weights."""
     for linears in (layer.lora_A, layer.lora_B):
@@ -587,7 +617,7 @@ def _copy_factors(layer: LoraLayer, source: str, target: str) -> None:
         offset = None if factor.offset is None else factor.offset.clone()
         with torch.no_grad():
             linears[target].weight.copy_(trained_factor(linears[source]))
-        _register(linears[target], SafeFactor(factor.side, factor.basis, offset))
+        register_safe_factor(linears[target], SafeFactor(factor.side, factor.basis, offset))
 
 
 def _restrict_layer_to_task(layer: LoraLayer, adapter_name: str, task_basis: Tensor) -> None:
@@ -689,23 +719,55 @@ def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, n
 
 
 def _salora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    for name, module in model.named_modules():
-        linears = module.lora_A if isinstance(module, LoraLayer) else {}
-        if adapter_name in linears and safe_factor(linears[adapter_name]) is not None:
-            # Names as in a plain state dict, whatever has wrapped the model since.
-            yield name.removeprefix("_fsdp_wrapped_module.").removeprefix("_orig_mod."), module
+    """(name as in the unwrapped model, layer) of the layers that carry this adapter as SaLoRA."""
+    for name, module in _named_salora_layers(model, adapter_name):
+        yield name.replace(_COMPILED, ""), module
 
 
 def _salora_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(name, linear) of every parametrized lora_A and lora_B of an adapter, named with the adapter."""
-    for name, layer in _salora_layers(model, adapter_name):
+    """(name in the state dict, linear) of every parametrized lora_A and lora_B of an adapter."""
+    for name, layer in _named_salora_layers(model, adapter_name):
         yield f"{name}.lora_A.{adapter_name}", layer.lora_A[adapter_name]
         yield f"{name}.lora_B.{adapter_name}", layer.lora_B[adapter_name]
 
 
+def _named_salora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        linears = module.lora_A if isinstance(module, LoraLayer) else {}
+        if adapter_name in linears and safe_factor(linears[adapter_name]) is not None:
+            for wrapper in _WITHOUT_A_KEY:
+                name = name.replace(wrapper, "")
+            yield name, module
+
+
 def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
     key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
-    return key, f"base_model.model.{key}"
+    plain = key.replace(_COMPILED, "")
+    return key, plain, f"base_model.model.{plain}"
+
+
+def _check_gathered(factor: Tensor) -> None:
+    if isinstance(factor, DTensor):
+        raise RuntimeError(
+            "The factors are sharded by FSDP. Gather them on every rank with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
+            "state_dict, and give the result to save_pretrained(state_dict=...) on one."
+        )
+    if factor.numel() == 0:
+        raise RuntimeError(
+            "The factors are sharded by DeepSpeed ZeRO-3. Save with the trainer's save_model, with "
+            "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration; or give what "
+            "accelerator.get_state_dict(engine) gathers on all ranks to save_pretrained(state_dict=...) on one."
+        )
+
+
+def _states_of_loaded(factor: SafeFactor, prefix: str) -> dict[str, Tensor]:
+    """What a state dict with this factor holds beside it, for one that loading a saved adapter makes."""
+    states = {f"{prefix}_extra_state": factor.get_extra_state()}
+    states[f"{prefix}_extra_state"][0] = 0  # its start is not to be set any more
+    if factor.start is not None:
+        states[f"{prefix}start._extra_state"] = factor.offset
+    return states
 
 
 def _at_start(linear: nn.Module) -> bool:
@@ -742,6 +804,15 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
             )
     trained, start = factor.split(weight)
     if start is not None:
+        # The same update in the form of version 0.1, [A; A_0] and [B, -B_0].
+        halves = weight.float().chunk(2, dim=0 if factor.side == "input" else 1)
+        old = halves[0] - halves[1] if factor.side == "input" else halves[0] + halves[1]
+        if torch.linalg.norm(old) < torch.linalg.norm(halves[0]) / 2 and torch.linalg.norm(halves[1]) > 0:
+            raise ValueError(
+                f"{name}: the saved weight looks like one of version 0.1, whose factors had another form, and would be "
+                "read as something else. Train it further with the version that saved it. For everything else it is a "
+                "plain LoRA adapter: PeftModel.from_pretrained."
+            )
         factor.offset = start.to(parameter.device)
     return trained.to(parameter.dtype)
 
