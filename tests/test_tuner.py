@@ -99,6 +99,7 @@ def test_start_factors_reconstruct_the_weight():
     rows = token_rows(16, seed=3)
     options = config(init="task", task_data=rows, use_rslora=True)
     basis = task_bases(llama(), options)["model.layers.0.self_attn.v_proj"].double()
+    assert basis.device == weight.device  # also where the model was on an accelerator in between
     model = get_peft_model(base, options)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     product = (
