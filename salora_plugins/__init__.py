@@ -18,6 +18,7 @@ _EXPORTS = {
     "evaluate": "salora_plugins.evaluation.evaluate",
     "export_adapter": "salora_plugins.export",
     "last_complete_checkpoint": "salora_plugins.checkpoints",
+    "load_adapter": "salora_plugins.tuner",
     "load_for_training": "salora_plugins.tuner",
     "project_adapter": "salora_plugins.projection",
     "push_to_hub": "salora_plugins.publishing",
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "last_complete_checkpoint",
+    "load_adapter",
     "load_for_training",
     "project_adapter",
     "push_to_hub",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from .projection import project_adapter
     from .publishing import push_to_hub
     from .safety_module import SafetyModule
-    from .tuner import SaLoRAModel, load_for_training
+    from .tuner import SaLoRAModel, load_adapter, load_for_training
 
 
 def __getattr__(name: str) -> Any:

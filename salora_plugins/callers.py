@@ -1,9 +1,9 @@
 """
 Arguments of host functions that are running now.
 
-PEFT hands a tuner its configuration and the weights to load, not the trainer's tokenizer nor the folder that the weights
-come from. Both decide what is right, and both are arguments of a function further up the call stack. Reading them there
-changes nothing in the host; where they are not found, the caller of this module says so or does without.
+PEFT hands a tuner its configuration and the weights to load, not the trainer's tokenizer nor the folder that the
+weights come from. Both decide what is right, and both are arguments of a function further up the call stack. Reading
+them there changes nothing in the host; where they are not found, the caller of this module does without or says so.
 """
 
 from __future__ import annotations

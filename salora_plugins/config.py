@@ -19,7 +19,7 @@ from .files import atomic_write
 from .model_card import write_training_card
 from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import write_adapter_config
+from .saved_adapter import check_saved_factors, write_adapter_config
 
 CONFIG_FILE = "salora_config.json"
 
@@ -79,6 +79,10 @@ class SaLoRAPeftType(enum.StrEnum):
     """The PEFT type under which SaLoRA is registered; equal to, and hashed as, the string "SALORA"."""
 
     SALORA = "SALORA"
+
+    def __format__(self, format_spec: str) -> str:
+        # PEFT formats it in messages only: where a saved adapter, which is plain LoRA, is loaded beside this one.
+        return "SALORA (salora_plugins.load_adapter loads a saved SaLoRA adapter beside one in training)"
 
 
 @dataclass
@@ -209,11 +213,35 @@ class SaLoRAConfig(LoraConfig):
             )
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
-        # Run-time state, set by the tuner; not fields, so that it is neither compared nor saved.
-        self._calibrated: SafetyModule | None = None
+        # Not fields, so that they are neither compared nor saved. A configuration is a value, which several models may
+        # be given: only the copy that a tuner keeps for its adapter has a safety module.
+        self._safety_module: SafetyModule | None = None
         self._weights_follow = False
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
+
+    def note_heads_added_later(self) -> None:
+        """
+        What PEFT does to the configuration that it was given once the adapter is there: name the head of a token
+        classifier or of a question answering model in `modules_to_save`. The adapter's own copy needs it, too.
+        """
+        heads = _HEADS_ADDED_LATER.get(self.task_type, [])
+        if missing := [head for head in heads if head not in (self.modules_to_save or [])]:
+            self.modules_to_save = [*(self.modules_to_save or []), *missing]
+
+    def for_adapter(self, safety_module: SafetyModule | None) -> SaLoRAConfig:
+        """
+        The copy that a tuner keeps for one adapter, which saves the adapter's safety module with itself.
+
+        PEFT writes to the configuration of an adapter (it resolves `target_modules`, for one): what can be changed is
+        copied, data and modules given as objects are shared.
+        """
+        own = copy.copy(self)
+        for name, value in vars(own).items():
+            if isinstance(value, (list, dict, set)) and name not in ("safety_data", "task_data"):
+                setattr(own, name, copy.copy(value))
+        own._safety_module, own._weights_follow = safety_module, False
+        return own
 
     def _check_salora_options(self) -> None:
         for name, choices in (
@@ -376,18 +404,19 @@ class SaLoRAConfig(LoraConfig):
             kwargs: Passed on to [`~peft.PeftConfig.save_pretrained`].
         """
         folder = Path(save_directory)
-        if self._calibrated is None:
+        if self._safety_module is None:
             super().save_pretrained(str(folder), **kwargs)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._calibrated.save(folder / DEFAULT_FILE)
+        check_saved_factors(folder, self._safety_module)
+        self._safety_module.save(folder / DEFAULT_FILE)
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
         lora = self.to_lora_config().to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             lora["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_adapter_config(folder, lora)
-        write_training_card(folder, self, self._calibrated)
+        write_training_card(folder, self, self._safety_module)
 
     @classmethod
     def from_pretrained(

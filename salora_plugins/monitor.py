@@ -20,6 +20,7 @@ from .evaluation.first_tokens import FirstTokenReference, first_token_kl, first_
 from .evaluation.requests import load_requests
 from .safety_module import SafetyModule
 from .saved_adapter import covers, norms
+from .tuner import SaLoRAModel
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -241,9 +242,9 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def _own_safety_module(model: nn.Module) -> SafetyModule | None:
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, SaLoRAModel):
         return None
-    return getattr(model.peft_config[model.active_adapter], "_calibrated", None)
+    return model.base_model.safety_module(model.active_adapter)
 
 
 def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:

@@ -49,6 +49,9 @@ _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 _PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
+FOREIGN_FACTOR_SHARE = 1e-2
+"""A factor saved in bf16 leaves this share of itself in the safety directions; another safety module's, far more."""
+
 # Products of float64 rounding errors: an update this much smaller than its factors is none.
 _ZERO = 1e-12
 
@@ -166,6 +169,45 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
             )
         inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
     return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
+
+
+def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
+    """
+    Check that the weights that PEFT has just written are an ordinary LoRA adapter with the projected factors.
+
+    That they are rests on hooks of PEFT that are not public. Without this check, another PEFT could save the raw
+    factors, which lie in the safety directions, or save them under names that nothing reads.
+
+    Args:
+        folder: Where the adapter is saved; nothing is checked where no safetensors file is there.
+        safety_module: The one that the adapter was trained with.
+
+    Raises:
+        RuntimeError: A target module's factors are missing, or lie in the safety directions.
+    """
+    from importlib.metadata import version
+
+    if not (folder / WEIGHTS_FILE).is_file():
+        return
+    advice = (
+        f"The installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows. Do not use "
+        "this file; install a PEFT version that salora-plugins supports."
+    )
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, basis in safety_module.bases.items():
+        bases = (safety_module.input_bases.get(name), basis)
+        for suffix, directions, axis in zip(_FACTORS, bases, (1, 0), strict=True):
+            factor = tensors.get(f"{_PREFIX}{name}{suffix}")
+            if factor is None or factor.ndim != 2:
+                raise RuntimeError(f"{folder / WEIGHTS_FILE}: has no {suffix[1:]} of {name}. {advice}")
+            if directions is None:
+                continue
+            along = factor.double() if axis == 0 else factor.double().T
+            inside = torch.linalg.norm(directions.double().T @ along)
+            if inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(along):
+                raise RuntimeError(
+                    f"{folder / WEIGHTS_FILE}: {suffix[1:]} of {name} lies in the safety directions. {advice}"
+                )
 
 
 def largest_shares(shares: dict[str, dict[str, float]]) -> dict[str, float]:

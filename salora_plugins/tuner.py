@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .calibration import calibrate_with, task_bases
 from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import ExactStatistics
+from .callers import argument_of_caller
 from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
 from .distributed import broadcast, gather_from_all_ranks
 from .files import hub_folder, is_hub_id
@@ -41,7 +42,8 @@ from .layers import (
 )
 from .parametrization import SafeFactor, safe_factor, trained_factor
 from .ranks import Rank
-from .safety_module import SafetyModule
+from .safety_module import DEFAULT_FILE, SafetyModule
+from .saved_adapter import FOREIGN_FACTOR_SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,6 @@ logger = logging.getLogger(__name__)
 _TASK_POSITIONS = 1024
 # Weights (in float32) that are decomposed together.
 _BYTES_AT_ONCE = 64 * 2**20
-# A factor saved in bf16 leaves this share of itself in the safety directions; another safety module leaves far more.
-_FOREIGN_FACTOR_SHARE = 1e-2
 
 
 class SaLoRAModel(LoraModel):
@@ -82,19 +82,23 @@ class SaLoRAModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Calibrate where no safety module is given, add the LoRA layers, and parametrize them."""
-        config = self.peft_config[adapter_name]
-        if not isinstance(config, SaLoRAConfig):
+        given = self.peft_config[adapter_name]
+        if not isinstance(given, SaLoRAConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             return
-        config.warn_about_weights_outside_the_safety_module()
-        names = target_module_names(model, config)
-        twin = self._twin_of(adapter_name)
-        safety_module = config._calibrated if twin is not None else self._safety_module(model, config, names)
+        given.warn_about_weights_outside_the_safety_module()
+        names = target_module_names(model, given)
+        twin = self._adapter_of(given, besides=adapter_name)
+        safety_module = self._safety_module_for(model, given, names) if twin is None else given._safety_module
+        weights_follow = given._weights_follow
         bases_of_task = None
-        if config.init == "task" and config.task_data is not None and twin is None and not config._weights_follow:
-            bases_of_task = task_bases(model, config)
+        if given.init == "task" and given.task_data is not None and twin is None and not weights_follow:
+            bases_of_task = task_bases(model, given)
 
+        # What was given may be used for other models, too; everything from here on belongs to this adapter.
+        config = self.peft_config[adapter_name] = given.for_adapter(safety_module)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config.note_heads_added_later()
         layers = {name: model.get_submodule(name) for name in names}
         if any(p.is_meta for layer in layers.values() for p in layer.lora_A[adapter_name].parameters()):
             raise ValueError(
@@ -108,15 +112,15 @@ class SaLoRAModel(LoraModel):
                     _copy_factors(layer, twin, adapter_name)
                     progress.update()
             else:
-                for name, start in _start_factors(layers, adapter_name, config):
+                for name, start in _start_factors(layers, adapter_name, config, weights_follow=weights_follow):
                     layer = layers[name]
                     self._parametrize(layer, name, adapter_name, start, safety_module, placed)
                     if bases_of_task is not None:
                         _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
                     progress.update()
         self._synchronize(layers.values(), adapter_name)
-        config._calibrated = safety_module
-        waits = config.init == "task" and config.task_data is None and not config._weights_follow
+        self._twins[adapter_name] = twin
+        waits = config.init == "task" and config.task_data is None and not weights_follow
         if waits and (twin is None or twin in self._waiting_for_task_data):
             self._initialize_at_first_training_batch(adapter_name)
 
@@ -161,6 +165,11 @@ class SaLoRAModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget_waiting(adapter_name)
+        self._twins.pop(adapter_name, None)
+
+    def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
+        """The safety module that an adapter is trained with, its tensors on the CPU; None for one of plain LoRA."""
+        return getattr(self.peft_config[adapter_name], "_safety_module", None)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -180,7 +189,12 @@ class SaLoRAModel(LoraModel):
         # The base class injects from its constructor, before a subclass could set attributes of its own.
         return self.__dict__.setdefault("_task_hooks", {})
 
-    def _safety_module(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
+    @property
+    def _twins(self) -> dict[str, str | None]:
+        """Adapter -> the one that it was made as a copy of ("ref" of "default", in TRL)."""
+        return self.__dict__.setdefault("_copies", {})
+
+    def _safety_module_for(self, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> SafetyModule:
         given = config.safety_module
         if given is not None:
             safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
@@ -204,8 +218,8 @@ class SaLoRAModel(LoraModel):
                     UserWarning,
                     stacklevel=2,
                 )
-        elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
-            return config._calibrated
+        elif config._safety_module is not None and _fits(config._safety_module, model, config, names):
+            return config._safety_module  # the copy of another adapter's configuration
         else:
             safety_module = calibrate_with(model, config)
         ranks = _ranks(config, safety_module, names)
@@ -309,16 +323,51 @@ class SaLoRAModel(LoraModel):
         self._forget_waiting(adapter_name)
         logger.info("Adapter %r: task initialization from the first training batch.", adapter_name)
 
-    def _twin_of(self, adapter_name: str) -> str | None:
-        """Another adapter with the very same configuration, such as the one that TRL copies as "ref"."""
-        config = self.peft_config[adapter_name]
-        return next(
-            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
-        )
+    def _adapter_of(self, config: SaLoRAConfig, besides: str) -> str | None:
+        """The adapter that a configuration belongs to, as of the one that TRL gives to its copy "ref"."""
+        if config._safety_module is None:
+            return None
+        return next((name for name, other in self.peft_config.items() if other is config and name != besides), None)
 
     def _forget_waiting(self, adapter_name: str) -> None:
         for handle in self._waiting_for_task_data.pop(adapter_name, ()):
             handle.remove()
+
+    def _take_safety_module_of_checkpoint(self, model: nn.Module, adapter_name: str) -> None:
+        """
+        Where a trainer resumes, or loads its best checkpoint: train on with the safety module that was saved there.
+
+        The trainer has calibrated before it knew of the checkpoint, perhaps on other data or another device, and the
+        weights to load stay out of the directions of the module that is saved with them, not of this one.
+        """
+        own = self.safety_module(adapter_name)
+        folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
+        if own is None or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
+            return
+        config = self.peft_config[adapter_name]
+        if config.safety_module == str(Path(folder) / DEFAULT_FILE):
+            return  # `load_for_training` has read it already
+        names = list(own.bases)
+        saved = SafetyModule.load(folder)
+        check_belongs(saved, self.model, names)
+        saved = saved.restricted_to(_all_directions(saved, names))
+        if _same_bases(saved, own):
+            return
+        differs = _all_directions(saved, names) != _all_directions(own, names)
+        logger.log(
+            logging.WARNING if differs or config.safety_module is not None else logging.INFO,
+            "Adapter %r: training goes on with the safety module that was saved in %s, not with the one of this "
+            "configuration%s.",
+            adapter_name,
+            folder,
+            ", which has other numbers of directions" if differs else "",
+        )
+        placed = _PlacedBases()
+        for name, layer in self._layers_of(adapter_name):
+            for linears, bases in ((layer.lora_A, saved.input_bases), (layer.lora_B, saved.bases)):
+                factor = safe_factor(linears[adapter_name])
+                factor.basis = placed.on(trained_factor(linears[adapter_name]).device, bases.get(name))
+        config._safety_module = saved
 
     def _check_that_more_than_a_copy_is_loaded(self, adapter_name: str, loaded: dict[str, Tensor]) -> None:
         """
@@ -327,8 +376,8 @@ class SaLoRAModel(LoraModel):
         That is what transformers does when it resumes a run whose reference is a copy of the adapter ("ref", in TRL):
         of a checkpoint with adapters in subfolders it loads these only, and training would start over.
         """
-        original = self._twin_of(adapter_name)
-        if original is None:
+        original = self._twins.get(adapter_name)
+        if original not in self.peft_config:
             return
         copies = [linear for _, linear in _salora_linears(self.model, adapter_name)]
         trained = [linear for _, linear in _salora_linears(self.model, original)]
@@ -373,6 +422,9 @@ class SaLoRAModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Split effective weights into trained and start factors again, checking that they fit the safety module."""
+        tuner = model if isinstance(model, SaLoRAModel) else getattr(model, "base_model", None)
+        if isinstance(tuner, SaLoRAModel):
+            tuner._take_safety_module_of_checkpoint(model, adapter_name)
         state_dict = dict(state_dict)
         remapped = {}
         for name, linear in _salora_linears(model, adapter_name):
@@ -382,7 +434,6 @@ class SaLoRAModel(LoraModel):
             remapped[f"{name}.parametrizations.weight.original"] = _load_factor(
                 linear, state_dict.pop(key), name.replace(f".{adapter_name}", "")
             )
-        tuner = model if isinstance(model, SaLoRAModel) else getattr(model, "base_model", None)
         if remapped and isinstance(tuner, SaLoRAModel):
             tuner._check_that_more_than_a_copy_is_loaded(adapter_name, remapped)
             tuner._forget_waiting(adapter_name)
@@ -416,6 +467,51 @@ def load_for_training(
 
         >>> model = load_for_training(AutoModelForCausalLM.from_pretrained(base), "outputs/checkpoint-100")
     """
+    folder, config = _saved_config(folder)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return cls.from_pretrained(
+        model, str(folder), adapter_name=adapter_name, is_trainable=True, config=config, **kwargs
+    )
+
+
+def load_adapter(
+    model: PeftModel, folder: str | os.PathLike, adapter_name: str, *, is_trainable: bool = False
+) -> None:
+    """
+    Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference for DPO (TRL's
+    `ref_adapter_name`).
+
+    `model.load_adapter` finds a plain LoRA adapter in the folder, which PEFT does not combine with one in training.
+
+    Args:
+        model: What `get_peft_model` gave for a [`SaLoRAConfig`], or `load_for_training`.
+        folder: As for `load_for_training`.
+        adapter_name: Name of the new adapter in the model. It is not made the active one.
+        is_trainable: Whether it is to be trained; it has its own safety module in force then.
+
+    Raises:
+        FileNotFoundError, SafetyModuleError: As for `load_for_training`.
+        ValueError: The model has no SaLoRA adapter, or one of that name.
+
+    Example:
+
+        >>> model = load_for_training(base_model, "outputs", adapter_name="policy")
+        >>> load_adapter(model, "outputs", "reference")
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, SaLoRAModel):
+        raise ValueError(
+            f"{type(model).__name__} has no SaLoRA adapter, beside which another could be loaded. Use "
+            "load_for_training, or PeftModel.from_pretrained for inference."
+        )
+    folder, config = _saved_config(folder)
+    config.inference_mode = not is_trainable
+    model.add_adapter(adapter_name, config)
+    model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+    model.set_requires_grad(adapter_name, requires_grad=is_trainable)
+
+
+def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
+    """The folder of a saved adapter, downloaded if it is on the hub, and its configuration, weights to follow."""
     if not Path(folder).exists() and is_hub_id(str(folder)):
         folder = hub_folder(str(folder), ["*.json", "*.safetensors"], option="folder")
     folder = Path(folder)
@@ -428,20 +524,14 @@ def load_for_training(
         )
     config = SaLoRAConfig.from_pretrained(folder)
     config._weights_follow = True
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    try:
-        return cls.from_pretrained(
-            model, str(folder), adapter_name=adapter_name, is_trainable=True, config=config, **kwargs
-        )
-    finally:
-        config._weights_follow = False
+    return folder, config
 
 
 def _start_factors(
-    layers: dict[str, LoraLayer], adapter_name: str, config: SaLoRAConfig
+    layers: dict[str, LoraLayer], adapter_name: str, config: SaLoRAConfig, *, weights_follow: bool
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor] | None]]:
     """
-    (name, (A_0, B_0)) of every layer, None for `init="zero"`.
+    (name, (A_0, B_0)) of every layer, None for `init="zero"`; zeros where saved weights follow.
 
     Weights of one shape are decomposed several at a time, where they are: what a single small one costs is mostly the
     launching of operations.
@@ -454,7 +544,7 @@ def _start_factors(
             name
         )
     for ((d_out, d_in), rank, scaling, device), names in groups.items():
-        if config.init == "zero" or config._weights_follow:
+        if config.init == "zero" or weights_follow:
             for name in names:
                 zeros = torch.zeros(rank, d_in, device=device), torch.zeros(d_out, rank, device=device)
                 yield name, None if config.init == "zero" else zeros
@@ -570,6 +660,21 @@ def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: list[str]) 
     return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
 
 
+def _all_directions(safety_module: SafetyModule, names: list[str]) -> dict[str, dict[str, Rank]]:
+    """Side -> module name -> how many directions the safety module has for it; modules that it lacks count as 1."""
+    sides = {"output": safety_module.bases, "input": safety_module.input_bases}
+    return {
+        side: {name: bases[name].shape[1] if name in bases else 1 for name in names}
+        for side, bases in sides.items()
+        if bases
+    }
+
+
+def _same_bases(first: SafetyModule, second: SafetyModule) -> bool:
+    pairs = ((first.bases, second.bases), (first.input_bases, second.input_bases))
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
 def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: list[str]) -> bool:
     """Whether the safety module that this configuration led to before was for this very model."""
     try:
@@ -626,7 +731,7 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
     if factor.basis is not None:
         axis = weight.cpu().double() if factor.side == "output" else weight.cpu().double().T
         inside = torch.linalg.norm(factor.basis.cpu().double().T @ axis)
-        if inside > _FOREIGN_FACTOR_SHARE * torch.linalg.norm(axis):
+        if inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(axis):
             raise ValueError(
                 f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, "
                 "so it was trained with another safety module. Resume with the one that was saved with it: "

@@ -266,9 +266,9 @@ def test_ranks_by_need(engine, tmp_path):
     options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "safety_module": str(tmp_path), "init": "zero"}
     for rank, pattern in ((0.6, {"layers.0.mlp.down_proj": 5, "v_proj": 0.4}), (32, {})):
         model = get_peft_model(llama(), SaLoRAConfig(**options, safety_rank=rank, safety_rank_pattern=pattern))
-        calibrated = model.peft_config["default"]._calibrated
+        calibrated = model.base_model.safety_module("default")
         assert all(torch.equal(calibrated.bases[name], basis) for name, basis in module.bases.items())
-    few = get_peft_model(llama(), SaLoRAConfig(**options, safety_rank=0.2)).peft_config["default"]._calibrated
+    few = get_peft_model(llama(), SaLoRAConfig(**options, safety_rank=0.2)).base_model.safety_module()
     assert all(few.bases[name].shape[1] <= basis.shape[1] for name, basis in module.bases.items())
     with pytest.raises(ValueError, match=r"safety_rank=0\.99, but the safety module's \d+ directions for"):
         get_peft_model(llama(), SaLoRAConfig(**options, safety_rank=0.99))

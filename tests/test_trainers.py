@@ -262,12 +262,12 @@ def test_a_trained_peft_model(name, folder, tmp_path, safety):
     model = trained_peft_model(folder, safety)
     before = logits_of(model)
     assert relative_difference(before, logits_of(base_model(folder))) > 1e-3
-    module = model.peft_config["default"]._calibrated
+    module = model.base_model.safety_module("default")
     trainer = make(name, model, tmp_path)
     model = trainer.model
     if name != "SFT":
         assert set(model.peft_config) == {"default", "ref"}
-        assert model.peft_config["ref"]._calibrated is module
+        assert model.base_model.safety_module("ref") is module
         assert not trained_factor(first_factor(model)["ref"]).requires_grad
     trainer.train()
     if name in ("DPO", "KTO"):

@@ -8,13 +8,14 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins import SafetyModule, SaLoRAConfig, SaLoRAModel, calibrate, load_adapter, load_for_training
 from salora_plugins.calibration import task_bases
 from salora_plugins.parametrization import safe_factor, trained_factor
 from tiny import (
@@ -175,7 +176,7 @@ def test_the_input_side_by_default(tmp_path):
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))) == {3}
     assert _input_ranks(get_peft_model(llama(), config(safety_module=given, input_safety_rank=0))) == {0}
     by_name = config(safety_module=given, input_safety_rank_pattern={"q_proj": 3})
-    bases = get_peft_model(llama(), by_name).peft_config["default"]._calibrated.input_bases
+    bases = get_peft_model(llama(), by_name).base_model.safety_module().input_bases
     assert {(name.endswith("q_proj"), basis.shape[1]) for name, basis in bases.items()} == {(True, 3), (False, 5)}
     with pytest.raises(ValueError, match=r"variant=.paper. takes the positions of the response, .* 'prompt' positions"):
         get_peft_model(llama(), config(safety_module=given, variant="paper"))
@@ -194,7 +195,7 @@ def test_the_input_side_by_default(tmp_path):
 
 
 def _input_ranks(model) -> set[int]:
-    return {model.peft_config["default"]._calibrated.input_safety_rank}
+    return {model.base_model.safety_module("default").input_safety_rank}
 
 
 def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
@@ -221,15 +222,92 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
 
 
 def test_loading_the_weights_of_another_safety_module_is_refused(tmp_path):
+    """Where nothing tells which one it was; from a folder it is taken, as the next test has it."""
     model = get_peft_model(llama(), config())
     train(model)
     model.save_pretrained(tmp_path)
     other = get_peft_model(llama(), config(safety_data=token_rows(16, seed=77)))
     with pytest.raises(ValueError, match="trained with another safety module"):
-        other.load_adapter(tmp_path, "default", is_trainable=True)
+        set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors"))
     narrow = get_peft_model(llama(), config(r=2))
     with pytest.raises(ValueError, match="the saved weight has shape"):
         narrow.load_adapter(tmp_path, "default", is_trainable=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"input_safety_rank": 4}, {"input_safety_rank": 4, "init": "zero"}])
+def test_a_resumed_run_takes_the_safety_module_of_its_checkpoint(tmp_path, caplog, options):
+    """A trainer resumes with `load_adapter`, after it has calibrated: on another day, or on other data, differently."""
+    model = get_peft_model(llama(), config(**options))
+    train(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    saved = model.base_model.safety_module()
+    other = get_peft_model(llama(), config(**options, safety_data=token_rows(16, seed=77)))
+    assert not torch.equal(*(next(iter(m.bases.values())) for m in (saved, other.base_model.safety_module())))
+    with caplog.at_level("INFO", logger="salora_plugins"):
+        other.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    assert "goes on with the safety module that was saved in" in caplog.text
+    tokens = token_batch(seed=20)
+    assert relative_difference(other.eval()(tokens).logits, model.eval()(tokens).logits) < 1e-5
+    train(other)
+    other.save_pretrained(tmp_path / "resumed")
+    module = SafetyModule.load(tmp_path / "resumed")
+    assert all(torch.equal(module.bases[name], basis) for name, basis in saved.bases.items())
+    assert largest_share_inside(tmp_path / "resumed") < 1e-5
+
+
+def test_another_number_of_directions_in_the_checkpoint_is_said(tmp_path, caplog):
+    model = get_peft_model(llama(), config(init="zero"))
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(llama(), config(init="zero", safety_rank=4))
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert "which has other numbers of directions" in caplog.text
+    assert other.base_model.safety_module().safety_rank == 8
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_saved_adapter_is_loaded_beside_one_in_training(tmp_path, is_trainable):
+    model = get_peft_model(llama(), config(init="zero"))
+    train(model)
+    model.save_pretrained(tmp_path)
+    other = config(init="zero", safety_data=token_rows(16, seed=77))
+    for start in (load_for_training(llama(), tmp_path, adapter_name="policy"), get_peft_model(llama(), other)):
+        active = start.active_adapter
+        with pytest.raises(ValueError, match=r"salora_plugins\.load_adapter loads a saved SaLoRA adapter"):
+            start.load_adapter(tmp_path, "reference")
+        load_adapter(start, tmp_path, "reference", is_trainable=is_trainable)
+        assert start.active_adapter == active
+        trained = {p.requires_grad for name, p in start.named_parameters() if ".reference." in name}
+        assert trained == {is_trainable}
+        start.set_adapter("reference")
+        tokens = token_batch(seed=20)
+        assert relative_difference(start.eval()(tokens).logits, model.eval()(tokens).logits) < 1e-5
+        bases = start.base_model.safety_module("reference").bases
+        assert all(torch.equal(bases[name], basis) for name, basis in model.base_model.safety_module().bases.items())
+    with pytest.raises(ValueError, match="has no SaLoRA adapter"):
+        load_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path, "reference")
+
+
+def test_what_another_peft_would_save_is_noticed(tmp_path, monkeypatch):
+    """Stands for a PEFT that no longer calls the tuner's hook: raw factors under keys of their own, or under LoRA's."""
+    model = get_peft_model(llama(), config())
+    train(model)
+    plain = LoraModel._get_adapter_state_dict.__func__
+
+    def renamed(cls, *args, **kwargs):
+        state = plain(LoraModel, *args, **kwargs)
+        return {key.replace("parametrizations.weight.original", "weight"): value for key, value in state.items()}
+
+    for hook, message in (
+        (lambda cls, *args, **kwargs: plain(LoraModel, *args, **kwargs), "has no lora_A.weight of"),
+        (renamed, "lies in the safety directions"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=message):
+            patch.setattr(SaLoRAModel, "_get_adapter_state_dict", classmethod(hook))
+            model.save_pretrained(tmp_path / "adapter")
+        assert not (tmp_path / "adapter" / "salora.safetensors").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    assert largest_share_inside(tmp_path / "adapter") < 1e-5
 
 
 def test_load_for_training_needs_the_side_files(tmp_path):
@@ -326,16 +404,22 @@ def test_merge_unmerge_and_deepcopy():
     assert relative_difference(model(tokens).logits, expected) < 1e-5
 
 
-def test_adapters_of_one_configuration_share_the_module_and_the_weights():
-    """What DPOTrainer does with a ready PeftModel: a frozen copy as "ref", without a second calibration."""
+def test_a_copy_of_an_adapter_shares_its_module_and_has_its_weights():
+    """
+    What DPOTrainer does with a ready PeftModel: a frozen copy as "ref", without a second calibration. The configuration
+    that the user has makes another adapter, which starts anew.
+    """
     shared = config(task_data=token_rows(8, seed=3))
     model = get_peft_model(llama(), shared)
     train(model)
-    model.add_adapter("ref", shared)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("second", shared)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     for linears in (layer.lora_A, layer.lora_B):
         assert torch.equal(linears["ref"].weight, linears["default"].weight)
         assert safe_factor(linears["ref"]).basis is safe_factor(linears["default"]).basis
+    start = get_peft_model(llama(), shared).base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.lora_B["second"].weight, start.lora_B["default"].weight)
     assert not any(p.requires_grad for p in layer.lora_A["ref"].parameters())
     train(model)
     assert not torch.equal(layer.lora_B["ref"].weight, layer.lora_B["default"].weight)
@@ -366,13 +450,31 @@ def test_several_adapters_on_one_base(tmp_path):
     assert relative_difference(model(tokens).logits, second) < 1e-5
 
 
-def test_one_configuration_for_two_models_calibrates_on_each():
-    shared = config()
-    get_peft_model(llama(), shared)
-    first = shared._calibrated
-    model = get_peft_model(llama(seed=1), shared)
-    assert shared._calibrated.fingerprint != first.fingerprint
-    assert relative_difference(model(token_batch()).logits, llama(seed=1)(token_batch()).logits) < 1e-4
+def values_of(config):
+    return {name: copy.copy(value) for name, value in vars(config).items() if name != "base_model_name_or_path"}
+
+
+def test_a_configuration_is_a_value(tmp_path):
+    """Several models can be given one; calibration and injection do not write to it (PEFT notes the model's name)."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        llama(seed).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    options = {"safety_data": refusal_rows(), "target_modules": ["q_proj"], "input_safety_rank": 4}
+    shared = config(**options)
+    before = values_of(shared)
+    models = [get_peft_model(LlamaForCausalLM.from_pretrained(folder), shared) for folder in folders]
+    assert values_of(shared) == before
+    for model, folder in zip(models, folders, strict=True):
+        train(model)
+        model.save_pretrained(folder / "adapter")
+        own = get_peft_model(LlamaForCausalLM.from_pretrained(folder), config(**options))
+        for side in ("bases", "input_bases"):
+            saved = getattr(SafetyModule.load(folder / "adapter"), side)
+            expected = getattr(own.base_model.safety_module(), side)
+            assert all(torch.equal(saved[name], basis) for name, basis in expected.items())
+        assert largest_share_inside(folder / "adapter") < 1e-5
+        load_for_training(LlamaForCausalLM.from_pretrained(folder), folder / "adapter")
 
 
 def test_given_safety_module_skips_calibration(tmp_path):
@@ -389,7 +491,6 @@ def test_text_data_with_the_models_own_tokenizer(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     base = LlamaForCausalLM.from_pretrained(tmp_path)
     model = get_peft_model(base, config(safety_data=refusal_rows(), task_data=sum_rows()))
-    assert model.peft_config["default"].tokenizer is not None
     assert "tokenizer" not in model.peft_config["default"].to_dict()
 
 
