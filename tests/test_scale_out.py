@@ -159,7 +159,7 @@ def test_ddp_equals_one_process(tmp_path):
     pytest.importorskip("trl")
     # With --cpu, accelerate starts several processes by way of MPI only; this starts them as on GPUs.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    # Both on the CPU, also where there is a GPU: NCCL gives no two processes the same one.
+    # Even on the CPU, accelerate would have the second process wait at a second GPU where there is one.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path, **hidden)
     run([sys.executable], DDP, tmp_path, **hidden)
