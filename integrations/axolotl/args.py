@@ -116,10 +116,10 @@ class SaLoRAOptions(BaseModel):
         description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. "
         "Default: zero, and task without an input side or where options of the task start are given.",
     )
-    safety_data: str | None = Field(
+    safety_data: str | list[str | dict[str, Any]] | None = Field(
         default=None,
-        description="Harmful requests, with safe responses or without: `builtin`, a file, a folder or a hub data set "
-        "id. Default: builtin.",
+        description="Harmful requests, with safe responses or without: `builtin`, a file (of text: a request a line), a "
+        "folder, a hub data set id, or a list of requests or rows. Default: builtin.",
     )
     task_data: str | None = Field(
         default=None,
@@ -339,7 +339,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
         ValueError: A file or folder that the block names does not exist.
     """
     for key in ("safety_data", "task_data", "safety_module"):
-        if key in options and _is_missing(key, options[key]):
+        if isinstance(options.get(key), str) and _is_missing(key, options[key]):
             raise ValueError(
                 f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
                 "path."

@@ -75,6 +75,11 @@ class SaLoRAPlugin(BasePlugin):
 
         check_quantized(model, cfg)
         refuse_nvfp4(model)
+        if cfg.unfrozen_parameters:
+            raise ValueError(
+                "unfrozen_parameters: a plugin (Spectrum is one) has set it, to train base weights, which the safety "
+                "module does not protect. Remove the plugin."
+            )
         if cfg.lora_qkv_kernel or cfg.lora_o_kernel:
             _attach_plain_projections(model, cfg)
         if inference or cfg.inference or cfg.merge_lora:
