@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, SaLoRAConfig, load_for_training
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
 from salora_plugins.layers import weight_samples
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
@@ -41,8 +41,14 @@ UNSUPPORTED = {
     "use_onebitllms": True,
     "qat": {"weight_dtype": "int8"},
     "fp8": True,
+    "flash_attn_fuse_mlp": True,
+    "dsv4_shared_mlp_lora_kernel": True,
+    "dsv4_fp8_lora_kernel": True,
     "unfrozen_parameters": ["^model.embed_tokens.weight$"],
     "lora_fp32_gradients": True,
+    "lisa_step_interval": 2,
+    "lisa_n_layers": 1,
+    "spectrum_model_name": "some/model",
     "model_quantization_config": "FineGrainedFP8Config",
     "fsdp_config": {"reshard_after_forward": True},
     "deepspeed": {"zero_optimization": {"stage": 3}},
@@ -79,7 +85,17 @@ REFUSED = {
     "an embedding": ({"lora_target_modules": ["q_proj", "embed_tokens"]}, ["lora_target_modules", "embed_tokens"]),
     "going on with DPO": ({"rl": "dpo", "lora_model_dir": "somewhere"}, ["lora_model_dir", "somewhere", "merge-lora"]),
     "rl: ebft": ({"rl": "ebft"}, ["rl: ebft"]),
+    "8-bit kernels": ({"load_in_8bit": True, "lora_qkv_kernel": True}, ["lora_qkv_kernel", "load_in_8bit"]),
+    "rank for vLLM": (
+        {"rl": "grpo", "trl": {"use_vllm": True, "vllm_mode": "server", "vllm_lora_sync": True}},
+        ["trl.vllm_lora_sync", "salora.init"],
+    ),
     **{key: ({key: value}, [NAMED.get(key, key)]) for key, value in UNSUPPORTED.items()},
+}
+# Configs that validation accepts, where it refuses what is close to them.
+DEQUANTIZED = {"model_quantization_config_kwargs": {"dequantize": True}}
+ACCEPTED = {
+    kind: {"model_quantization_config": kind, **DEQUANTIZED} for kind in ("Mxfp4Config", "FineGrainedFP8Config")
 }
 # Refusals of a whole feature: rows of the compatibility table.
 ROWS = {
@@ -87,6 +103,8 @@ ROWS = {
     "an embedding": "an embedding in `lora_target_modules`",
     "going on with DPO": "`lora_model_dir` with `rl: dpo`",
     "rl: ebft": "`rl: ebft`",
+    "8-bit kernels": "fused LoRA kernels with `load_in_8bit`",
+    "rank for vLLM": "`trl.vllm_lora_sync` with `salora.init: task` or `pissa`",
     "deepspeed": "`deepspeed` ZeRO stage 3",
     "lora_qkv_kernel": "fused LoRA kernels with the task initialization from the training rows",
     **{
@@ -118,7 +136,8 @@ TRAINED = {
     "kernels": "`lora_qkv_kernel`, `lora_o_kernel` with `salora.init: pissa`",
     "kernels from zero": "`lora_qkv_kernel`, `lora_o_kernel` with the default start",
     "packing": "`sample_packing`, with attention by sdpa",
-    "options": "`lora_target_linear`, `lora_dropout`, `peft_use_rslora`, `peft_layers_to_transform`, `lora_on_cpu`",
+    "options": "`lora_target_linear` with `lora_exclude_modules`, `lora_dropout`, `peft_use_rslora`, "
+    "`peft_layers_to_transform`, `lora_on_cpu`",
     "lora+": "`loraplus_lr_ratio`",
     "tokens": "`tokens` with `lora_modules_to_save`",
     "token indices": "`peft_trainable_token_indices`",
@@ -130,6 +149,7 @@ SAME_LOSSES = {
     "reentrant": "`gradient_checkpointing: true`, reentrant",
     "compiled": "`torch_compile: true` (backend eager)",
 }
+ANOTHER_TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
 # A reward function and a transform of the rows for `rl: grpo`, as Axolotl wants them: in a module on the path.
 REWARDS = """
 def small_letters(completions, **_):
@@ -259,6 +279,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "options": {
             "lora_target_modules": None,
             "lora_target_linear": True,
+            "lora_exclude_modules": ["o_proj"],
             "lora_dropout": 0.1,
             "peft_use_rslora": True,
             "peft_layers_to_transform": [1],
@@ -266,6 +287,15 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "save_safetensors": True,
         },
         "lora+": {"loraplus_lr_ratio": 16},
+        **{
+            name: {"salora": {**shared["salora"], "init": None}, "max_steps": 1, "save_steps": 1}
+            for name in ("from zero", "from zero again")
+        },
+        "another template": {
+            "chat_template": "jinja",
+            "chat_template_jinja": ANOTHER_TEMPLATE,
+            "lora_target_modules": ["q_proj"],
+        },
         "tokens": {"tokens": ["<one>", "<two>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]},
         "token indices": {"peft_trainable_token_indices": [3, 4]},
         # With the criterion turned round the first evaluation is the best one, and the second stops the run.
@@ -364,7 +394,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
     with_kernels = ("lora", "lora without plugin", "kernels", "kernels from zero")
     # The one that is killed is forked, which is safe only before the process has threads: it comes first.
-    trained = ["killed", *(name for name in configs if name not in ("killed", *with_kernels))]
+    trained = ["killed", *(name for name in configs if name not in ("killed", "another template", *with_kernels))]
     commands = {name: ["train", files[name], "--launcher", "python"] for name in trained}
     commands["preprocess"] = ["preprocess", files["best"]]
     commands["evaluate"] = [
@@ -377,11 +407,16 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     ]  # fmt: skip
     commands["calibrate"] = ["salora-calibrate", files["sft"]]
     commands["calibrate elsewhere"] = ["salora-calibrate", files["dpo"], "--out", str(folder / "dpo.safetensors")]
+    commands["calibrate with another template"] = ["salora-calibrate", files["another template"]]
     commands["calibrate for LoRA"] = ["salora-calibrate", files["lora"]]
     commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
     refused = {
         name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
         for number, (name, (change, _)) in enumerate(REFUSED.items())
+    }
+    accepted = {
+        name: _write_yaml(folder / "accepted" / f"{name}.yml", {**configs["sft"], **change})
+        for name, change in ACCEPTED.items()
     }
     examples = {}
     for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
@@ -390,7 +425,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
         examples[example.name] = _write_yaml(folder / "examples" / example.name, config)
     job = {
         "result": str(folder / "result.json"),
-        "validate": {**refused, **examples, "lora": files["lora"]},
+        "validate": {**refused, **accepted, **examples, "lora": files["lora"]},
         "commands": commands,
         "without_plugin": ["lora without plugin"],
         "killed": {"killed": "checkpoint-4/salora.safetensors"},
@@ -547,6 +582,43 @@ def test_the_safety_module_can_be_computed_beforehand(runs):
     assert "adapter: lora. Set adapter: salora" in runs[1]["failed"]["calibrate for LoRA"]
 
 
+def test_calibration_renders_with_the_chat_template_of_the_config(runs):
+    folder, _ = runs
+    _ran(runs, "calibrate with another template")
+    module = SafetyModule.load(folder / "another template" / "safety_module.safetensors")
+    digests = []
+    for template in (tiny.CHAT_TEMPLATE, ANOTHER_TEMPLATE):
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = template
+        options = {"safety_data": str(folder / REFUSALS), "target_modules": ["q_proj"], "safety_rank": 8}
+        digests.append(calibrate(_base(folder), tokenizer, **options).provenance["safety_data_sha256"])
+    assert digests[0] != digests[1] == module.provenance["safety_data_sha256"]
+
+
+def test_one_seed_gives_one_adapter(runs):
+    first, second = (load_file(_ran(runs, f"from zero{name}") / "adapter_model.safetensors") for name in ("", " again"))
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+
+
+def test_training_starts_from_the_base_model(runs):
+    """Axolotl draws `lora_A` anew once the adapter is there, which would undo a start from the weights."""
+    losses = [_losses(_ran(runs, name) / "checkpoint-4")[0] for name in ("lora", "sft", "tokens")]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+def test_excluded_modules_get_no_adapter(runs):
+    config = json.loads((_ran(runs, "options") / "adapter_config.json").read_text())
+    assert "o_proj" in config["target_modules"] and config["exclude_modules"] == ["o_proj"]
+    modules = {key.split(".")[-3] for key in load_file(_ran(runs, "options") / "adapter_model.safetensors")}
+    assert modules == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_what_the_package_logs_stands_in_axolotls_log(runs):
+    log = (runs[0] / "log.txt").read_text()
+    assert re.search(r"\[INFO\] \[axolotl\.salora_plugins[\w.]*\]", log)
+    assert log.count("checkpoint-4 is passed over") == 1
+
+
 def test_the_monitor_logs_through_the_trainer(runs):
     history = json.loads((_ran(runs, "checkpointing") / "checkpoint-4" / "trainer_state.json").read_text())[
         "log_history"
@@ -589,6 +661,23 @@ def test_refused_when_the_config_is_validated(runs, name, refusal):
         assert part in message
     # Without what pydantic puts around it.
     refusal(ValueError(re.sub(r"(?s)^.*?Value error, | \[type=.*$", "", message)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=row(f"`model_quantization_config: {name}` with `dequantize`")) for name in ACCEPTED],
+)
+def test_accepted_when_the_config_is_validated(runs, name):
+    assert runs[1]["errors"][name] is None
+
+
+def test_reentrant_checkpoints_with_rl_and_4_bit_on_several_gpus_are_refused():
+    from salora_plugins.integrations.axolotl.args import _check_rl
+
+    config = {"rl": "dpo", "load_in_4bit": True, "gradient_checkpointing": True, "capabilities": {"n_gpu": 2}}
+    _check_rl(config)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        _check_rl({**config, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=row(what)) for name, what in SAME_LOSSES.items()])

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import BaseModel
 
 from salora_plugins import SaLoRAConfig, evaluate
 from salora_plugins.cli import create_cli
@@ -135,6 +138,19 @@ def finished(sources, tmp_path_factory) -> tuple[Path, EvaluationReport]:
     return out, report
 
 
+def close(first: Any, second: Any) -> bool:
+    """Equal but for the last bits of numbers, which some processors round otherwise for an adapter than without it."""
+    if isinstance(first, BaseModel):
+        return close(dict(first), dict(second))
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(close(value, second[key]) for key, value in first.items())
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(close, first, second))
+    if isinstance(first, float):
+        return first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    return first == second
+
+
 def result(report: EvaluationReport, name: str):
     return next(model for model in report.models if model.name == name)
 
@@ -191,8 +207,8 @@ def test_the_models_differ_as_they_were_made(finished):
     assert base.harmful.judgements["keyword"].refused.rate > 0.9
     assert base.harmful.kl.value == base.harmless.kl.value == 0
     # B = 0: the base model, answer by answer.
-    assert read_answers(out, "zero") == read_answers(out, "base")
-    assert (zero.harmful, zero.harmless, zero.task) == (base.harmful, base.harmless, base.task)
+    assert close(read_answers(out, "zero"), read_answers(out, "base"))
+    assert close((zero.harmful, zero.harmless, zero.task), (base.harmful, base.harmless, base.task))
     assert complying.harmful.judgements["keyword"].answered.rate > 0.8
     assert complying.harmful.refusal_margin.value < 0 < base.harmful.refusal_margin.value
     assert complying.harmful.kl.value > 0.1
@@ -312,7 +328,7 @@ def test_finished_work_is_not_done_again_and_more_can_be_added(copy, finished, s
     assert before == {path: path.stat().st_mtime_ns for path in (copy / WORK_FOLDER).rglob("*") if path.is_file()}
     assert report.models == finished[1].models[:2]
     again = evaluate(MODEL, {"zero again": sources["zero"]}, out=copy, task=word_problems("test", 4), **OPTIONS)
-    assert again.models[1].harmful == report.models[0].harmful
+    assert close(again.models[1].harmful, report.models[0].harmful)
     assert again.models[0].task != report.models[0].task
 
 

@@ -1,4 +1,4 @@
-"""SaLoRA on the quantized layers of bitsandbytes and torchao, which also run on a CPU."""
+"""SaLoRA on the quantized layers of bitsandbytes and torchao, on a CPU or where they put a model: on the GPU."""
 
 import pytest
 import torch
@@ -64,8 +64,9 @@ def test_training_on_a_quantized_base(kind, init, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=options)
         return with_training_kernels(model.eval())
 
-    tokens = token_batch()
-    expected = load()(tokens).logits
+    base = load()
+    tokens = token_batch().to(base.device)
+    expected = base(tokens).logits
     config = SaLoRAConfig(
         r=4, safety_rank=8, task_rank=8, init=init, safety_data=token_rows(16), task_type="CAUSAL_LM",
         target_modules=["q_proj", "v_proj"],
@@ -107,7 +108,7 @@ def test_our_passes_leave_4_bit_weights_trainable(tmp_path):
     )
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     assert layers and not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
-    tokens = token_batch()
+    tokens = token_batch().to(model.device)
     model.train()(input_ids=tokens, labels=tokens).loss.backward()
     factor = trained_factor(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"])
     assert factor.grad.norm() > 0

@@ -132,7 +132,7 @@ trainer = SFTTrainer(
     model=llama(),
     args=SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=8 // world_size, max_steps=3, learning_rate=1e-2,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=1,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, seed=1,
     ),
     train_dataset=sum_rows(24),
     processing_class=tokenizer(),
@@ -159,8 +159,10 @@ def test_ddp_equals_one_process(tmp_path):
     pytest.importorskip("trl")
     # With --cpu, accelerate starts several processes by way of MPI only; this starts them as on GPUs.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path)
-    run([sys.executable], DDP, tmp_path)
+    # Even on the CPU, accelerate would have the second process wait at a second GPU where there is one.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path, **hidden)
+    run([sys.executable], DDP, tmp_path, **hidden)
     two, one = (json.loads((tmp_path / f"losses-{count}.json").read_text()) for count in (2, 1))
     assert two == pytest.approx(one, rel=1e-3)
     tokens = token_batch()

@@ -1,5 +1,6 @@
 """SaLoRA in every stable trainer of TRL and in transformers' own, and resuming after a killed process."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -328,7 +329,8 @@ def test_quantized_base(name, way, folder, tmp_path):
     init = {"quantization_config": quantization} if way == "model_init_kwargs" else None
     trainer = cls(
         model=load() if way == "object" else str(folder),
-        args=arguments(kind, tmp_path, max_steps=3, model_init_kwargs=init),
+        # A quantized model is on the GPU where there is one, and its trainer must be, too.
+        args=arguments(kind, tmp_path, max_steps=3, model_init_kwargs=init, use_cpu=not torch.cuda.is_available()),
         train_dataset=rows(),
         processing_class=tokenizer(),
         peft_config=config(tokenizer=tokenizer()),
@@ -610,7 +612,11 @@ def killed_runs(folder, safety, tmp_path_factory) -> dict[str, Path]:
     safety.save(path / "safety.safetensors")
     script = Path(__file__).parent / "interrupted_training.py"
     command = [sys.executable, script, folder, path / "safety.safetensors", path, *BROKEN]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    # They are forked, which CUDA does not survive once a library has asked for the GPU; they train on the CPU anyway.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return {name: path / name for name in BROKEN}
 

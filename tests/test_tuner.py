@@ -100,6 +100,7 @@ def test_start_factors_reconstruct_the_weight():
     rows = token_rows(16, seed=3)
     options = config(init="task", task_data=rows, use_rslora=True)
     basis = task_bases(llama(), options)["model.layers.0.self_attn.v_proj"].double()
+    assert basis.device == weight.device  # also where the model was on an accelerator in between
     model = get_peft_model(base, options)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     product = (
@@ -412,11 +413,11 @@ def test_a_copy_of_an_adapter_shares_its_module_and_has_its_weights():
     model = get_peft_model(llama(), shared)
     train(model)
     model.add_adapter("ref", model.peft_config["default"])
-    model.add_adapter("second", shared)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     for linears in (layer.lora_A, layer.lora_B):
         assert torch.equal(linears["ref"].weight, linears["default"].weight)
         assert safe_factor(linears["ref"]).basis is safe_factor(linears["default"]).basis
+    model.add_adapter("second", shared)
     start = get_peft_model(llama(), shared).base_model.model.model.layers[0].self_attn.q_proj
     assert torch.equal(layer.lora_B["second"].weight, start.lora_B["default"].weight)
     assert not any(p.requires_grad for p in layer.lora_A["ref"].parameters())

@@ -39,8 +39,10 @@ def losses(trainer: Trainer) -> list[float]:
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, tokens: Tensor | None = None) -> Tensor:
-    """In evaluation mode."""
-    return model.eval()(input_ids=token_batch() if tokens is None else tokens).logits.float()
+    """In evaluation mode, of a model on any device."""
+    tokens = token_batch() if tokens is None else tokens
+    device = next(model.parameters()).device
+    return model.eval()(input_ids=tokens.to(device)).logits.float()
 
 
 def check_result(

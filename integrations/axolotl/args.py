@@ -20,6 +20,7 @@ _NO_FSDP = (
     "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
     "DeepSpeed ZeRO stage 1 or 2."
 )
+_TRAINS_BASE = "It trains base weights, which the safety module does not protect. Remove it."
 _UNSUPPORTED = {
     "peft_use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included. Remove it.",
     "lora_target_parameters": "Only linear layers have outputs that the safety module protects. Name them in "
@@ -27,12 +28,19 @@ _UNSUPPORTED = {
     "peft_layer_replication": "Replicated layers share weights but would need safety bases of their own. Replicate the "
     "layers in the base model first.",
     "relora": "ReLoRA merges the adapter into the base weights at every restart; SaLoRA never changes them. Remove it.",
-    "gptq": "The initialization needs weights that can be dequantized. Use load_in_4bit instead.",
+    "gptq": "The initialization needs weights that can be dequantized. Set base_model to the model as it was before "
+    "GPTQ.",
     "qlora_sharded_model_loading": "Axolotl has it for adapter: qlora only. Remove it.",
     "use_onebitllms": "Its layers have no weights that the initialization can decompose. Remove it.",
     "qat": "It changes the weights that the safety module was computed from while training. Remove it.",
+    "flash_attn_fuse_mlp": "It replaces the layers that the adapter targets. Remove it.",
+    "dsv4_shared_mlp_lora_kernel": "Axolotl has it for adapter: lora only. Remove it.",
+    "dsv4_fp8_lora_kernel": "Axolotl has it for adapter: lora only. Remove it.",
     "fp8": "It replaces the layers of the adapter, and with them what keeps it out of the safety directions. Use bf16.",
-    "unfrozen_parameters": "It trains base weights, which the safety module does not protect. Remove it.",
+    "unfrozen_parameters": _TRAINS_BASE,
+    "lisa_step_interval": _TRAINS_BASE,
+    "lisa_n_layers": _TRAINS_BASE,
+    "spectrum_model_name": _TRAINS_BASE,
     "lora_fp32_gradients": "Axolotl has it for its own adapters only. Leave peft_autocast_adapter_dtype unset: the "
     "trained factors, and so their gradients, are then float32.",
     "fix_untrained_tokens": "It rewrites embeddings of the base model, which an adapter does not save. Use "
@@ -108,10 +116,10 @@ class SaLoRAOptions(BaseModel):
         description="Start of the factors. `zero` saves an adapter of rank r, the others of rank 2r. "
         "Default: zero, and task without an input side or where options of the task start are given.",
     )
-    safety_data: str | None = Field(
+    safety_data: str | list[str | dict[str, Any]] | None = Field(
         default=None,
-        description="Harmful requests, with safe responses or without: `builtin`, a file, a folder or a hub data set "
-        "id. Default: builtin.",
+        description="Harmful requests, with safe responses or without: `builtin`, a file (of text: a request a line), a "
+        "folder, a hub data set id, or a list of requests or rows. Default: builtin.",
     )
     task_data: str | None = Field(
         default=None,
@@ -171,6 +179,11 @@ class SaLoRAArgs(BaseModel):
     """What the plugin adds to Axolotl's config; Axolotl makes it a base class of its own config class."""
 
     salora: SaLoRAOptions | None = Field(default=None, description="Options of `adapter: salora`.")
+    lora_exclude_modules: str | list[str] | None = Field(
+        default=None,
+        description="Modules that get no adapter although lora_target_modules or lora_target_linear matches them: "
+        "names, or a regular expression. Axolotl's loader reads this key, which its own config lacks.",
+    )
     inference: bool | None = Field(
         default=None, description="Set by `axolotl inference`, for `adapter: salora` to load a saved adapter as it is."
     )
@@ -192,7 +205,8 @@ class SaLoRAArgs(BaseModel):
     @model_validator(mode="after")
     def _check_options(self) -> SaLoRAArgs:
         if getattr(self, "adapter", None) != ADAPTER:
-            self.inference = None  # Axolotl knows no such key: its own runs stay as they are
+            # Axolotl's config has no such keys: its own runs stay as they are.
+            self.inference = self.lora_exclude_modules = None
             return self
         options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude={"monitor"})
         if not (self.inference or self.merge_lora):
@@ -209,9 +223,14 @@ class SaLoRAArgs(BaseModel):
         from salora_plugins import SaLoRAConfig
 
         try:
-            SaLoRAConfig(**options)
+            config = SaLoRAConfig(**options)
         except ValueError as error:
             raise ValueError(f"salora: {error}") from error
+        if self.trl and self.trl.vllm_lora_sync and config.init != "zero":
+            raise ValueError(
+                f"trl.vllm_lora_sync: with salora.init: {config.init} the adapter that vLLM loads has twice the rank "
+                "lora_r, which is more than `axolotl vllm-serve` makes room for. Set salora.init: zero, or remove it."
+            )
         return self
 
     @model_validator(mode="after")
@@ -249,27 +268,62 @@ def _check_host_options(data: Mapping[str, Any]) -> None:
             "peft.loftq_config: not supported with adapter: salora. LoftQ changes the base weights, which SaLoRA never "
             "does. Use load_in_4bit instead."
         )
-    if data.get("model_quantization_config"):
+    _check_quantization(data)
+    _check_rl(data)
+    if _uses_zero3(data.get("deepspeed")):
         raise ValueError(
-            f"model_quantization_config: {data['model_quantization_config']}: not supported with adapter: salora. The "
-            "initialization needs weights that can be dequantized. Use load_in_4bit or load_in_8bit instead."
+            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before "
+            "SaLoRA can read them. Use ZeRO stage 1 or 2, or DDP."
+        )
+
+
+def _check_quantization(data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A way to load the base model in which its weights cannot be read, or the kernels not be used.
+    """
+    kind, options = data.get("model_quantization_config"), data.get("model_quantization_config_kwargs") or {}
+    if kind and not options.get("dequantize"):
+        raise ValueError(
+            f"model_quantization_config: {kind}: not supported with adapter: salora, which needs to read the weights. "
+            "Set model_quantization_config_kwargs: {dequantize: true}, to load the model in bf16."
         )
     if data.get("nf4_backend") == "torchao":
         raise ValueError(
             "nf4_backend: torchao: not supported with adapter: salora, because Axolotl has it for adapter: qlora only. "
             "Remove it to quantize with bitsandbytes."
         )
+    if data.get("load_in_4bit") and data.get("load_in_8bit"):
+        raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")
+    kernels = [key for key in _FUSED_KERNELS if data.get(key)]
+    if kernels and data.get("load_in_8bit"):
+        raise ValueError(
+            f"{kernels[0]}: Axolotl's fused kernels cannot read 8-bit weights. Remove the kernels, or use load_in_4bit "
+            "instead of load_in_8bit."
+        )
+
+
+def _check_rl(data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A combination with `rl` that does not work, of which Axolotl's own checks name their adapters only.
+    """
     if data.get("rl") == "ebft":
         raise ValueError(
             "rl: ebft: not supported with adapter: salora, since its feature network has not been tried with a "
             "parametrized adapter. Use dpo, ipo, kto, orpo, simpo or grpo."
         )
-    if data.get("load_in_4bit") and data.get("load_in_8bit"):
-        raise ValueError("load_in_4bit and load_in_8bit are both set. Choose one.")
-    if _uses_zero3(data.get("deepspeed")):
+    checkpointing = data.get("gradient_checkpointing") and (data.get("gradient_checkpointing_kwargs") or {})
+    several = (data.get("capabilities") or {}).get("n_gpu", 1) > 1
+    if data.get("rl") and data.get("load_in_4bit") and several and checkpointing and checkpointing.get("use_reentrant"):
         raise ValueError(
-            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before "
-            "SaLoRA can read them. Use ZeRO stage 1 or 2, or DDP."
+            "gradient_checkpointing_kwargs.use_reentrant: true does not work with rl and load_in_4bit on several GPUs. "
+            "Set it to false."
+        )
+    if data.get("nemo_gym_enabled") and (data.get("trl") or {}).get("vllm_lora_sync"):
+        raise ValueError(
+            "trl.vllm_lora_sync: NeMo Gym has it for adapter: lora and qlora only. Remove it, to send vLLM the merged "
+            "weights."
         )
 
 
@@ -285,7 +339,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
         ValueError: A file or folder that the block names does not exist.
     """
     for key in ("safety_data", "task_data", "safety_module"):
-        if key in options and _is_missing(key, options[key]):
+        if isinstance(options.get(key), str) and _is_missing(key, options[key]):
             raise ValueError(
                 f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
                 "path."

@@ -23,7 +23,7 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     from salora_plugins.inspection import summary
 
     from .args import ADAPTER
-    from .plugin import salora_config
+    from .plugin import in_the_terms_of_the_file, salora_config
 
     cfg = load_cfg(config)
     if cfg.adapter != ADAPTER:
@@ -38,7 +38,8 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     # The base model as Axolotl prepares it for training, quantized if the config says so, but without an adapter.
     model, _ = ModelLoader(cfg, load_tokenizer(cfg), reference_model=True).load()
     try:
-        safety_module = calibrate_with(model, salora_config(model, cfg))
+        with in_the_terms_of_the_file():
+            safety_module = calibrate_with(model, salora_config(model, cfg))
         safety_module.save(out)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,9 @@ class SaLoRAPlugin(BasePlugin):
         """Refuse what can only be told once the model's type is known, and quantize the base if asked to."""
         if cfg.adapter != ADAPTER:
             return
+        from .log import show_in_hosts_log
+
+        show_in_hosts_log()
         _refuse_embeddings(cfg)
         if _trainer_builds_adapter(cfg) and cfg.lora_model_dir:
             raise ValueError(
@@ -53,8 +59,8 @@ class SaLoRAPlugin(BasePlugin):
         """Prepare a quantized base for training, as Axolotl does for its own adapters."""
         if cfg.adapter != ADAPTER or cfg.inference or cfg.merge_lora:
             return
-        if not (cfg.load_in_4bit or cfg.load_in_8bit):
-            return
+        if not (cfg.load_in_4bit or cfg.load_in_8bit) or cfg.model_config_type == "qwen":
+            return  # Axolotl leaves the first Qwen as it is, too
         from peft import prepare_model_for_kbit_training
 
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
@@ -65,19 +71,28 @@ class SaLoRAPlugin(BasePlugin):
         """Build the adapter, load a saved one, or (`config_only`) only describe it to the trainer that builds it."""
         if cfg.adapter != ADAPTER:
             return None
-        from .quantization import check_quantized
+        from .quantization import check_quantized, refuse_nvfp4
 
         check_quantized(model, cfg)
+        refuse_nvfp4(model)
+        if cfg.unfrozen_parameters:
+            raise ValueError(
+                "unfrozen_parameters: a plugin (Spectrum is one) has set it, to train base weights, which the safety "
+                "module does not protect. Remove the plugin."
+            )
         if cfg.lora_qkv_kernel or cfg.lora_o_kernel:
             _attach_plain_projections(model, cfg)
         if inference or cfg.inference or cfg.merge_lora:
             return _load_for_inference(model, cfg)
-        if config_only:
-            return None, salora_config(model, cfg)
-
         from peft import get_peft_model
+        from transformers import set_seed
 
         from salora_plugins import load_for_training
+
+        if cfg.seed is not None:
+            set_seed(cfg.seed)  # nothing else has, before the factors are drawn
+        if config_only:
+            return None, salora_config(model, cfg)
 
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
@@ -86,10 +101,11 @@ class SaLoRAPlugin(BasePlugin):
             model = load_for_training(model, cfg.lora_model_dir, **options)
             _warn_about_differences(cfg, model.peft_config["default"])
         else:
-            model = get_peft_model(model, salora_config(model, cfg), **options)
+            with in_the_terms_of_the_file():
+                model = get_peft_model(model, salora_config(model, cfg), **options)
         if cfg.local_rank in (None, 0):
             model.print_trainable_parameters()
-        return model, model.peft_config["default"]
+        return model, _as_initialized(model.peft_config["default"])
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Take the task initialization from the prepared training rows."""
@@ -145,7 +161,46 @@ def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
     checkpoint = _checkpoint(cfg)
     if checkpoint:
         options["safety_module"] = checkpoint  # the weights there belong to this one
-    return SaLoRAConfig(**options, tokenizer=load_tokenizer(cfg))
+    tokenizer = load_tokenizer(cfg)
+    if "safety_module" not in options:
+        _warn_about_other_templates(cfg, tokenizer)
+    return SaLoRAConfig(**options, tokenizer=tokenizer)
+
+
+@contextmanager
+def in_the_terms_of_the_file() -> Iterator[None]:
+    """Say of errors that advise PEFT's options what those are called in Axolotl's config."""
+    try:
+        yield
+    except ValueError as error:
+        if "exclude_modules" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} (In the YAML file: lora_exclude_modules and lora_target_modules, each a list of names, or one "
+            "regular expression for whole module names.)"
+        ) from error
+
+
+def _as_initialized(config: SaLoRAConfig) -> SaLoRAConfig:
+    """What Axolotl is told of the adapter: it draws `lora_A` anew by the seed where there is no start to lose."""
+    told = copy.copy(config)
+    told.init_lora_weights = config.init == "zero"
+    return told
+
+
+def _warn_about_other_templates(cfg: DictDefault, tokenizer: Any) -> None:
+    """The safety data is rendered as the tokenizer renders; a data set may have a template of its own."""
+    from axolotl.utils.chat_templates import get_chat_template_from_config
+
+    for dataset in cfg.datasets or []:
+        own = dataset.get("chat_template")
+        if own in (None, "tokenizer_default") or not str(dataset.get("type")).startswith("chat_template"):
+            continue
+        if get_chat_template_from_config(cfg, ds_cfg=dataset, tokenizer=tokenizer) != tokenizer.chat_template:
+            LOG.warning(
+                f"{dataset.get('path')}: chat_template: {own} is not the tokenizer's chat template, with which the "
+                "safety data is rendered. Set chat_template for the whole config, to calibrate with it, too."
+            )
 
 
 def _load_for_inference(

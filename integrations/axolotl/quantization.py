@@ -42,6 +42,19 @@ def fill_in_quantization_config(cfg: DictDefault) -> None:
     reserved.update(choice.to_dict())
 
 
+def refuse_nvfp4(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: The weights are torchao's NVFP4, for whose training Axolotl prepares its own adapters only.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "NVFP4Tensor":
+            raise ValueError(
+                f"base_model: {name} is in NVFP4, which Axolotl trains with adapter: lora only. Set base_model to the "
+                "model as it was before its quantization."
+            )
+
+
 def check_quantized(model: nn.Module, cfg: DictDefault) -> None:
     """
     Raises:

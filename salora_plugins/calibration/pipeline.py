@@ -202,6 +202,10 @@ def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict
             description="calibrating the task initialization",
         )
         bases = {name: task_basis(statistics.pop(name), config.task_rank) for name in names}
+    # A model that was on the accelerator for this only is back; its bases would stay there, and take memory.
+    for name, layer in layers.items():
+        if not layer.weight.is_meta:
+            bases[name] = bases[name].to(layer.weight.device)
     broadcast(list(bases.values()))
     return bases
 
