@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salora_plugins import linear_algebra
 from salora_plugins.calibration.statistics import (
     Engine,
     ExactStatistics,
@@ -14,7 +15,8 @@ from salora_plugins.calibration.statistics import (
     SketchedStatistics,
     choose_engine,
 )
-from salora_plugins.linear_algebra import top_eigenpairs, truncated_svd
+from salora_plugins.initialization import pissa_factors
+from salora_plugins.linear_algebra import eigh, svd, top_eigenpairs, truncated_svd
 from salora_plugins.ranks import rank_for_share, ranks_of
 
 SPECTRA = {
@@ -180,6 +182,57 @@ def test_truncated_svd_of_large_matrices(shape):
     assert torch.linalg.norm(matrix - approximation) <= 1.001 * torch.linalg.norm(matrix - best)
     if len(shape) == 3:
         assert torch.allclose(truncated_svd(matrix[1], 12)[1], s[1], rtol=1e-4)
+
+
+def failing_decompositions(monkeypatch, name: str, times: int) -> list[torch.Size]:
+    """The first calls of torch.linalg's function fail, in turns as cuSOLVER does and with NaN; shapes of all calls."""
+    original, calls = getattr(torch.linalg, name), []
+
+    def stand_in(matrix, *args, **kwargs):
+        calls.append(matrix.shape)
+        if len(calls) > times:
+            return original(matrix, *args, **kwargs)
+        if len(calls) % 2:
+            raise torch.linalg.LinAlgError(f"linalg.{name}: The algorithm failed to converge (error code: 992).")
+        return tuple(torch.full_like(part, float("nan")) for part in original(matrix, *args, **kwargs))
+
+    monkeypatch.setattr(torch.linalg, name, stand_in)
+    monkeypatch.setattr(linear_algebra, "_said", set())
+    return calls
+
+
+@pytest.mark.parametrize("times", [1, 2, 100])
+def test_decompositions_that_fail_are_computed_otherwise(monkeypatch, caplog, times):
+    rows = vectors(900, SPECTRA["like 1/i"](300)).float()
+    weight = vectors(80, SPECTRA["fast"](60)).float()
+    expected, (a, b) = stream(ExactStatistics(300), rows).top(20), pissa_factors(weight, 8, 1.0)
+    for name in ("eigh", "svd"):
+        with monkeypatch.context() as patch:
+            calls = failing_decompositions(patch, name, times)
+            basis, values = stream(ExactStatistics(300), rows).top(20)
+            assert smallest_cosine(basis, expected[0]) > 1 - 1e-6
+            assert torch.allclose(values, expected[1], rtol=1e-4)
+            a2, b2 = pissa_factors(weight, 8, 1.0)
+            assert torch.allclose(b2 @ a2, b @ a, atol=1e-5) and calls
+            pissa_factors(weight, 8, 1.0)
+        assert len([r for r in caplog.records if f"torch.linalg.{name} on cpu failed" in r.message]) == 1
+
+
+@pytest.mark.parametrize("size", [40, 700])
+def test_decompositions_of_matrices_of_low_rank_and_equal_eigenvalues(size):
+    few = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for matrix in (few.T @ few, torch.eye(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)):
+        values, vectors = eigh(1e8 * matrix)
+        assert torch.allclose((vectors * values) @ vectors.T, 1e8 * matrix, atol=1e-10 * 1e8 * size)
+        for scale in (1e-8, 1.0, 1e8):
+            scaled = scale * matrix
+            found, basis = top_eigenpairs(lambda block: scaled @ block, size, 4, device=matrix.device)  # noqa: B023
+            assert torch.allclose(basis.T @ basis, torch.eye(4, dtype=torch.float64), atol=1e-10)
+            assert torch.allclose(found, torch.linalg.eigvalsh(scaled).flip(0)[:4], atol=1e-8 * size * scale)
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
+        eigh(matrix.fill_(float("nan")))
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
+        svd(matrix)
 
 
 def test_the_engine_is_chosen_by_size():
