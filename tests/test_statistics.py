@@ -67,6 +67,58 @@ def test_a_sketch_captures_what_the_exact_directions_capture(spectrum, width):
     assert 0.95 * captured(rows, basis) <= values.double().square().sum().item() <= 1.00001 * captured(rows, basis)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize(("channels", "always"), [([5], True), ([7, 100, 333, 400], False)])
+def test_what_lies_beside_massive_activations(always, channels, scale, dtype):
+    """A few channels 10^2 to 10^5 times as large, as in real models: 99.9 % of what the directions beside them hold."""
+    dimension, rank, count = 420, 24, 1500
+    generator = torch.Generator().manual_seed(3)
+    for spectrum in ("fast", "slow, like 1/sqrt(i)"):
+        rows = count**0.5 * vectors(count, SPECTRA[spectrum](dimension))
+        sizes = 1 + 0.1 * torch.randn(count, len(channels), generator=generator, dtype=torch.float64)
+        seen = always | (torch.rand(count, 1, generator=generator) < 0.05)
+        rows[:, channels] = torch.where(seen, scale * sizes, rows[:, channels])
+        check_beside(rows.to(dtype), torch.eye(dimension, dtype=torch.float64)[:, channels], rank)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e5])
+def test_what_lies_beside_a_massive_direction(scale):
+    """The same for a direction that is no channel, as in the outputs of a layer that has such inputs."""
+    rows = 1500**0.5 * vectors(1500, SPECTRA["like 1/i"](640))
+    direction = torch.nn.functional.normalize(torch.randn(640, 1, dtype=torch.float64), dim=0)
+    rows += (scale * (1 + 0.1 * torch.randn(1500, 1, dtype=torch.float64)) - rows @ direction) @ direction.T
+    check_beside(rows.float(), direction, 32)
+
+
+def check_beside(rows: torch.Tensor, outliers: torch.Tensor, rank: int) -> None:
+    """Exact and sketched directions hold the outliers, and of the rest what the best ones beside them do."""
+    double = rows.double()
+    beside = double - double @ outliers @ outliers.T
+    number = rank - outliers.shape[1]
+    best = torch.linalg.svdvals(beside)[:number].square().sum().item()
+    for statistics, least in (
+        (ExactStatistics(rows.shape[1]), 0.9999),
+        (SketchedStatistics(rows.shape[1], 4 * rank), 0.999),
+    ):
+        basis, values = stream(statistics, rows).top(rank)
+        basis = basis.double()
+        assert torch.linalg.norm(basis.T @ outliers).square() > outliers.shape[1] - 1e-2
+        own = torch.linalg.svd(basis - outliers @ (outliers.T @ basis), full_matrices=False)[0][:, :number]
+        assert captured(beside, own) >= least * best
+        assert statistics.energy == pytest.approx(double.square().sum().item(), rel=1e-6)
+        assert values.double().square().sum() == pytest.approx(captured(double, basis), rel=1e-4)
+
+
+def test_a_sketch_learns_directions_that_come_late():
+    """After batches without variety, whose factor has fewer directions than rows."""
+    first = vectors(600, SPECTRA["flat"](2)) @ torch.eye(2, 100, dtype=torch.float64)
+    later = vectors(2000, SPECTRA["like 1/i"](100), seed=1)
+    rows = torch.cat([first, later])
+    basis, _ = stream(SketchedStatistics(100, 16), rows.float(), 200).top(8)
+    assert captured(rows, basis) >= 0.999 * torch.linalg.svdvals(rows)[:8].square().sum()
+
+
 def test_a_sketch_keeps_few_vectors_as_they_are_and_no_more_than_its_width():
     rows = vectors(1000, SPECTRA["slow, like 1/sqrt(i)"](200)).float()
     statistics = SketchedStatistics(200, 64)
