@@ -37,6 +37,7 @@ from .layers import (
     check_layer_type,
     check_ranks,
     linear_weight,
+    say_what_is_left_out,
     target_module_names,
 )
 from .parametrization import SafeFactor, safe_factor, trained_factor
@@ -88,6 +89,9 @@ class SaLoRAModel(LoraModel):
             return
         config.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, config)
+        say_what_is_left_out(model, config)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = set(names)  # as PEFT does, less the layers that are too narrow
         twin = self._twin_of(adapter_name)
         safety_module = config._calibrated if twin is not None else self._safety_module(model, config, names)
         bases_of_task = None

@@ -24,6 +24,8 @@ _SMALL_DIMENSION = 256
 _EXACT_WITHIN = 1.5
 # From this size on a Gram matrix is computed in blocks, for its symmetry to save a third of the time.
 _BLOCKED_DIMENSION = 384
+# Which part of a number is rounding error, at least: some float32 operations.
+_PRECISION = 1e-5
 # What is copied to float64 at once.
 _ROWS_AT_ONCE = 1024
 # What the exact engine may keep in memory where the engine is chosen by size.
@@ -47,6 +49,8 @@ class VectorStatistics(ABC):
         self.count = 0
         """Number n of vectors seen."""
         self._energy: Tensor | None = None
+        self._of_channels: Tensor | None = None
+        self._precision = _PRECISION
         self._tops: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -67,6 +71,7 @@ class VectorStatistics(ABC):
         """
         # Under autocast the products would be computed in half precision.
         with torch.autocast(rows.device.type, enabled=False):
+            self._precision = max(self._precision, torch.finfo(rows.dtype).eps / 4)
             rows = rows.detach().float()
             if rows.device.type == "mps":
                 rows = rows.cpu()  # no float64 there
@@ -75,6 +80,8 @@ class VectorStatistics(ABC):
             # Row by row: one float32 sum over the batch would lose digits.
             energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
             self._energy = energy if self._energy is None else self._energy + energy
+            of_channels = rows.square().sum(0).double()
+            self._of_channels = of_channels if self._of_channels is None else self._of_channels + of_channels
             self._update(rows)
 
     @torch.no_grad()
@@ -90,7 +97,8 @@ class VectorStatistics(ABC):
         """
         if not 0 < rank <= self.most_directions:
             raise ValueError(f"rank={rank} of {self.count} vectors of dimension {self.dimension}")
-        if rank not in self._tops:
+        found = next((size for size in sorted(self._tops) if size >= rank), None)
+        if found is None:
             rows = self.factor()
             with torch.autocast(self.device.type, enabled=False):
                 if rows is not None and rows.shape[0] < self.dimension:
@@ -99,7 +107,30 @@ class VectorStatistics(ABC):
                     squares, basis = top_eigenpairs(self._multiply, self.dimension, rank, device=self.device)
                     values = squares.clamp(min=0).sqrt()
             self._tops[rank] = fix_signs(basis).float().contiguous(), values.float()
-        return self._tops[rank]
+        basis, values = self._tops[found or rank]
+        return (basis, values) if found in (None, rank) else (basis[:, :rank].contiguous(), values[:rank])
+
+    @torch.no_grad()
+    def directions(self, most: int) -> int:
+        """
+        How many of the top directions are the data's, and not rounding errors only; up to `most`.
+
+        Every number is known to a few parts in its dtype's precision, so that rounding errors have that share of the
+        energy of each channel: a direction with less than it is none, while a small one beside a large channel may be.
+        """
+        most = min(most, self.most_directions)
+        if most <= 0:
+            return 0
+        basis, values = self.top(most)
+        energies, precision = self._rounding(basis.double())
+        real = (values.double().square() > precision**2 * energies).nonzero()
+        return int(real.max()) + 1 if real.numel() else 0
+
+    def _rounding(self, basis: Tensor) -> tuple[Tensor, float]:
+        """The energy of the channels in these directions (d, k), and which part of a number may be rounding error."""
+        if self._of_channels is None:
+            return basis.new_zeros(basis.shape[1]), self._precision
+        return self._of_channels.to(basis.device) @ basis.square(), self._precision
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +144,10 @@ class VectorStatistics(ABC):
             count, energy = sum_over_ranks(totals).tolist()
             self._reduce(int(count))
             self.count, self._energy = int(count), torch.tensor(energy, dtype=torch.float64, device=self.device)
+            of_channels = self._of_channels
+            if of_channels is None:
+                of_channels = torch.zeros(self.dimension, dtype=torch.float64, device=self.device)
+            self._of_channels = sum_over_ranks(of_channels)
             self._tops.clear()
 
     def gram(self) -> Tensor:
@@ -243,9 +278,9 @@ class SketchedStatistics(VectorStatistics):
         test = factor
         if missing := self.width - factor.shape[0]:
             generator = torch.Generator().manual_seed(self._seed)
-            random = torch.randn(missing, rows.shape[0], generator=generator).to(rows)
+            random = torch.randn(missing, self.dimension, generator=generator).to(rows)
             # The batch is at hand, so that its own power iteration costs no pass over the data.
-            test = torch.cat([test, random @ rows])
+            test = torch.cat([test, (random @ rows.T) @ rows])
         test = _orthonormal(test)
         # Rows without a direction of their own, since the factor has few, look into those of the batch.
         unused = torch.linalg.vector_norm(test, dim=1) < 0.5
@@ -313,6 +348,11 @@ class OutputStatistics(VectorStatistics):
         with self._weight() as weight:
             weight = weight.to(block)
             return weight @ self.inputs._multiply(weight.T @ block)
+
+    @torch.no_grad()
+    def _rounding(self, basis: Tensor) -> tuple[Tensor, float]:
+        with self._weight() as weight:
+            return self.inputs._rounding(weight.to(basis).T @ basis)
 
     def _update(self, rows: Tensor) -> None:
         """The vectors are in the statistics of the inputs."""
