@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
@@ -16,8 +19,98 @@ _SMALL_GRAM = 256
 _KRYLOV_OVERSAMPLING = 8
 _KRYLOV_STEPS = 4
 _KRYLOV_CYCLES = 12
-_KRYLOV_TOLERANCE = 1e-11
+_KRYLOV_TOLERANCE = 1e-9
 _KRYLOV_RESIDUAL = 1e-3
+_ORTHOGONAL = 1e-6  # before the last of several orthogonalizations
+
+_said: set[tuple[str, str]] = set()
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Eigenvalues, ascending, and orthonormal eigenvectors of a symmetric positive semidefinite matrix, (d,) and (d, d).
+
+    cuSOLVER gives up on some Gram matrices, of low rank or with many equal eigenvalues; then LAPACK computes them on
+    the CPU, and where that gives up, too, they are taken from a singular value decomposition.
+
+    Raises:
+        ValueError: The matrix contains NaN or infinity.
+    """
+
+    def by_svd() -> tuple[Tensor, ...]:
+        u, s, _ = torch.linalg.svd(matrix.cpu())
+        return s.flip(-1), u.flip(-1)
+
+    attempts = [lambda: torch.linalg.eigh(matrix), by_svd]
+    if matrix.device.type != "cpu":
+        attempts.insert(1, lambda: torch.linalg.eigh(matrix.cpu()))
+    return _first_that_works("eigh", matrix, attempts)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The thin singular value decomposition, U (..., m, k), S (..., k) and V^T (..., k, n), k = min(m, n).
+
+    Where the usual algorithm gives up: by cuSOLVER's slower one, then on the CPU, there at last from the eigenvectors
+    of the smaller Gram matrix in float64.
+
+    Raises:
+        ValueError: The matrix contains NaN or infinity.
+    """
+
+    def by_eigh() -> tuple[Tensor, ...]:
+        wide = matrix.shape[-2] < matrix.shape[-1]
+        tall = (matrix.mT if wide else matrix).cpu().double()
+        vectors = torch.linalg.eigh(tall.mT @ tall)[1].flip(-1)
+        q, r = torch.linalg.qr(tall @ vectors)
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        u = (q * torch.where(diagonal < 0, -1.0, 1.0)[..., None, :]).to(matrix.dtype)
+        vectors, values = vectors.to(matrix.dtype), diagonal.abs().to(matrix.dtype)
+        return (vectors, values, u.mT) if wide else (u, values, vectors.mT)
+
+    attempts = [
+        lambda: torch.linalg.svd(matrix, full_matrices=False),
+        lambda: torch.linalg.svd(matrix.cpu(), full_matrices=False),
+        by_eigh,
+    ]
+    if matrix.device.type == "cuda":
+        attempts.insert(1, lambda: torch.linalg.svd(matrix, full_matrices=False, driver="gesvd"))
+    if matrix.device.type == "cpu":
+        del attempts[1]
+    return _first_that_works("svd", matrix, attempts)
+
+
+def _first_that_works(
+    name: str, matrix: Tensor, attempts: list[Callable[[], tuple[Tensor, ...]]]
+) -> tuple[Tensor, ...]:
+    """The first result that is finite, on the device of `matrix`; the others fail, or return NaN without a word."""
+    for number, attempt in enumerate(attempts):
+        try:
+            result = attempt()
+            if all(bool(part.isfinite().all()) for part in result):
+                return tuple(part.to(matrix.device) for part in result)
+            error = "the result contains NaN or infinity"
+        except RuntimeError as failure:  # torch.linalg.LinAlgError and a device's lack of memory are
+            if number + 1 == len(attempts) and matrix.isfinite().all():
+                raise
+            error = str(failure)
+        if not matrix.isfinite().all():
+            raise ValueError(f"A matrix of shape {tuple(matrix.shape)} to be decomposed contains NaN or infinity.")
+        _say_once(name, str(matrix.device), error)
+    raise RuntimeError(f"torch.linalg.{name}: {error}")
+
+
+def _say_once(name: str, device: str, error: str) -> None:
+    """However many layers have it."""
+    if (name, device) not in _said:
+        _said.add((name, device))
+        logger.warning(
+            "torch.linalg.%s on %s failed (%s). Another algorithm is used, on the CPU if need be: slower, with the "
+            "same result.",
+            name,
+            device,
+            error,
+        )
 
 
 def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +129,7 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     matrices = matrices.float()
     m, n = matrices.shape[-2:]
     if min(m, n) <= max(_SMALL_MATRIX, 2 * rank):
-        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        u, s, vh = svd(matrices)
         return u[..., :rank], s[..., :rank], vh[..., :rank, :]
     test = _gaussian(n, min(rank + _OVERSAMPLING, m, n), seed, matrices.device, matrices.dtype)
     basis = torch.linalg.qr(matrices @ test).Q
@@ -44,7 +137,7 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
         basis = torch.linalg.qr(matrices @ torch.linalg.qr(matrices.mT @ basis).Q).Q
     # The small factor is wide; its SVD comes from that of the QR factor of its transpose.
     q, r = torch.linalg.qr((basis.mT @ matrices).mT)
-    u, s, vh = torch.linalg.svd(r.mT, full_matrices=False)
+    u, s, vh = svd(r.mT)
     return (basis @ u)[..., :rank], s[..., :rank], (vh @ q.mT)[..., :rank, :]
 
 
@@ -64,33 +157,40 @@ def top_eigenpairs(
 
     Returns:
         Eigenvalues (rank,), descending, and orthonormal eigenvectors (dimension, rank), both float64. Their residual is
-        at most 1e-3 of the smallest of these eigenvalues, or the eigenvalues' sum has stopped to grow, unless they
+        at most 1e-3 of the smallest of these eigenvalues, or the eigenvalues have stopped to grow, unless they
         decay so slowly that 12 cycles do not suffice.
     """
     block = rank + _KRYLOV_OVERSAMPLING
     if dimension <= max(_SMALL_GRAM, 2 * (1 + _KRYLOV_STEPS) * block):
-        values, vectors = torch.linalg.eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device)))
+        values, vectors = eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device)))
         return values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     vectors = torch.linalg.qr(_gaussian(dimension, block, seed, device, torch.float64)).Q
-    total = 0.0
+    previous = torch.zeros(rank, dtype=torch.float64, device=device)
     for _ in range(_KRYLOV_CYCLES):
         basis = vectors
         images = multiply(vectors)
         for _ in range(_KRYLOV_STEPS):
             new = images[:, -block:]
-            for _ in range(2):  # once leaves rounding errors that would make the basis lose its orthogonality
-                new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
+            # Once leaves rounding errors that would make the basis lose its orthogonality. Where it holds all that there
+            # is (equal eigenvalues, low rank) the rest is rounding errors only, and may take several turns.
+            for _ in range(5):
+                overlap, size = basis.T @ new, torch.linalg.norm(new)
+                new = torch.linalg.qr(new - basis @ overlap).Q
+                if torch.linalg.norm(overlap) < _ORTHOGONAL * size:
+                    break
             basis = torch.cat([basis, new], dim=1)
             images = torch.cat([images, multiply(new)], dim=1)
         projected = basis.T @ images
-        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+        values, rotation = eigh((projected + projected.T) / 2)
         rotation = rotation[:, -block:].flip(1)
         values = values.flip(0)[:rank]
         vectors = basis @ rotation
         residual = torch.linalg.norm(images @ rotation[:, :rank] - vectors[:, :rank] * values)
-        previous, total = total, values.sum().item()
-        if residual <= _KRYLOV_RESIDUAL * values[-1] or total - previous <= _KRYLOV_TOLERANCE * total:
+        # Value by value: the sum is blind to all others beside one that is a billion times as large.
+        growth = _KRYLOV_TOLERANCE * values + torch.finfo(torch.float64).eps * dimension * values[0]
+        if residual <= _KRYLOV_RESIDUAL * values[-1] or (values - previous <= growth).all():
             break
+        previous = values
     return values, vectors[:, :rank]
 
 

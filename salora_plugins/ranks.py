@@ -41,6 +41,11 @@ def check_pattern(option: str, pattern: object) -> None:
         check_rank(f"{option}[{key!r}]", value, 1)
 
 
+def matching_patterns(names: Iterable[str], pattern: Mapping[str, Rank]) -> dict[str, str | None]:
+    """Module name -> the first key of a pattern that decides its rank; None where none does."""
+    return {name: next((k for k in pattern if re.fullmatch(rf"(.*\.)?({k})", name)), None) for name in names}
+
+
 def ranks_of(
     names: Iterable[str],
     rank: Rank | Mapping[str, Rank],
@@ -61,13 +66,12 @@ def ranks_of(
         ValueError: A pattern matches no module, so that it would have no effect.
     """
     pattern = pattern or {}
-    used = set()
-    ranks = {}
-    for name in names:
-        key = next((key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", name)), None)
-        used.add(key)
-        ranks[name] = pattern[key] if key is not None else rank[name] if isinstance(rank, Mapping) else rank
-    if unused := [key for key in pattern if key not in used]:
+    keys = matching_patterns(names, pattern)
+    ranks = {
+        name: pattern[key] if key is not None else rank[name] if isinstance(rank, Mapping) else rank
+        for name, key in keys.items()
+    }
+    if unused := [key for key in pattern if key not in keys.values()]:
         raise ValueError(
             f"{option}: {unused[0]!r} decides the rank of no target module. Check it against the target modules, for "
             f"example {next(iter(ranks), 'none')!r}, and against the patterns before it."

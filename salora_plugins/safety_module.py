@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import atomic_write, hub_file, is_hub_id
+from .names import advice_to_leave_out, listed
 from .ranks import Rank, rank_for_share
 
 logger = logging.getLogger(__name__)
@@ -145,9 +146,11 @@ class SafetyModule:
         names = list(ranks["output"])
         if absent := [name for name in names if name not in self.bases]:
             raise SafetyModuleError(
-                f"The safety module has no basis for {len(absent)} of {len(names)} target modules, the first of them "
-                f"{absent[0]!r} (it has, for example, {next(iter(self.bases))!r}). Calibrate again with these "
-                "target_modules, or target only modules that it covers."
+                f"The safety module has no basis for {len(absent)} of {len(names)} target modules: {listed(absent)} "
+                f"(it "
+                f"has, for example, {next(iter(self.bases))!r}). Calibrate again with these target_modules, or leave "
+                f"them "
+                f"out: {advice_to_leave_out(absent, names)}."
             )
         chosen = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
 
@@ -180,7 +183,9 @@ class SafetyModule:
             option, bases, values, energies = (
                 "input_safety_rank", self.input_bases, self.input_singular_values, "input_energy",
             )  # fmt: skip
-        by_need = isinstance(self.provenance.get(option), float) or bool(self.provenance.get(f"{option}_pattern"))
+        by_need = isinstance(self.provenance.get(option), float) or any(
+            self.provenance.get(f"{option}_{key}") for key in ("pattern", "cut")
+        )
         directions = {}
         for name, wanted in ranks.items():
             available = bases[name].shape[1] if name in bases else 0

@@ -37,6 +37,7 @@ from .layers import (
     check_layer_type,
     check_ranks,
     linear_weight,
+    say_what_is_left_out,
     target_module_names,
 )
 from .parametrization import SafeFactor, register_safe_factor, safe_factor, trained_factor
@@ -90,6 +91,7 @@ class SaLoRAModel(LoraModel):
             return
         given.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, given)
+        say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
         safety_module = self._safety_module_for(model, given, names) if twin is None else given._safety_module
         weights_follow = given._weights_follow
@@ -99,6 +101,8 @@ class SaLoRAModel(LoraModel):
 
         # What was given may be used for other models, too; everything from here on belongs to this adapter.
         config = self.peft_config[adapter_name] = given.for_adapter(safety_module)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = set(names)  # as PEFT does, less the layers that are too narrow
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config.note_heads_added_later()
         layers = {name: model.get_submodule(name) for name in names}

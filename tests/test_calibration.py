@@ -1,11 +1,12 @@
 """Calibration finds the subspaces of the definition, deterministically, and leaves the model as it was."""
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
 from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, task_bases
 from salora_plugins.calibration.capture import collect_statistics, position_mask
 from salora_plugins.calibration.data import load_examples
@@ -376,6 +377,75 @@ def test_shares_and_ranks_that_cannot_be_had():
         calibrate(llama(), target_modules=["gate_proj"], safety_rank=70, **options)
     with pytest.raises(ValueError, match=r"safety_rank_pattern: 'k_proj' decides the rank of no target module"):
         calibrate(llama(), target_modules=["q_proj"], safety_rank_pattern={"k_proj": 8}, **options)
+
+
+def few_directions() -> list[dict]:
+    """Many positions of the prompt, eight different ones."""
+    return token_rows(1) * 64
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketched"])
+def test_directions_of_rounding_errors_are_not_protected(engine, own_cache, tmp_path):
+    """A default takes what there is, and the module is used again; a number that was asked for is an error."""
+    options = {"safety_data": few_directions(), "calibration_engine": engine, "target_modules": ["q_proj", "down_proj"]}
+    module = calibrate(llama(), safety_positions="prompt", **options)
+    assert {basis.shape[1] for basis in (*module.bases.values(), *module.input_bases.values())} == {8}
+    assert module.provenance["safety_rank_cut"] == module.provenance["input_safety_rank_cut"] == 4
+    for values in (*module.singular_values.values(), *module.input_singular_values.values()):
+        assert values[-1] > 1e-3 * values[0]
+    for _ in range(2):  # computed, and from the cache
+        model = get_peft_model(llama(), SaLoRAConfig(**options))
+    model.save_pretrained(tmp_path)
+    load_for_training(llama(), tmp_path)
+    get_peft_model(llama(), SaLoRAConfig(target_modules=["q_proj"], safety_module=str(tmp_path)))
+    few = r"have only 8 directions on the safety data; the rest would be rounding errors"
+    with pytest.raises(CalibrationError, match=rf"input_safety_rank=12, but the inputs of .*layers\.0.* {few}"):
+        calibrate(llama(), input_safety_rank=12, **options)
+    with pytest.raises(CalibrationError, match=rf"safety_rank=12, but the outputs of .*layers\.0.* {few}"):
+        calibrate(llama(), safety_rank=12, **options)
+    with pytest.raises(
+        CalibrationError, match=rf"safety_rank=12, but the outputs of 'model.*0.self_attn.q_proj' {few}"
+    ):
+        calibrate(llama(), safety_rank_pattern={r"0\.self_attn\.q_proj": 12}, **options)
+    shares = calibrate(llama(), safety_rank=0.999999, input_safety_rank=0.999999, **options)
+    assert shares.safety_rank <= 8 and shares.input_safety_rank <= 8
+
+
+def test_layers_whose_outputs_are_zero():
+    """As in models that were widened by blocks of zeros; and a model of zeros."""
+    widened = llama()
+    for layer in widened.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    told = r"The outputs of '.*0\.self_attn\.o_proj', '.*1\.self_attn\.o_proj' are zero .* exclude_modules=r'.*o_proj'"
+    for rank in (32, 8, 0.9):
+        with pytest.raises(CalibrationError, match=told):
+            calibrate(widened, safety_rank=rank, safety_data=token_rows(16), target_modules=["q_proj", "o_proj"])
+    zero = llama()
+    for parameter in zero.parameters():
+        parameter.data.zero_()
+    with pytest.raises(CalibrationError, match=r"The outputs of .* are zero on all positions of the safety data"):
+        calibrate(zero, safety_data=token_rows(16), target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        (None, "a NoneType"),
+        ((np.eye(64, 8), np.ones(8)), "a ndarray and a ndarray"),
+        (torch.eye(64, 8), "a Tensor"),
+        ((torch.eye(64, 9), torch.ones(9)), r"shapes \(64, 9\) and \(9,\)"),
+        ((torch.eye(64, 8), torch.ones(9)), r"shapes \(64, 8\) and \(9,\)"),
+        ((torch.ones(64, 8), torch.ones(8)), "columns that are not orthonormal"),
+        ((torch.eye(64, 8), torch.full((8,), float("nan"))), "NaN or infinity"),
+        ((torch.eye(64, 8).int(), torch.ones(8)), r"torch\.int32"),
+    ],
+)
+def test_basis_methods_that_return_something_else(monkeypatch, result, told):
+    methods = {"mine": lambda statistics, rank, side: result}
+    monkeypatch.setattr("salora_plugins.calibration.calibrate.basis_methods", lambda: methods)
+    expected = rf"basis_method='mine' returned {told}.* for 'model\.layers\.0.*; expected a tensor of shape \(64, 8\)"
+    with pytest.raises(CalibrationError, match=expected):
+        calibrate(llama(), basis_method="mine", safety_data=token_rows(16), input_safety_rank=0, **OPTIONS)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

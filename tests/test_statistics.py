@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salora_plugins import linear_algebra
 from salora_plugins.calibration.statistics import (
     Engine,
     ExactStatistics,
@@ -14,7 +15,8 @@ from salora_plugins.calibration.statistics import (
     SketchedStatistics,
     choose_engine,
 )
-from salora_plugins.linear_algebra import top_eigenpairs, truncated_svd
+from salora_plugins.initialization import pissa_factors
+from salora_plugins.linear_algebra import eigh, svd, top_eigenpairs, truncated_svd
 from salora_plugins.ranks import rank_for_share, ranks_of
 
 SPECTRA = {
@@ -63,6 +65,58 @@ def test_a_sketch_captures_what_the_exact_directions_capture(spectrum, width):
     assert statistics.energy == pytest.approx(rows.square().sum().item(), rel=1e-5)
     # What it says of itself is a little less than what it is: it never sees energy that is not there.
     assert 0.95 * captured(rows, basis) <= values.double().square().sum().item() <= 1.00001 * captured(rows, basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize(("channels", "always"), [([5], True), ([7, 100, 333, 400], False)])
+def test_what_lies_beside_massive_activations(always, channels, scale, dtype):
+    """A few channels 10^2 to 10^5 times as large, as in real models: 99.9 % of what the directions beside them hold."""
+    dimension, rank, count = 420, 24, 1500
+    generator = torch.Generator().manual_seed(3)
+    for spectrum in ("fast", "slow, like 1/sqrt(i)"):
+        rows = count**0.5 * vectors(count, SPECTRA[spectrum](dimension))
+        sizes = 1 + 0.1 * torch.randn(count, len(channels), generator=generator, dtype=torch.float64)
+        seen = always | (torch.rand(count, 1, generator=generator) < 0.05)
+        rows[:, channels] = torch.where(seen, scale * sizes, rows[:, channels])
+        check_beside(rows.to(dtype), torch.eye(dimension, dtype=torch.float64)[:, channels], rank)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e5])
+def test_what_lies_beside_a_massive_direction(scale):
+    """The same for a direction that is no channel, as in the outputs of a layer that has such inputs."""
+    rows = 1500**0.5 * vectors(1500, SPECTRA["like 1/i"](640))
+    direction = torch.nn.functional.normalize(torch.randn(640, 1, dtype=torch.float64), dim=0)
+    rows += (scale * (1 + 0.1 * torch.randn(1500, 1, dtype=torch.float64)) - rows @ direction) @ direction.T
+    check_beside(rows.float(), direction, 32)
+
+
+def check_beside(rows: torch.Tensor, outliers: torch.Tensor, rank: int) -> None:
+    """Exact and sketched directions hold the outliers, and of the rest what the best ones beside them do."""
+    double = rows.double()
+    beside = double - double @ outliers @ outliers.T
+    number = rank - outliers.shape[1]
+    best = torch.linalg.svdvals(beside)[:number].square().sum().item()
+    for statistics, least in (
+        (ExactStatistics(rows.shape[1]), 0.9999),
+        (SketchedStatistics(rows.shape[1], 4 * rank), 0.999),
+    ):
+        basis, values = stream(statistics, rows).top(rank)
+        basis = basis.double()
+        assert torch.linalg.norm(basis.T @ outliers).square() > outliers.shape[1] - 1e-2
+        own = torch.linalg.svd(basis - outliers @ (outliers.T @ basis), full_matrices=False)[0][:, :number]
+        assert captured(beside, own) >= least * best
+        assert statistics.energy == pytest.approx(double.square().sum().item(), rel=1e-6)
+        assert values.double().square().sum() == pytest.approx(captured(double, basis), rel=1e-4)
+
+
+def test_a_sketch_learns_directions_that_come_late():
+    """After batches without variety, whose factor has fewer directions than rows."""
+    first = vectors(600, SPECTRA["flat"](2)) @ torch.eye(2, 100, dtype=torch.float64)
+    later = vectors(2000, SPECTRA["like 1/i"](100), seed=1)
+    rows = torch.cat([first, later])
+    basis, _ = stream(SketchedStatistics(100, 16), rows.float(), 200).top(8)
+    assert captured(rows, basis) >= 0.999 * torch.linalg.svdvals(rows)[:8].square().sum()
 
 
 def test_a_sketch_keeps_few_vectors_as_they_are_and_no_more_than_its_width():
@@ -180,6 +234,57 @@ def test_truncated_svd_of_large_matrices(shape):
     assert torch.linalg.norm(matrix - approximation) <= 1.001 * torch.linalg.norm(matrix - best)
     if len(shape) == 3:
         assert torch.allclose(truncated_svd(matrix[1], 12)[1], s[1], rtol=1e-4)
+
+
+def failing_decompositions(monkeypatch, name: str, times: int) -> list[torch.Size]:
+    """The first calls of torch.linalg's function fail, in turns as cuSOLVER does and with NaN; shapes of all calls."""
+    original, calls = getattr(torch.linalg, name), []
+
+    def stand_in(matrix, *args, **kwargs):
+        calls.append(matrix.shape)
+        if len(calls) > times:
+            return original(matrix, *args, **kwargs)
+        if len(calls) % 2:
+            raise torch.linalg.LinAlgError(f"linalg.{name}: The algorithm failed to converge (error code: 992).")
+        return tuple(torch.full_like(part, float("nan")) for part in original(matrix, *args, **kwargs))
+
+    monkeypatch.setattr(torch.linalg, name, stand_in)
+    monkeypatch.setattr(linear_algebra, "_said", set())
+    return calls
+
+
+@pytest.mark.parametrize("times", [1, 2, 100])
+def test_decompositions_that_fail_are_computed_otherwise(monkeypatch, caplog, times):
+    rows = vectors(900, SPECTRA["like 1/i"](300)).float()
+    weight = vectors(80, SPECTRA["fast"](60)).float()
+    expected, (a, b) = stream(ExactStatistics(300), rows).top(20), pissa_factors(weight, 8, 1.0)
+    for name in ("eigh", "svd"):
+        with monkeypatch.context() as patch:
+            calls = failing_decompositions(patch, name, times)
+            basis, values = stream(ExactStatistics(300), rows).top(20)
+            assert smallest_cosine(basis, expected[0]) > 1 - 1e-6
+            assert torch.allclose(values, expected[1], rtol=1e-4)
+            a2, b2 = pissa_factors(weight, 8, 1.0)
+            assert torch.allclose(b2 @ a2, b @ a, atol=1e-5) and calls
+            pissa_factors(weight, 8, 1.0)
+        assert len([r for r in caplog.records if f"torch.linalg.{name} on cpu failed" in r.message]) == 1
+
+
+@pytest.mark.parametrize("size", [40, 700])
+def test_decompositions_of_matrices_of_low_rank_and_equal_eigenvalues(size):
+    few = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for matrix in (few.T @ few, torch.eye(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)):
+        values, vectors = eigh(1e8 * matrix)
+        assert torch.allclose((vectors * values) @ vectors.T, 1e8 * matrix, atol=1e-10 * 1e8 * size)
+        for scale in (1e-8, 1.0, 1e8):
+            scaled = scale * matrix
+            found, basis = top_eigenpairs(lambda block: scaled @ block, size, 4, device=matrix.device)  # noqa: B023
+            assert torch.allclose(basis.T @ basis, torch.eye(4, dtype=torch.float64), atol=1e-10)
+            assert torch.allclose(found, torch.linalg.eigvalsh(scaled).flip(0)[:4], atol=1e-8 * size * scale)
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
+        eigh(matrix.fill_(float("nan")))
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
+        svd(matrix)
 
 
 def test_the_engine_is_chosen_by_size():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..distributed import broadcast, rank_and_world_size, sum_over_ranks
+from ..distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
 from ..hookspecs import BasisMethod, hookimpl
+from ..names import listed, pattern_for, quoted
 from ..ranks import Rank, rank_for_share
 from .capture import CalibrationError
 from .statistics import ModuleStatistics, VectorStatistics
@@ -58,6 +59,7 @@ def compute_bases(
     ranks: Mapping[Side, Mapping[str, Rank]],
     method: BasisMethod,
     method_name: str,
+    defaults: Mapping[Side, Collection[str]] | None = None,
 ) -> dict[Side, dict[str, Basis]]:
     """
     The bases of all modules; under torch.distributed every rank computes some, and all get the same bits.
@@ -67,16 +69,20 @@ def compute_bases(
         ranks: Side -> module name -> rank; without a side there are no bases for it.
         method: Computes a basis.
         method_name: Its name, for messages.
+        defaults: Side -> modules whose rank nobody asked for: it is cut to the directions that the data has.
 
     Returns:
         Side -> module name -> basis. Modules that share their inputs share one input basis.
 
     Raises:
-        CalibrationError: The data does not have so many directions, or the method's result is no basis.
+        CalibrationError: The data does not have so many directions, or the method's result is no basis. All ranks raise
+            it, and it names all such modules.
     """
     rank, world_size = rank_and_world_size()
+    defaults = defaults or {}
     computed: dict[tuple[Side, str], Basis | None] = {}
-    shared: weakref.WeakKeyDictionary[VectorStatistics, dict[Rank, str]] = weakref.WeakKeyDictionary()
+    problems: list[_Problem] = []
+    shared: weakref.WeakKeyDictionary[VectorStatistics, dict[tuple[Rank, bool], str]] = weakref.WeakKeyDictionary()
     source: dict[tuple[Side, str], str] = {}
     dimensions: dict[tuple[Side, str], int] = {}
     names = list(statistics)
@@ -85,15 +91,83 @@ def compute_bases(
         for side, wanted in ranks.items():
             vectors: VectorStatistics = getattr(entry, side)
             dimensions[side, name] = vectors.dimension
-            source[side, name] = shared.setdefault(vectors, {}).setdefault(wanted[name], name)
+            may_cut = name in defaults.get(side, ())
+            source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
             if source[side, name] == name:
-                mine = index % world_size == rank
-                computed[side, name] = _basis(entry, side, wanted[name], method, method_name) if mine else None
+                computed[side, name] = None
+                if index % world_size == rank:
+                    try:
+                        computed[side, name] = _basis(entry, side, wanted[name], may_cut, method, method_name)
+                    except _ProblemError as problem:
+                        problems.append(problem.args[0])
+                    except Exception as error:
+                        if world_size == 1:
+                            raise
+                        told = f"basis_method={method_name!r} failed for {name!r}: {type(error).__name__}: {error}"
+                        problems.append({"error": told})
+    _raise_for(problems, source)
     owners = {name: index % world_size for index, name in enumerate(names)}
     for (side, name), basis in _with_room(computed, dimensions).items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
         computed[side, name] = basis
     return {side: {name: computed[side, source[side, name]] for name in names} for side in ranks}
+
+
+_Problem = dict[str, Any]
+"""Of one module: side, name, and, where the data has too few directions, rank and found; otherwise error."""
+
+
+class _ProblemError(Exception):
+    """Carries a problem."""
+
+
+def _raise_for(problems: list[_Problem], source: Mapping[tuple[Side, str], str]) -> None:
+    """
+    Raises:
+        CalibrationError: A rank has met problems. The others must not wait for its bases.
+    """
+    groups: dict[tuple[Any, ...], dict[str, int]] = {}
+    for problem in (problem for of_rank in gather_json(problems) for problem in of_rank):
+        if "error" in problem:
+            raise CalibrationError(problem["error"])
+        side = problem["side"]
+        alike = [name for (other, name), first in source.items() if (other, first) == (side, problem["name"])]
+        key = (side, problem["rank"], problem["found"] == 0, problem["sketched"])
+        groups.setdefault(key, {}).update(dict.fromkeys(alike, problem["found"]))
+    if groups:
+        targets = {name for _, name in source}
+        raise CalibrationError("\n".join(_too_few(*key, found, targets) for key, found in groups.items()))
+
+
+def _too_few(
+    side: Side, wanted: Rank, none: bool, sketched: bool, found: Mapping[str, int], targets: Collection[str]
+) -> str:
+    """One message for modules that fail alike: name -> how many directions it has."""
+    option, names = _OPTIONS[side], list(found)
+    pattern = quoted(pattern_for(names, set(targets) - set(names)))
+    if none:
+        return (
+            f"The {side}s of {listed(names)} are zero on all positions of the safety data that count, so that they "
+            f"have "
+            "no direction to protect: their weights are zero, or the model or the data is broken. Leave them out with "
+            f"exclude_modules={pattern}."
+        )
+    numbers = sorted(set(found.values()))
+    have = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    if isinstance(wanted, float):
+        advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
+        return (
+            f"{option}={wanted}: {have} directions capture less than that share of the energy of {listed(names)}. "
+            f"Lower "
+            f"the share, or give {advice}, or another rank for these modules: {option}_pattern="
+            f"{{{pattern}: ...}}."
+        )
+    return (
+        f"{option}={wanted}, but the {side}s of {listed(names)} have only {have} directions on the safety data; the "
+        f"rest "
+        "would be rounding errors. Give more, and more varied, safety data (num_safety_samples, safety_data), lower "
+        f"{option} to {numbers[0]}, or set it for these modules: {option}_pattern={{{pattern}: {numbers[0]}}}."
+    )
 
 
 def _with_room(
@@ -107,52 +181,69 @@ def _with_room(
     }
 
 
-def _basis(entry: ModuleStatistics, side: Side, wanted: Rank, method: BasisMethod, method_name: str) -> Basis:
+def _basis(
+    entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, method: BasisMethod, method_name: str
+) -> Basis:
     vectors: VectorStatistics = getattr(entry, side)
-    option = _OPTIONS[side]
     if isinstance(wanted, float):
-        wanted = _rank_by_need(entry.name, vectors, wanted, option)
-    elif vectors.count < wanted:
-        raise CalibrationError(
-            f"{option}={wanted}, but the safety data has only {vectors.count} positions to find directions in. Give "
-            f"more safety data (num_safety_samples, safety_data), or lower {option}."
+        found, enough = _rank_by_need(vectors, wanted)
+    elif vectors.count < wanted and not may_cut:
+        told = (
+            f"{_OPTIONS[side]}={wanted}, but the safety data has only {vectors.count} positions to find directions in. "
+            f"Give more safety data (num_safety_samples, safety_data), or lower {_OPTIONS[side]}."
         )
-    elif vectors.most_directions < wanted:
-        raise CalibrationError(
-            f"{option}={wanted}, but the {side}s of {entry.name!r} have only {vectors.most_directions} directions. "
-            f"Lower {option}, or set it for this module in {option}_pattern."
-        )
-    basis, values = method(entry, wanted, side)
-    _check_basis(basis, vectors.dimension, wanted, entry.name, method_name)
-    return Basis(basis.float().cpu().contiguous(), values.float().cpu())
+        raise _ProblemError({"error": told})
+    else:
+        found = vectors.directions(wanted)
+        enough = found == wanted or (may_cut and found > 0)
+    if not enough:
+        sketched = vectors.most_directions < min(vectors.dimension - 1, vectors.count)
+        raise _ProblemError({"side": side, "name": entry.name, "rank": wanted, "found": found, "sketched": sketched})
+    try:
+        result = method(entry, found, side)
+        return _checked_basis(result, vectors.dimension, found, entry.name, method_name)
+    except CalibrationError as error:
+        raise _ProblemError({"error": str(error)}) from error
 
 
-def _rank_by_need(name: str, vectors: VectorStatistics, share: float, option: str) -> int:
-    """How many top singular directions capture a share of the energy; they must leave the layer something to train."""
+def _rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
+    """
+    How many top singular directions capture a share of the energy, and True; they must leave the layer something to
+    train. Where all that there are capture less, their number, and False.
+    """
     most = min(vectors.dimension - 1, vectors.most_directions)
     rank = min(32, most)
-    while True:
+    while rank:
         found = rank_for_share(vectors.top(rank)[1], vectors.energy, share)
-        if found is not None:
-            return found
-        if rank == most:
+        if found is not None and vectors.directions(found) == found:
+            return found, True
+        if found is not None or rank == most:
             break
         rank = min(2 * rank, most)
-    sketched = most < min(vectors.dimension - 1, vectors.count)
-    advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
-    raise CalibrationError(
-        f"{option}={share}: {most} directions capture less than that share of the energy of {name!r}. Lower the share, "
-        f"or give {advice}, or another rank for this module in {option}_pattern."
-    )
+    return vectors.directions(most), False
 
 
-def _check_basis(basis: Tensor, dimension: int, rank: int, name: str, method: str) -> None:
-    if basis.shape != (dimension, rank):
-        raise CalibrationError(
-            f"basis_method={method!r} returned shape {tuple(basis.shape)} for {name!r}; expected {(dimension, rank)}."
-        )
-    error = (basis.T.double() @ basis.double() - torch.eye(rank, dtype=torch.float64, device=basis.device)).abs().max()
+def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: str) -> Basis:
+    """
+    Raises:
+        CalibrationError: A method returned something else than an orthonormal basis and its singular values.
+    """
+    told = f"basis_method={method!r} returned {{}} for {name!r}; expected a tensor of shape {(dimension, rank)} with "
+    told += f"orthonormal columns and one of shape {(rank,)}, their singular values."
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+        raise CalibrationError(told.format(f"a {type(result).__name__}{size}"))
+    if kinds := [type(part).__name__ for part in result if not isinstance(part, Tensor)]:
+        raise CalibrationError(told.format(" and ".join(f"a {kind}" for kind in kinds)))
+    basis, values = result
+    if (basis.shape, values.shape) != ((dimension, rank), (rank,)):
+        raise CalibrationError(told.format(f"shapes {tuple(basis.shape)} and {tuple(values.shape)}"))
+    if not (basis.is_floating_point() and values.is_floating_point()):
+        raise CalibrationError(told.format(f"{basis.dtype} and {values.dtype}"))
+    basis, values = basis.detach().float().cpu().contiguous(), values.detach().float().cpu().contiguous()
+    if not (basis.isfinite().all() and values.isfinite().all()):
+        raise CalibrationError(told.format("NaN or infinity"))
+    error = (basis.T.double() @ basis.double() - torch.eye(rank, dtype=torch.float64)).abs().max()
     if not error < 1e-4:
-        raise CalibrationError(
-            f"basis_method={method!r} returned a basis for {name!r} whose columns are not orthonormal."
-        )
+        raise CalibrationError(told.format(f"columns that are not orthonormal (deviation {error:.1e})"))
+    return Basis(basis, values)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layers import layer_features, linear_weight
+from ..names import advice_to_leave_out, listed
 from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatistics
 
 logger = logging.getLogger(__name__)
@@ -108,14 +109,15 @@ class StatisticsCollector:
         The statistics of every layer, over the data of all ranks of torch.distributed.
 
         Raises:
-            CalibrationError: A layer was never called.
+            CalibrationError: Layers were never called.
         """
-        for name in self.layers:
-            if name not in self._outputs:
-                raise CalibrationError(
-                    f"target_modules: {name!r} was not used in any forward pass over the data, so its outputs are "
-                    "unknown. Leave it out with exclude_modules."
-                )
+        if unused := [name for name in self.layers if name not in self._outputs]:
+            raise CalibrationError(
+                f"target_modules: {len(unused)} of {len(self.layers)} layers were not used in any forward pass over "
+                f"the "
+                f"data ({listed(unused)}), so their outputs are unknown. Leave them out: "
+                f"{advice_to_leave_out(unused, self.layers)}."
+            )
         for statistics in (*self._inputs.values(), *self._outputs.values()):
             statistics.reduce()
         return {

@@ -20,17 +20,19 @@ from ..layers import (
     base_layer,
     check_ranks,
     check_reachable,
+    check_reached_by_text,
     check_weights,
     default_input_ranks,
     model_fingerprint,
+    say_what_is_left_out,
     target_module_names,
     unreachable_weight,
     weight_samples,
 )
 from ..plugins import basis_methods, judges
-from ..ranks import Rank
+from ..ranks import Rank, matching_patterns
 from ..safety_module import SafetyModule
-from .basis import compute_bases
+from .basis import Basis, Side, compute_bases
 from .batching import batches, vocabulary_size
 from .cache import cache_key, load_cached, store
 from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator, statistics_dimensions
@@ -76,7 +78,10 @@ def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> Safety
 
         >>> calibrate(model, tokenizer, target_modules=["q_proj", "v_proj"]).save("llama.salora.safetensors")
     """
-    return calibrate_with(model, SaLoRAConfig(**options, tokenizer=tokenizer))
+    config = SaLoRAConfig(**options, tokenizer=tokenizer)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    say_what_is_left_out(model, config)
+    return calibrate_with(model, config)
 
 
 def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
@@ -93,6 +98,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     default_ranks = default_input_ranks(model, names)
     ranks = config.safety_ranks(default_ranks)
     check_ranks(model, ranks)
+    check_reached_by_text(model, names)
     method = _registered("basis_method", config.basis_method, basis_methods())
     check_reachable(model, names)
     layers = {name: base_layer(model.get_submodule(name)) for name in names}
@@ -121,12 +127,10 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
                     "tokenized rows, labels must be -100 on the tokens of the prompt and the tokens' ids on those of "
                     "the response; or choose other safety_positions."
                 )
-            # A default must not fail on a small set; a number that was asked for does, below.
-            ranks = config.safety_ranks({name: min(rank, positions_counted) for name, rank in default_ranks.items()})
             energies = {
                 side: {name: getattr(entry, side).energy for name, entry in statistics.items()} for side in ranks
             }
-            bases = compute_bases(statistics, ranks, method, config.basis_method)
+            bases = compute_bases(statistics, ranks, method, config.basis_method, _defaults(config, names))
     safety_module = SafetyModule(
         bases={name: basis.vectors for name, basis in bases["output"].items()},
         input_bases={name: basis.vectors for name, basis in bases.get("input", {}).items()},
@@ -146,6 +150,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
             "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
+            **_cuts(bases, ranks),
             "basis_method": config.basis_method,
             "engine": engine.kind,
             **_sketch_widths(engine, ranks),
@@ -161,6 +166,36 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     if key is not None:
         store(key, safety_module)
     return safety_module
+
+
+def _cuts(bases: Mapping[Side, Mapping[str, Basis]], ranks: Mapping[Side, Mapping[str, Rank]]) -> dict[str, int]:
+    """What the provenance says of default ranks that the data has no directions for: how many modules have fewer."""
+    cuts = {}
+    for side, key in (("output", "safety_rank_cut"), ("input", "input_safety_rank_cut")):
+        wanted = ranks.get(side, {})
+        if fewer := sum(
+            basis.vectors.shape[1] < wanted[name]
+            for name, basis in bases.get(side, {}).items()
+            if not isinstance(wanted[name], float)
+        ):
+            cuts[key] = fewer
+    return cuts
+
+
+def _defaults(config: SaLoRAConfig, names: Sequence[str]) -> dict[Side, set[str]]:
+    """
+    Side -> modules whose rank is the default's. That must not fail on a small or uniform set, and is cut to what there
+    is; a number that was asked for is an error.
+    """
+    default = next(f.default for f in dataclasses.fields(SaLoRAConfig) if f.name == "safety_rank")
+    sides = {
+        "output": (config.safety_rank == default, config.safety_rank_pattern),
+        "input": (config.input_safety_rank is None, config.input_safety_rank_pattern),
+    }
+    return {
+        side: {name for name, key in matching_patterns(names, pattern).items() if is_default and key is None}
+        for side, (is_default, pattern) in sides.items()
+    }
 
 
 def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict[str, Tensor]:

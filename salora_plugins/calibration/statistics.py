@@ -24,8 +24,14 @@ _SMALL_DIMENSION = 256
 _EXACT_WITHIN = 1.5
 # From this size on a Gram matrix is computed in blocks, for its symmetry to save a third of the time.
 _BLOCKED_DIMENSION = 384
+# Which part of a number is rounding error, at least: some float32 operations.
+_PRECISION = 1e-5
+# What is copied to float64 at once.
+_ROWS_AT_ONCE = 1024
 # What the exact engine may keep in memory where the engine is chosen by size.
 _EXACT_BYTES = 256 * 2**20
+# Per row of a matrix, several times what float64 rounding makes of an eigenvalue 0 of its scaled Gram matrix.
+_SHIFT = 4 * torch.finfo(torch.float64).eps
 # The share of the weights (in bf16) that sketches may take where they can be narrower than WIDTH times the rank.
 _SKETCH_SHARE = 0.1
 
@@ -43,6 +49,8 @@ class VectorStatistics(ABC):
         self.count = 0
         """Number n of vectors seen."""
         self._energy: Tensor | None = None
+        self._of_channels: Tensor | None = None
+        self._precision = _PRECISION
         self._tops: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -63,6 +71,7 @@ class VectorStatistics(ABC):
         """
         # Under autocast the products would be computed in half precision.
         with torch.autocast(rows.device.type, enabled=False):
+            self._precision = max(self._precision, torch.finfo(rows.dtype).eps / 4)
             rows = rows.detach().float()
             if rows.device.type == "mps":
                 rows = rows.cpu()  # no float64 there
@@ -71,6 +80,8 @@ class VectorStatistics(ABC):
             # Row by row: one float32 sum over the batch would lose digits.
             energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
             self._energy = energy if self._energy is None else self._energy + energy
+            of_channels = rows.square().sum(0).double()
+            self._of_channels = of_channels if self._of_channels is None else self._of_channels + of_channels
             self._update(rows)
 
     @torch.no_grad()
@@ -86,7 +97,8 @@ class VectorStatistics(ABC):
         """
         if not 0 < rank <= self.most_directions:
             raise ValueError(f"rank={rank} of {self.count} vectors of dimension {self.dimension}")
-        if rank not in self._tops:
+        found = next((size for size in sorted(self._tops) if size >= rank), None)
+        if found is None:
             rows = self.factor()
             with torch.autocast(self.device.type, enabled=False):
                 if rows is not None and rows.shape[0] < self.dimension:
@@ -95,7 +107,30 @@ class VectorStatistics(ABC):
                     squares, basis = top_eigenpairs(self._multiply, self.dimension, rank, device=self.device)
                     values = squares.clamp(min=0).sqrt()
             self._tops[rank] = fix_signs(basis).float().contiguous(), values.float()
-        return self._tops[rank]
+        basis, values = self._tops[found or rank]
+        return (basis, values) if found in (None, rank) else (basis[:, :rank].contiguous(), values[:rank])
+
+    @torch.no_grad()
+    def directions(self, most: int) -> int:
+        """
+        How many of the top directions are the data's, and not rounding errors only; up to `most`.
+
+        Every number is known to a few parts in its dtype's precision, so that rounding errors have that share of the
+        energy of each channel: a direction with less than it is none, while a small one beside a large channel may be.
+        """
+        most = min(most, self.most_directions)
+        if most <= 0:
+            return 0
+        basis, values = self.top(most)
+        energies, precision = self._rounding(basis.double())
+        real = (values.double().square() > precision**2 * energies).nonzero()
+        return int(real.max()) + 1 if real.numel() else 0
+
+    def _rounding(self, basis: Tensor) -> tuple[Tensor, float]:
+        """The energy of the channels in these directions (d, k), and which part of a number may be rounding error."""
+        if self._of_channels is None:
+            return basis.new_zeros(basis.shape[1]), self._precision
+        return self._of_channels.to(basis.device) @ basis.square(), self._precision
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +144,10 @@ class VectorStatistics(ABC):
             count, energy = sum_over_ranks(totals).tolist()
             self._reduce(int(count))
             self.count, self._energy = int(count), torch.tensor(energy, dtype=torch.float64, device=self.device)
+            of_channels = self._of_channels
+            if of_channels is None:
+                of_channels = torch.zeros(self.dimension, dtype=torch.float64, device=self.device)
+            self._of_channels = sum_over_ranks(of_channels)
             self._tops.clear()
 
     def gram(self) -> Tensor:
@@ -141,7 +180,8 @@ class ExactStatistics(VectorStatistics):
     The vectors themselves while they are no more than their dimension, and their Gram matrix from then on, so that
     memory is bounded by d^2 however long the stream is.
 
-    The Gram matrix is summed in float64, from float32 products of one batch each.
+    The Gram matrix is computed in float64: in float32 the products of a direction that is 10^4 times as large as the
+    others leave more rounding errors than those have energy.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -171,10 +211,11 @@ class ExactStatistics(VectorStatistics):
     def _add(self, rows: Tensor) -> None:
         """Add the products of the upper blocks only; the others mirror them."""
         size = self.dimension if self.dimension < _BLOCKED_DIMENSION else -(-self.dimension // 3)
-        parts = rows.split(size, dim=1)
-        for i, left in enumerate(parts):
-            for j, right in enumerate(parts[i:], start=i):
-                self._gram[i * size : (i + 1) * size, j * size : (j + 1) * size] += left.T @ right
+        for some in rows.split(_ROWS_AT_ONCE):
+            parts = some.double().split(size, dim=1)
+            for i, left in enumerate(parts):
+                for j, right in enumerate(parts[i:], start=i):
+                    self._gram[i * size : (i + 1) * size, j * size : (j + 1) * size].addmm_(left.T, right)
         self._is_complete = False
 
     def _multiply(self, block: Tensor) -> Tensor:
@@ -233,36 +274,43 @@ class SketchedStatistics(VectorStatistics):
             self._factor = self._compress(self._factor, rows)
 
     def _compress(self, factor: Tensor, rows: Tensor) -> Tensor:
-        """The Nystrom approximation; the test matrix and its image are kept transposed, (width, d)."""
+        """Q^T [F; X] with Q an orthonormal basis of [F; X] T^T, T being one of F's rows, (width, d)."""
         test = factor
         if missing := self.width - factor.shape[0]:
             generator = torch.Generator().manual_seed(self._seed)
             random = torch.randn(missing, self.dimension, generator=generator).to(rows)
             # The batch is at hand, so that its own power iteration costs no pass over the data.
             test = torch.cat([test, (random @ rows.T) @ rows])
-        # Any basis of the same space gives the same approximation; this one is close enough to orthonormal, and much
-        # cheaper than QR.
-        test = _solve_cholesky(test @ test.T, test)
-        image = (test @ factor.T) @ factor + (test @ rows.T) @ rows
-        return _solve_cholesky(image @ test.T, image)
+        test = _orthonormal(test)
+        # Rows without a direction of their own, since the factor has few, look into those of the batch.
+        unused = torch.linalg.vector_norm(test, dim=1) < 0.5
+        filler = rows[torch.arange(self.width, device=rows.device) % rows.shape[0]]
+        test = _orthonormal(torch.where(unused[:, None], filler, test))
+        both = torch.cat([factor, rows])
+        return _orthonormal((test @ both.T).double()).to(both) @ both
 
     def _reduce(self, count: int) -> None:
         self._factor = _gather_rows(self.factor())
 
 
-def _solve_cholesky(matrix: Tensor, rows: Tensor) -> Tensor:
+def _orthonormal(rows: Tensor) -> Tensor:
     """
-    L^-1 `rows`, L L^T being a symmetric positive semidefinite (w, w) matrix with a shift that keeps directions of
-    rounding errors from being blown up (Tropp et al., section 4.3).
+    Orthonormal rows that span those of a (w, d) matrix, by its Cholesky factor: much cheaper than QR.
+
+    In float64 and with all rows of one length, so that a direction is not lost beside one that is 10^5 times as large;
+    a shift above the rounding errors keeps them from being blown up: such rows come out shorter than 1, or 0.
     """
-    matrix = matrix.double()
-    shift = torch.finfo(torch.float32).eps * matrix.diagonal().sum() + torch.finfo(torch.float32).tiny
-    matrix.diagonal().add_(shift)
+    double = rows.double()
+    matrix = double @ double.T
+    scale = matrix.diagonal().clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    matrix = scale[:, None] * matrix * scale
+    matrix.diagonal().add_(_SHIFT * len(matrix))
     # Not `cholesky`, which waits for the device to look for errors; NaN shows in the energy.
     triangle = torch.linalg.cholesky_ex(matrix).L
-    # The inverse of a small matrix in float64 and one product take less than half the time of solving for all columns.
+    # The inverse of a small matrix and one product take less than half the time of solving for all columns.
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(triangle, identity, upper=False).to(rows) @ rows
+    inverse = torch.linalg.solve_triangular(triangle, identity, upper=False) * scale
+    return inverse.to(rows) @ rows
 
 
 class OutputStatistics(VectorStatistics):
@@ -300,6 +348,11 @@ class OutputStatistics(VectorStatistics):
         with self._weight() as weight:
             weight = weight.to(block)
             return weight @ self.inputs._multiply(weight.T @ block)
+
+    @torch.no_grad()
+    def _rounding(self, basis: Tensor) -> tuple[Tensor, float]:
+        with self._weight() as weight:
+            return self.inputs._rounding(weight.to(basis).T @ basis)
 
     def _update(self, rows: Tensor) -> None:
         """The vectors are in the statistics of the inputs."""
