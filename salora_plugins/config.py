@@ -19,7 +19,14 @@ from .files import atomic_write
 from .model_card import write_training_card
 from .ranks import Rank, check_pattern, check_rank, ranks_of
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import CONFIG_FILE, DIGEST_KEY, adapter_digest, read_side_config, write_adapter_config
+from .saved_adapter import (
+    CONFIG_FILE,
+    DIGEST_KEY,
+    adapter_digest,
+    check_lora_entries,
+    read_side_config,
+    write_adapter_config,
+)
 
 # Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
 _HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -403,6 +410,7 @@ class SaLoRAConfig(LoraConfig):
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = read_side_config(folder)
         values.pop(DIGEST_KEY, None)
+        check_lora_entries(values, folder / CONFIG_FILE)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
         values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
