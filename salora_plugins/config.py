@@ -23,6 +23,7 @@ from .saved_adapter import (
     CONFIG_FILE,
     DIGEST_KEY,
     adapter_digest,
+    check_lora_entries,
     check_saved_factors,
     read_side_config,
     write_adapter_config,
@@ -446,6 +447,7 @@ class SaLoRAConfig(LoraConfig):
         check_form(values, folder / CONFIG_FILE)
         for key in (DIGEST_KEY, _FORM):
             values.pop(key, None)
+        check_lora_entries(values, folder / CONFIG_FILE)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
         values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():

@@ -439,30 +439,53 @@ def _unreadable(error: SafetensorError) -> str:
     return f"is not a readable safetensors file, perhaps cut short ({error}). Save it again."
 
 
-def _check_adapter_config(config: dict[str, Any], file: Path) -> None:
-    """Raise ValueError for what no PEFT writes, of the entries that are needed here."""
-    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    for option in ("rank_pattern", "alpha_pattern"):
+# Of the entries of a LoRA configuration that are needed to read an adapter or to train it: what they may be.
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+    "lora_alpha": (lambda value: type(value) in (int, float) and math.isfinite(value), "a number"),
+    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a share"),
+    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a text"),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save"),
+        (lambda value: value is None or isinstance(value, str) or _all_texts(value), "a text or a list of texts"),
+    ),
+}
+
+
+def _all_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def check_lora_entries(config: dict[str, Any], file: Path) -> None:
+    """
+    Raises:
+        ValueError: The file has an entry that no PEFT writes; file and entry are named.
+    """
+
+    def check(option: str, kind: str, value: Any) -> None:
+        valid, wanted = _ENTRIES[kind]
+        if not valid(value):
+            raise ValueError(f"{file}: {option} is {value!r:.80}, not {wanted}. Save the adapter again.")
+
+    for option in _ENTRIES:
+        if option in config:
+            check(option, option, config[option])
+    for option, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         pattern = config.get(option)
-        if pattern is None:
-            continue
-        if not isinstance(pattern, dict):
-            raise ValueError(f"{file}: {option}={pattern!r} is no mapping of modules to numbers. Save it again.")
-        for key, value in pattern.items():
+        if pattern is not None and not isinstance(pattern, dict):
+            raise ValueError(f"{file}: {option} is {pattern!r:.80}, not a mapping of modules to numbers.")
+        for key, value in (pattern or {}).items():
             try:
                 re.compile(key)
             except re.error as error:
                 raise ValueError(f"{file}: {option}: {key!r} is no regular expression ({error}).") from error
-            numbers[f"{option}[{key!r}]"] = value
-    if config.get("peft_type", "LORA") != "LORA":
-        return  # other methods have other options
-    for option, value in numbers.items():
-        if option == "r" or option.startswith("rank_pattern"):
-            valid, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
-        else:
-            valid, wanted = type(value) in (int, float) and math.isfinite(value), "a number"
-        if not valid:
-            raise ValueError(f"{file}: {option}={value!r} is not {wanted}. Save the adapter again.")
+            check(f"{option}[{key!r}]", kind, value)
+
+
+def _check_adapter_config(config: dict[str, Any], file: Path) -> None:
+    if config.get("peft_type", "LORA") == "LORA":  # other methods have other options
+        check_lora_entries({"r": None, "lora_alpha": None, **config}, file)
 
 
 def write_adapter(
@@ -510,13 +533,13 @@ def write_adapter(
             _exchange(new, out, old)
         else:
             os.replace(new, out)
-    except OSError as error:
+    except BaseException as error:
         _discard(scratch, out)
-        if error.filename is not None and str(error.filename).startswith(str(new)):
+        # The files are called by the names that they were to have.
+        if isinstance(error, OSError) and str(error.filename).startswith(str(new)):
             raise OSError(error.errno, error.strerror, str(out / Path(error.filename).name)) from error
-        raise
-    except BaseException:
-        _discard(scratch, out)
+        if isinstance(error, ValueError):
+            raise ValueError(str(error).replace(str(new), str(out))) from error
         raise
     shutil.rmtree(scratch, ignore_errors=True)
 

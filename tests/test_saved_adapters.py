@@ -387,6 +387,90 @@ def test_what_is_not_finite_has_no_certificate(own, tmp_path, value):
     assert "not computed" in row and "not finite" in row and "≤" not in row
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "salora_config.json"])
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        *(("r", value) for value in (0, "4", None, True, 2.5)),
+        *(("lora_alpha", value) for value in (None, "8", float("nan"))),
+        *(("rank_pattern", value) for value in ({"(": 4}, [4], {"q_proj": "4"}, {"q_proj": 0})),
+        *(("alpha_pattern", value) for value in ({"*": 4}, {"q_proj": None})),
+        *(("target_modules", 5), ("lora_dropout", "x"), ("base_model_name_or_path", 5)),
+    ],
+)
+def test_entries_of_other_types_are_named(own, tmp_path, name, entry, value):
+    values = json.loads((own / name).read_text())
+    (own / name).write_text(json.dumps({**values, entry: value}))
+    reads = [lambda: load_for_training(base(), own)]
+    if name == "adapter_config.json":
+        module = SafetyModule.load(own)
+        reads = [lambda: audit(own), lambda: export_adapter(own, tmp_path / "out")]
+        reads.append(lambda: project_adapter(own, module, tmp_path / "out"))
+    for read in reads:
+        with pytest.raises(ValueError, match=rf"{name}: {entry}.* is ") as caught:
+            read()
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff", b"[" * 100_000], ids=lambda c: repr(c[:4]))
+@pytest.mark.parametrize("name", ["adapter_config.json", "salora_config.json", "trainer_state.json"])
+def test_damaged_files_are_named(own, tmp_path, name, content):
+    (own / "trainer_state.json").write_text('{"global_step": 1}')
+    folder = own.rename(tmp_path / "checkpoint-1")
+    (folder / name).write_bytes(content)
+    assert last_complete_checkpoint(tmp_path) is None
+    read = {"adapter_config.json": audit, "salora_config.json": lambda folder: load_for_training(base(), folder)}
+    if name in read:
+        with pytest.raises(ValueError, match=rf"{name} (cannot be read|holds a)"):
+            read[name](folder)
+
+
+@pytest.mark.parametrize("length", [0, 5, 500, -10])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "salora.safetensors"])
+def test_files_that_were_cut_short_are_named(own, tmp_path, name, length):
+    (own / name).write_bytes((own / name).read_bytes()[:length])
+    for read in (audit, lambda folder: load_for_training(base(), folder)):
+        with pytest.raises(ValueError, match=rf"{name}:? (is )?not a readable safetensors file, perhaps cut short"):
+            read(own)
+
+
+def test_a_card_that_is_none_is_named_and_left(adapter, own):
+    (own / "README.md").write_text("---\nlicense: [\n---\n")
+    before = everything(own)
+    with pytest.raises(ValueError, match=re.escape(f"{own / 'README.md'} is not a model card")):
+        export_adapter(adapter, own, overwrite=True)
+    assert everything(own) == before
+
+
+@pytest.fixture
+def small_files():
+    """No file can be larger than some kilobytes, as on a full disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(adapter, own, tmp_path, small_files, capfd):
+    module = SafetyModule.load(adapter)
+    before = everything(own)
+    for write, file in (
+        (lambda: module.save(tmp_path / "safety.safetensors"), tmp_path / "safety.safetensors"),
+        (lambda: export_adapter(adapter, tmp_path / "out"), tmp_path / "out" / "adapter_model.safetensors"),
+        (lambda: export_adapter(adapter, own, overwrite=True), own / "adapter_model.safetensors"),
+        (lambda: project_adapter(adapter, module, own, overwrite=True), own / "adapter_model.safetensors"),
+    ):
+        with pytest.raises(OSError, match="File too large") as caught:
+            write()
+        assert caught.value.filename == str(file) and not (tmp_path / "out").exists()
+    assert everything(own) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    result = CliRunner().invoke(create_cli(), ["export", str(adapter), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, OSError)
+
+
 # Export
 
 
