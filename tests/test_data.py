@@ -448,6 +448,13 @@ def test_a_last_turn_that_only_calls_tools_is_left_out(content):
             assert [e.response for e in load_examples([{"messages": PAIR}, *rows], **options)] == [ANSWER]
         with pytest.raises(DataError, match=r"row 1 of .* ends with a turn that only calls tools, as all do"):
             load_examples(rows, **options)
+    shared = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'}]
+    with pytest.raises(DataError, match="ends with a turn that only calls tools"):
+        load_examples([{"conversations": shared}], option="task_data")
+    shared += [{"from": "observation", "value": "4"}, {"from": "gpt", "value": "Four."}]
+    (example,) = load_examples([{"conversations": shared}], option="task_data")
+    assert [message["role"] for message in example.messages] == ["user", "assistant", "tool"]
+    assert example.response == "Four."
     # Its text counts, and what went before may call tools.
     said = load_examples([{"messages": [user("Hi"), call | {"content": "I look."}]}], option="task_data")
     assert said[0].response == "I look."
@@ -674,6 +681,11 @@ BAD_ROWS = {
 def test_bad_rows_are_named(row, message):
     with pytest.raises(DataError, match=f"^row 2 of task_data(:| has| is).*{message}|^row 2 of task_data {message}"):
         load_examples([{"messages": PAIR}, row], option="task_data")
+
+
+def test_half_of_a_character_in_an_example():
+    with pytest.raises(DataError, match=r"^row 1 of task_data: there is a lone surrogate \(U\+D800\)"):
+        load_examples([Example(tuple(PAIR[:1]), "a\ud800")], option="task_data")
 
 
 def test_text_is_no_safety_data():

@@ -64,7 +64,7 @@ _ALPACA = ("instruction", "input", "output", "system", "history")
 TEXT_COLUMNS = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, *_ALPACA, "text", "label")
 """Columns of rows of text that are looked at."""
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-_ROLES |= {"human": "user", "gpt": "assistant"}
+_ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _SHAREGPT = {"from": "role", "value": "content"}
 _CALLS = ("tool_calls", "function_call")
 """Keys of a message that calls tools, which may then have no content."""
@@ -363,13 +363,14 @@ def parse_row(row: Any, where: str, *, allow_text: bool) -> Sequence[Example | T
     Raises:
         DataError: The row is not understood.
     """
-    if isinstance(row, (Example, TokenizedExample)):
-        return [row]
     if isinstance(row, str) and not allow_text:
         row = {"prompt": row}
-    if not isinstance(row, Mapping):
+    if isinstance(row, (Example, TokenizedExample)):
+        examples: Sequence[Example | TokenizedExample] = [row]
+    elif isinstance(row, Mapping):
+        examples = _examples({name: value for name, value in row.items() if value is not None}, where, allow_text)
+    else:
         raise DataError(f"{where} is {_short(row)}; a row must map column names to values")
-    examples = _examples({name: value for name, value in row.items() if value is not None}, where, allow_text)
     for example in examples:
         if isinstance(example, Example):
             _check_text(example, where)
@@ -482,13 +483,10 @@ def _split(messages: tuple[dict[str, Any], ...], where: str) -> list[Example]:
     if not context:
         raise DataError(f"{where}: there must be a turn before the response")
     response = last.get("content") or ""
-    if not response.strip() and _calls_tools(last):
+    calls = [last[key] for key in _CALLS if last.get(key)]
+    if calls and (not response.strip() or response in calls):
         return []
     return [Example(tuple(context), response if response.strip() else None)]
-
-
-def _calls_tools(message: Mapping[str, Any]) -> bool:
-    return any(message.get(key) for key in _CALLS)
 
 
 def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -506,11 +504,13 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str
         if "from" in message and "role" not in message:
             message = {_SHAREGPT.get(key, key): item for key, item in message.items()}
         role, content = message.get("role"), message.get("content")
+        if role == "function_call":  # ShareGPT's way to say that this text calls a tool
+            message |= {"function_call": content}
         if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{name} has the role {role!r}; use one of {', '.join(_ROLES)}")
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = message["content"] = _join_text_parts(content, name)
-        if not isinstance(content, str) and not (content is None and _calls_tools(message)):
+        if not isinstance(content, str) and not (content is None and any(key in message for key in _CALLS)):
             raise DataError(f"{name} must have a text as `content`, not {_short(content)}")
         messages.append(message | {"role": _ROLES[role]})
     return tuple(messages)
