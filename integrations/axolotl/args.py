@@ -118,8 +118,8 @@ class SaLoRAOptions(BaseModel):
     )
     safety_data: str | list[str | dict[str, Any]] | None = Field(
         default=None,
-        description="Harmful requests, with safe responses or without: `builtin`, a file (of text: a request a line), a "
-        "folder, a hub data set id, or a list of requests or rows. Default: builtin.",
+        description="Harmful requests, with safe responses or without: `builtin`, a file (of text: a request a line), "
+        "a folder, a hub data set id, or a list of requests or rows. Default: builtin.",
     )
     task_data: str | None = Field(
         default=None,
