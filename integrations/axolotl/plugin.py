@@ -84,15 +84,12 @@ class SaLoRAPlugin(BasePlugin):
             _attach_plain_projections(model, cfg)
         if inference or cfg.inference or cfg.merge_lora:
             return _load_for_inference(model, cfg)
-        from peft import get_peft_model
-        from transformers import set_seed
-
-        from salora_plugins import load_for_training
-
-        if cfg.seed is not None:
-            set_seed(cfg.seed)  # nothing else has, before the factors are drawn
         if config_only:
             return None, salora_config(model, cfg)
+
+        from peft import get_peft_model
+
+        from salora_plugins import load_for_training
 
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
