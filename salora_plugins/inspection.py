@@ -36,7 +36,9 @@ def facts(provenance: Mapping[str, Any]) -> str:
     else:
         parts.append(f"{provenance.get('safety_samples', '?')} examples")
     parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
-    for side, (least, most) in provenance.get("directions", {}).items():
+    directions = provenance.get("directions", {})
+    for side in (side for side in ("output", "input") if side in directions):
+        least, most = directions[side]
         text = f"{least}" if least == most else f"{least} to {most}"
         key = "safety_rank_cut" if side == "output" else "input_safety_rank_cut"
         less = " (the data has no more)" if key in provenance else ""
