@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,29 @@ def describe(safety_module: SafetyModule) -> dict[str, Any]:
     }
 
 
+def facts(provenance: Mapping[str, Any]) -> str:
+    """What a calibration found, in one line: requests, positions, directions, layers, tokenizer and template."""
+    parts = []
+    if "requests" in provenance:
+        parts.append(f"{provenance['refusals']} of {provenance['requests']} requests refused")
+    else:
+        parts.append(f"{provenance.get('safety_samples', '?')} examples")
+    parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
+    directions = provenance.get("directions", {})
+    for side in (side for side in ("output", "input") if side in directions):
+        least, most = directions[side]
+        text = f"{least}" if least == most else f"{least} to {most}"
+        key = "safety_rank_cut" if side == "output" else "input_safety_rank_cut"
+        less = " (the data has no more)" if key in provenance else ""
+        parts.append(f"{text} {side} directions{less}")
+    if "modules" in provenance:
+        parts.append(f"{provenance['modules']} layers")
+    if "tokenizer" in provenance:
+        template = "its chat template" if provenance.get("has_chat_template") else "no chat template"
+        parts.append(f"tokenizer {provenance['tokenizer']} with {template}")
+    return "Safety module: " + one_line(", ".join(parts))
+
+
 def summary(safety_module: SafetyModule) -> str:
     """A few lines: how many modules and directions, how much they capture, and where they come from."""
     provenance = safety_module.provenance
@@ -50,6 +74,8 @@ def summary(safety_module: SafetyModule) -> str:
         inputs = f", of inputs {provenance['input_sketch_width']}" if "input_sketch_width" in provenance else ""
         engine += f" (width {provenance['sketch_width']}{inputs})"
     lines.append(f"Method: {one_line(provenance.get('basis_method', 'unknown'))}, engine: {engine}")
+    if "directions" in provenance:
+        lines.append(facts(provenance).replace("Safety module", "Calibration"))
     versions = provenance.get("versions", {})
     lines.append("Versions: " + one_line(", ".join(f"{package} {number}" for package, number in versions.items())))
     return "\n".join(lines)

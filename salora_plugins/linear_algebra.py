@@ -171,8 +171,8 @@ def top_eigenpairs(
         images = multiply(vectors)
         for _ in range(_KRYLOV_STEPS):
             new = images[:, -block:]
-            # Once leaves rounding errors that would make the basis lose its orthogonality. Where it holds all that there
-            # is (equal eigenvalues, low rank) the rest is rounding errors only, and may take several turns.
+            # Once leaves rounding errors that would make the basis lose its orthogonality. Where it holds all there is
+            # (equal eigenvalues, low rank) the rest is rounding errors only, and may take several turns.
             for _ in range(5):
                 overlap, size = basis.T @ new, torch.linalg.norm(new)
                 new = torch.linalg.qr(new - basis @ overlap).Q

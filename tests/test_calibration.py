@@ -1,5 +1,9 @@
 """Calibration finds the subspaces of the definition, deterministically, and leaves the model as it was."""
 
+import logging
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from salora_plugins.calibration.capture import collect_statistics, position_mask
 from salora_plugins.calibration.data import load_examples
 from salora_plugins.calibration.responses import add_own_refusals
 from salora_plugins.calibration.statistics import Engine
+from salora_plugins.inspection import facts, summary
 from tiny import (
     gpt2,
     llama,
@@ -254,7 +259,7 @@ def test_broken_models_and_ranks():
 def test_layers_that_are_not_used_or_not_called_per_token():
     model = llama()
     model.model.layers[0].self_attn.spare = nn.Linear(64, 64)
-    with pytest.raises(CalibrationError, match="was not used in any forward pass"):
+    with pytest.raises(CalibrationError, match=r"1 of 3 layers were not used in any forward pass"):
         calibrate(model, safety_data=token_rows(16), target_modules=["q_proj", "spare"], safety_rank=8)
 
     class Pooled(nn.Module):
@@ -442,7 +447,7 @@ def test_layers_whose_outputs_are_zero():
 )
 def test_basis_methods_that_return_something_else(monkeypatch, result, told):
     methods = {"mine": lambda statistics, rank, side: result}
-    monkeypatch.setattr("salora_plugins.calibration.calibrate.basis_methods", lambda: methods)
+    monkeypatch.setattr(sys.modules[calibrate_with.__module__], "basis_methods", lambda: methods)
     expected = rf"basis_method='mine' returned {told}.* for 'model\.layers\.0.*; expected a tensor of shape \(64, 8\)"
     with pytest.raises(CalibrationError, match=expected):
         calibrate(llama(), basis_method="mine", safety_data=token_rows(16), input_safety_rank=0, **OPTIONS)
@@ -516,7 +521,7 @@ def test_a_second_calibration_is_taken_from_the_cache(own_cache, caplog):
     sizes = forward_passes(model)
     second = calibrate(model, **options)
     assert not sizes
-    assert "Using the safety module that was calibrated before" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert all(torch.equal(first.bases[name], second.bases[name]) for name in first.bases)
     assert second.provenance == first.provenance
     other_model = llama()
@@ -529,12 +534,13 @@ def test_a_second_calibration_is_taken_from_the_cache(own_cache, caplog):
         (llama(), {"safety_rank": 9}),
         (llama(), {"safety_positions": "predicting"}),
         (llama(), {"target_modules": ["q_proj", "v_proj"]}),
+        (llama(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), {}),
         (llama(), {"calibration_cache": False}),
     ):
         sizes = forward_passes(model)
         calibrate(model, **{**options, **changed})
         assert sizes, changed
-    assert len(list(own_cache.iterdir())) == 7
+    assert len(list(own_cache.iterdir())) == 8
 
 
 def test_a_damaged_file_in_the_cache_is_computed_again(own_cache, caplog):
@@ -566,3 +572,73 @@ def test_a_cache_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("SALORA_CACHE", str(tmp_path / "file" / "cache"))
     calibrate(llama(), target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16))
     assert "is not kept for the next run" in caplog.text and "SALORA_CACHE" in caplog.text
+
+
+def test_what_lies_under_a_key_is_checked(own_cache, caplog):
+    options = {"target_modules": ["q_proj"], "safety_data": token_rows(16)}
+    first = calibrate(llama(), safety_rank=8, **options)
+    (file,) = own_cache.iterdir()
+    for wrong in (
+        calibrate(llama(), safety_rank=4, calibration_cache=False, **options),
+        calibrate(llama(seed=1), safety_rank=8, calibration_cache=False, **options),
+        calibrate(llama(), safety_rank=8, variant="paper", calibration_cache=False, **options),
+        calibrate(
+            llama(), safety_rank=8, calibration_cache=False, **{**options, "target_modules": ["q_proj", "v_proj"]}
+        ),
+    ):
+        wrong.save(file)
+        caplog.clear()
+        again = calibrate(llama(), safety_rank=8, **options)
+        assert "in the cache cannot be used and is computed again" in caplog.text and str(file) in caplog.text
+        assert all(torch.equal(first.bases[name], basis) for name, basis in again.bases.items())
+
+
+def test_a_cached_calibration_is_found_again_whatever_the_model_is_called(own_cache):
+    options = {"target_modules": ["q_proj"], "safety_rank": 8, "safety_data": token_rows(16)}
+    calibrate(llama(), **options)
+    model = llama(attn_implementation="eager")
+    model.config._name_or_path, model.config.pad_token_id, model.config.use_cache = "elsewhere", 2, False
+    sizes = forward_passes(model)
+    calibrate(model, **options)
+    assert not sizes
+
+
+def test_a_full_disk_and_no_home_are_no_reason_to_stop(own_cache, monkeypatch, caplog):
+    from safetensors import SafetensorError
+
+    import salora_plugins.safety_module as writer
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    options = {"target_modules": ["q_proj"], "safety_rank": 8, "safety_data": token_rows(16)}
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "save_file", full)
+        calibrate(llama(), **options)
+    assert "is not kept for the next run" in caplog.text and not list(own_cache.iterdir())
+    monkeypatch.delenv("SALORA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    calibrate(llama(), **options)
+    assert "Calibrated safety modules are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_one_line_says_what_was_calibrated(own_cache, capsys, request, configured):
+    """Visible once with Python's default logging, and where the application shows INFO; a cached one says so, too."""
+    root = logging.getLogger()
+    before = root.level, root.handlers
+    root.setLevel(logging.INFO if configured else logging.WARNING)
+    root.handlers = [logging.StreamHandler()] if configured else []
+    request.addfinalizer(lambda: (root.setLevel(before[0]), setattr(root, "handlers", before[1])))
+    options = {"target_modules": ["q_proj"], "safety_rank": 8, "input_safety_rank": 4, "safety_data": refusal_rows()}
+    module = calibrate(llama(), tokenizer(), **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Safety module: " in line]
+    assert len(lines) == 1
+    for part in ("16 examples", "prompt positions", "8 output directions", "4 input directions", "2 layers", " s."):
+        assert part in lines[0]
+    assert "with its chat template" in lines[0] and "cache" not in lines[0]
+    assert facts(module.provenance).replace("Safety module", "Calibration") in summary(module)
+    calibrate(llama(), tokenizer(), **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Safety module: " in line]
+    assert len(lines) == 1 and "from the cache" in lines[0]

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import tiny
-from salora_plugins import SaLoRAConfig, calibrate, load_for_training
+from salora_plugins import calibrate, load_for_training
 from salora_plugins.calibration import CalibrationError
 from salora_plugins.names import listed, pattern_for
 
@@ -58,7 +58,7 @@ def refused_before_any_forward(model: nn.Module, match: str, **options) -> str:
 def test_what_peft_refuses_for_lora_on_mamba(targets):
     with pytest.raises(ValueError) as lora:
         get_peft_model(tiny.mamba(), LoraConfig(target_modules=targets))
-    told = refused_before_any_forward(tiny.mamba(), "Mamba|not support", target_modules=targets)
+    told = refused_before_any_forward(tiny.mamba(), r"Mamba|not support", target_modules=targets)
     assert "Mamba" not in str(lora.value) or "out_proj" in told or "conv1d" in told
 
 
@@ -108,7 +108,7 @@ def test_models_that_carry_adapters_already(tmp_path):
     saved.save_pretrained(tmp_path)
     for wrapped in (saved, get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"])), saved.base_model):
         refused_before_any_forward(wrapped, r"is a (PeftModel\w*|SaLoRAModel) already.*merge_and_unload")
-    with pytest.raises(ValueError, match="is a PeftModel.* already"):
+    with pytest.raises(ValueError, match=r"is a PeftModel.* already"):
         load_for_training(saved, tmp_path)
 
 

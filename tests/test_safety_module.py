@@ -80,7 +80,7 @@ def test_restriction_takes_the_leading_directions(module):
         module.restricted_to({"output": {NAME: 9}})
     with pytest.raises(SafetyModuleError, match="input_safety_rank=5, but the safety module has only 4"):
         module.restricted_to({"output": {NAME: 8}, "input": {NAME: 5}})
-    with pytest.raises(SafetyModuleError, match="no basis for 1 of 1 target modules, the first of them 'lm_head'"):
+    with pytest.raises(SafetyModuleError, match="no basis for 1 of 1 target modules: 'lm_head'"):
         module.restricted_to({"output": {"lm_head": 8}})
 
 

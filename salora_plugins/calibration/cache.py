@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..distributed import gather_json, rank_and_world_size
-from ..safety_module import SafetyModule, SafetyModuleError
+from safetensors import SafetensorError
+
+from ..distributed import gather_json
+from ..safety_module import SafetyModule
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,12 @@ FOLDER_VARIABLE = "SALORA_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where calibrated safety modules are kept: $SALORA_CACHE, or salora-plugins in the user's cache folder."""
+    """
+    Where calibrated safety modules are kept: $SALORA_CACHE, or salora-plugins in the user's cache folder.
+
+    Raises:
+        RuntimeError: The user has no home folder.
+    """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "salora-plugins"
@@ -26,36 +34,38 @@ def cache_folder() -> Path:
 
 def cache_key(settings: dict[str, Any]) -> str:
     """A name for everything that a calibration depends on, given as JSON values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def load_cached(key: str) -> SafetyModule | None:
-    """The safety module that was stored under a key; under torch.distributed only if every rank finds it."""
-    path = _path(key)
-    found = None
-    if path.is_file():
-        try:
-            found = SafetyModule.load(path)
-        except (SafetyModuleError, OSError) as error:
-            logger.warning("A calibrated safety module in the cache cannot be used and is computed again: %s", error)
-    if not all(gather_json(found is not None)):
-        return None
-    if rank_and_world_size()[0] == 0:
+def load_cached(key: str, check: Callable[[SafetyModule], None]) -> SafetyModule | None:
+    """
+    The safety module that was stored under a key; under torch.distributed only if every rank finds it.
+
+    Args:
+        key: From `cache_key`.
+        check: Raises a ValueError for a module that is not what was asked for; it is computed again.
+    """
+    path, found = _path(key), None
+    try:
+        if path is not None and path.is_file():
+            safety_module = SafetyModule.load(path)
+            check(safety_module)
+            found = safety_module
+    except (ValueError, OSError) as error:
         logger.warning(
-            "Using the safety module that was calibrated before with this model, data and settings (%s). "
-            "calibration_cache=False calibrates again.",
-            path,
+            "A calibrated safety module in the cache cannot be used and is computed again (%s): %s", path, error
         )
-    return found
+    return found if all(gather_json(found is not None)) else None
 
 
 def store(key: str, safety_module: SafetyModule) -> None:
-    """Keep a safety module for the next run; a folder that cannot be written to is no reason to stop."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    """Keep a safety module for the next run; a folder that cannot be written to, or is full, is no reason to stop."""
+    path = _path(key)
+    if os.environ.get("LOCAL_RANK", "0") != "0" or path is None:
         return
     try:
-        safety_module.save(_path(key))
-    except OSError as error:
+        safety_module.save(path)
+    except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk
         logger.warning(
             "The calibrated safety module is not kept for the next run: %s. Set %s to a folder that can be written to.",
             error,
@@ -63,5 +73,10 @@ def store(key: str, safety_module: SafetyModule) -> None:
         )
 
 
-def _path(key: str) -> Path:
-    return cache_folder() / f"{key}.safetensors"
+def _path(key: str) -> Path | None:
+    """The file of a key; None where there is no folder to keep it in."""
+    try:
+        return cache_folder() / f"{key}.safetensors"
+    except RuntimeError as error:  # the user has no home
+        logger.warning("Calibrated safety modules are not kept: %s Set %s to a folder.", error, FOLDER_VARIABLE)
+        return None

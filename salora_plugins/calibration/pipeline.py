@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +18,11 @@ from torch import Tensor, nn
 
 from ..config import SaLoRAConfig
 from ..distributed import broadcast, rank_and_world_size
+from ..inspection import facts
 from ..layers import (
     adapters_disabled,
     base_layer,
+    check_belongs,
     check_ranks,
     check_reachable,
     check_reached_by_text,
@@ -29,6 +34,7 @@ from ..layers import (
     unreachable_weight,
     weight_samples,
 )
+from ..notices import tell
 from ..plugins import basis_methods, judges
 from ..ranks import Rank, matching_patterns
 from ..safety_module import SafetyModule
@@ -47,9 +53,11 @@ from .data import (
     select_examples,
     tokenize_examples,
 )
-from .rendering import template_digest, tokenizer_of, trainer_tokenizer
+from .rendering import has_template, template_digest, tokenizer_of, trainer_tokenizer
 from .responses import add_own_refusals
 from .statistics import Engine, ModuleStatistics, choose_engine
+
+logger = logging.getLogger(__name__)
 
 SHARE_DIRECTIONS = 256
 """How many directions a sketch must be good for where ranks are shares of the energy, and so not known before."""
@@ -106,8 +114,10 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     with adapters_disabled(model):
         requests = _selected(model, config)
         key = _cache_key(model, config, requests, ranks, engine)
-        if key is not None and (safety_module := load_cached(key)) is not None:
-            return safety_module
+        if key is not None and (cached := load_cached(key, partial(_check_asked_for, model, names, ranks))) is not None:
+            tell(logger, "%s; from the cache (calibration_cache=False calibrates again).", facts(cached.provenance))
+            return cached
+        start = time.monotonic()
         with on_accelerator(model), evaluation_mode(model):
             check_weights(model, names)
             examples, counts = _with_responses(model, config, requests)
@@ -145,7 +155,11 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             "safety_positions": config.resolved_safety_positions,
             "positions_counted": positions_counted,
             **counts,
-            **({} if config.tokenizer is None else {"chat_template_sha256": template_digest(config.tokenizer)}),
+            **_tokenizer_facts(config.tokenizer),
+            "modules": len(names),
+            "directions": {
+                side: _extent(basis.vectors.shape[1] for basis in of.values()) for side, of in bases.items()
+            },
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
@@ -163,9 +177,86 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             },
         },
     )
+    seconds = time.monotonic() - start
+    tell(logger, "%s; calibrated in %.0f s.", facts(safety_module.provenance), seconds)
     if key is not None:
         store(key, safety_module)
     return safety_module
+
+
+def _check_asked_for(
+    model: nn.Module, names: Sequence[str], ranks: Mapping[Side, Mapping[str, Rank]], safety_module: SafetyModule
+) -> None:
+    """
+    Raises:
+        ValueError: A safety module is not one of these modules of this model, with these ranks.
+    """
+    if set(safety_module.bases) != set(names) or bool(safety_module.input_bases) != ("input" in ranks):
+        raise ValueError("it is of other modules, or has another side.")
+    check_belongs(safety_module, model, names)
+    for side, bases in (("output", safety_module.bases), ("input", safety_module.input_bases)):
+        may_be_less = f"{'input_' if side == 'input' else ''}safety_rank_cut" in safety_module.provenance
+        for name, wanted in ranks.get(side, {}).items():
+            found = bases[name].shape[1]
+            if not isinstance(wanted, float) and found != wanted and not (may_be_less and found < wanted):
+                raise ValueError(f"{name!r} has {found} {side} directions instead of {wanted}.")
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What the provenance says of the tokenizer, if there is one."""
+    if tokenizer is None:
+        return {}
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return {
+        "tokenizer": str(name),
+        "has_chat_template": has_template(tokenizer),
+        "chat_template_sha256": template_digest(tokenizer),
+    }
+
+
+# What of a model's configuration does not decide activations: names, labels, what is returned, token ids that trainers
+# set, and the dtype, which the fingerprint of the weights knows.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "task_specific_params"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    }
+)
+
+
+def _deciding_configuration(values: Any) -> Any:
+    """
+    A configuration as JSON values without what has no effect on activations beyond rounding: names that begin with "_"
+    (the path, the implementation of attention) are none of them.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        str(key): _deciding_configuration(value)
+        for key, value in values.items()
+        if not str(key).startswith("_") and key not in _WITHOUT_EFFECT
+    }
+
+
+def _model_configuration(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return _deciding_configuration(config.to_dict()) if hasattr(config, "to_dict") else None
+
+
+def _ends_of_answers(model: nn.Module, tokenizer: Any) -> list[int]:
+    """What still counts of a generation configuration where answers are greedy: the tokens that end one."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured.tolist() if isinstance(configured, Tensor) else configured
+    ends = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    return sorted((ends | {getattr(tokenizer, "eos_token_id", None)}) - {None})
+
+
+def _extent(ranks: Iterable[int]) -> list[int]:
+    """The smallest and the largest."""
+    ranks = list(ranks)
+    return [min(ranks), max(ranks)]
 
 
 def _cuts(bases: Mapping[Side, Mapping[str, Basis]], ranks: Mapping[Side, Mapping[str, Rank]]) -> dict[str, int]:
@@ -302,11 +393,13 @@ def _cache_key(
         return None
     if config.basis_method != "salora":
         return None  # code of a plugin, which may change from run to run
+    ends: list[int] = []
     if any(isinstance(example, Example) for example in examples):
         # Rendered, so that another tokenizer or chat template is another calibration.
         tokenizer = _tokenizer(model, config, "safety_data")
         requests = [example for example in examples if _needs_response(example)]
         prompts = [tuple(render_prompt(request, tokenizer)) for request in requests]
+        ends = _ends_of_answers(model, tokenizer) if requests else []
         answered = [example for example in examples if not _needs_response(example)]
         digest = data_digest(
             [TokenizedExample(prompt, (IGNORED,) * len(prompt)) for prompt in prompts]
@@ -318,6 +411,8 @@ def _cache_key(
         {
             "version": version("salora-plugins"),
             "model": model_fingerprint(model),
+            "configuration": _model_configuration(model),
+            "ends_of_answers": ends,
             "examples": digest,
             "ranks": ranks,
             "positions": config.resolved_safety_positions,
