@@ -94,7 +94,7 @@ def losses_of(model: PeftModel, optimizer: str, steps: int = 20, precision=torch
     model.train()
     for step in range(steps):
         for part in range(2):
-            tokens = token_batch(seed=2 * step + part)
+            tokens = token_batch(seed=part)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != torch.float32):
                 loss = model(input_ids=tokens, labels=tokens).loss / 2
             loss.backward()
@@ -210,8 +210,6 @@ def test_other_types_and_autocast(dtype):
         logits = []
         for model in models:
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                for linear in (m for m in model.modules() if getattr(m, "_registered", False)):
-                    pass
                 logits.append(model(token_batch()).logits)
         assert torch.equal(*logits)
 
@@ -220,9 +218,6 @@ def test_compiled_as_a_whole():
     torch._dynamo.reset()
     model = salora("default", init="zero").eval()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, SafeFactor):
-                module.batch.weights.clear()
         expected = model(token_batch()).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert relative_difference(compiled(token_batch()).logits, expected) <= 1e-5
