@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from .batched_factors import FactorBatch
 
 Side = Literal["output", "input"]
 
@@ -40,6 +43,24 @@ def project_out(matrix: Tensor, basis: Tensor, side: Side) -> Tensor:
     if side == "output":
         return matrix - basis @ (basis.T @ matrix)
     return matrix - (matrix @ basis) @ basis.T
+
+
+def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: torch.dtype) -> Tensor:
+    """
+    [A - A_0; A_0] or [B, B - B_0], in the dtype of `factor`; also of several factors, stacked.
+
+    Args:
+        factor: A (..., r, d_in) or B (..., d_out, r), in the dtype to compute in.
+        offset: The start factor of the same shape; None where there is none, for the factor itself.
+        side: "input" for A, "output" for B.
+        dtype: Of the trained factor; the start factor is rounded to it first, so that they are equal at the start.
+    """
+    if offset is None:
+        return factor
+    offset = offset.to(device=factor.device, dtype=dtype).to(factor.dtype)
+    if side == "input":
+        return torch.cat([factor - offset, offset], dim=-2)
+    return torch.cat([factor, factor - offset], dim=-1)
 
 
 class SafeFactor(nn.Module):
@@ -72,6 +93,8 @@ class SafeFactor(nn.Module):
         self.start = None if offset is None else StartFactor(offset)
         self.awaits_task_data = False
         self._registered = False
+        self.batch: FactorBatch | None = None
+        self.index = 0
 
     @property
     def basis(self) -> Tensor | None:
@@ -92,19 +115,26 @@ class SafeFactor(nn.Module):
         self.start.value = value
 
     def forward(self, factor: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.compute(factor)
+        if self.batch is not None:
+            weight = self.batch.weight_of(self.index, factor)
+            if weight is not None:
+                return weight
         weight = self.compute(factor)
-        if torch.compiler.is_compiling() or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
+        inside = (self.batch is not None and self.batch.scope.depth) or torch._C._current_graph_task_id() != -1
+        if inside or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)
 
     def compute(self, factor: Tensor) -> Tensor:
         """The weight that PEFT's layers compute with, in the dtype of the trained factor and differentiable by it."""
-        self._follow(factor.device)
+        self.follow(factor.device)
         if self.start is None and self.basis is None:
             return factor
         # Autocast would run the projection in bf16 and let three digits of the safety directions through.
         with torch.autocast(device_type=factor.device.type, enabled=False):
-            stacked = self._stack(factor.float(), self.offset, factor.dtype)
+            stacked = stacked_halves(factor.float(), self.offset, self.side, factor.dtype)
             if self.basis is not None:
                 stacked = project_out(stacked, self.basis, self.side)
             return stacked.to(factor.dtype)
@@ -121,7 +151,8 @@ class SafeFactor(nn.Module):
             offset: The start factor, where it is not this module's own.
         """
         dtype, factor = factor.dtype, factor.detach().cpu().double()
-        stacked = self._stack(factor, self.offset if offset is None else offset.detach().to(factor.device), dtype)
+        offset = self.offset if offset is None else offset.detach()
+        stacked = stacked_halves(factor, offset, self.side, dtype)
         if self.basis is not None:
             stacked = project_out(stacked, self.basis.cpu().double(), self.side)
         return stacked.float().contiguous()
@@ -223,29 +254,13 @@ class SafeFactor(nn.Module):
                 self._trace = (kept.T @ kept).flatten().float().cpu()
         return self._trace
 
-    def _stack(self, factor: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """
-        [A - A_0; A_0] or [B, B - B_0] in the factor's dtype.
-
-        Args:
-            factor: In the dtype to compute in.
-            offset: The start factor.
-            dtype: Of the trained factor; the start factor is rounded to it first, so that they are equal at the start.
-        """
-        if offset is None:
-            return factor
-        offset = offset.to(device=factor.device, dtype=dtype).to(factor.dtype)
-        if self.side == "input":
-            return torch.cat([factor - offset, offset], dim=0)
-        return torch.cat([factor, factor - offset], dim=1)
-
     def _effective_shape(self, shape: torch.Size) -> torch.Size:
         rows, columns = shape
         if self.start is None:
             return shape
         return torch.Size((2 * rows, columns) if self.side == "input" else (rows, 2 * columns))
 
-    def _follow(self, device: torch.device) -> None:
+    def follow(self, device: torch.device) -> None:
         """Dispatching a model over devices moves parameters only; move along once."""
         if self._basis is not None and self._basis.device != device:
             self._basis = moved_once(self._basis, device)
@@ -258,7 +273,7 @@ class SafeFactor(nn.Module):
         if self.basis is not None:
             device = fn(self.basis.new_empty(0)).device
             if device.type != "meta":
-                self._follow(device)
+                self.follow(device)
         return self
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from .batched_factors import FactorBatch, ForwardScope
 from .calibration import calibrate_with, task_bases
 from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import ExactStatistics
@@ -125,6 +126,7 @@ class SaLoRAModel(LoraModel):
                         _restrict_layer_to_task(layer, adapter_name, bases_of_task[name])
                     progress.update()
         self._synchronize(layers.values(), adapter_name)
+        self._compute_together(adapter_name)
         self._twins[adapter_name] = twin
         waits = config.init == "task" and config.task_data is None and not weights_follow
         if waits and (twin is None or twin in self._waiting_for_task_data):
@@ -175,6 +177,8 @@ class SaLoRAModel(LoraModel):
         super().delete_adapter(adapter_name)
         self._task_starts.pop(adapter_name, None)
         self._twins.pop(adapter_name, None)
+        if "_forward_scope" in self.__dict__:
+            self._forward_scope.forget()
 
     def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
         """The safety module that an adapter is trained with, its tensors on the CPU; None for one of plain LoRA."""
@@ -202,9 +206,22 @@ class SaLoRAModel(LoraModel):
         # The base class injects from its constructor, before a subclass could set attributes of its own.
         return self.__dict__.setdefault("_factors_with_task_start", {})
 
+    @property
+    def _entry_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        return self.__dict__.setdefault("_hooks_of_entry_points", [])
+
+    def _compute_together(self, adapter_name: str) -> None:
+        """Within a forward pass, let the effective weights of an adapter be computed at once."""
+        scope = self.__dict__.get("_forward_scope")
+        if scope is None:
+            scope = self.__dict__["_forward_scope"] = ForwardScope()
+            for entry in self._entry_points():
+                self._entry_hooks.extend(scope.watch(entry))
+        FactorBatch([linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
+
     def _waits(self, adapter_name: str) -> bool:
         # One stands for all: they are restricted, loaded and copied together.
-        return any(factor.awaits_task_data for factor in self._task_starts[adapter_name][:1])
+        return self._task_starts[adapter_name][0].awaits_task_data
 
     @property
     def _twins(self) -> dict[str, str | None]:
@@ -289,11 +306,11 @@ class SaLoRAModel(LoraModel):
         initialization does not change what the model computes. Whether it is still to come is part of the factors'
         state, so that a state dict that is loaded brings its own answer.
         """
-        if "_entry_hooks" not in self.__dict__:
+        if not self.__dict__.setdefault("_waits_for_batches", False):
+            self._waits_for_batches = True
             for entry in self._entry_points():
                 # A method and no closure: in a deep copy of the model it is the copy's.
-                handle = entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-                self.__dict__.setdefault("_entry_hooks", []).append(handle)
+                self._entry_hooks.append(entry.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         factors = [safe_factor(layer.lora_B[adapter_name]) for _, layer in self._layers_of(adapter_name)]
         for factor in factors:
             factor.awaits_task_data = True
@@ -311,8 +328,9 @@ class SaLoRAModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for handle in self.__dict__.pop("_entry_hooks", ()):
+        for handle in self._entry_hooks:
             handle.remove()
+        self._entry_hooks.clear()
         self._task_starts.clear()
         return model
 

@@ -213,7 +213,7 @@ def test_layers_that_share_a_basis_share_it_on_another_device_too():
     assert factors[0].basis is factors[1].basis
     elsewhere = torch.device("meta")  # stands for any other
     for factor in factors:
-        factor._follow(elsewhere)
+        factor.follow(elsewhere)
     assert factors[0].basis.device == elsewhere and factors[0].basis is factors[1].basis
 
 

@@ -1,0 +1,314 @@
+"""
+The effective weights of a forward pass, computed together.
+
+What a parametrized weight costs on a GPU is the number of operations, not their size. Within a forward pass of the
+model the first weight that is asked for computes those of all layers, a few operations for each shape of factor, and
+every layer takes its slice. The parametrization stays what a weight means: outside of a forward pass, in compiled code
+and for factors that are sharded or elsewhere every layer computes its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .parametrization import SafeFactor, Side, StartFactor, safe_factor, stacked_halves
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
+
+# Bases that are slices of a stack already.
+_slices = WeakIdKeyDictionary()
+
+
+class ForwardScope:
+    """Knows whether one of a model's entry points is running: its methods are their hooks."""
+
+    def __init__(self) -> None:
+        self.batches: list[FactorBatch] = []
+        self.depth = 0
+        self.passes = 0
+
+    def watch(self, entry: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Call `enter` and `leave` around every forward pass of a module, also where it fails."""
+        return [
+            entry.register_forward_pre_hook(self.enter),
+            entry.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.depth += 1
+        if self.depth == 1:
+            self.passes += 1
+
+    def leave(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            for batch in self.batches:
+                batch.weights.pop(False, None)
+
+    def forget(self) -> None:
+        """Forget adapters that are not there any more."""
+        self.batches = [batch for batch in self.batches if any(batch.factors())]
+
+    def replace_basis(self, old: Tensor, new: Tensor) -> None:
+        """Let all factors that share a basis share its copy in a stack, so that the memory of the old one is free."""
+        for batch in self.batches:
+            for factor in batch.factors():
+                if factor._basis is old:
+                    factor._basis = new
+
+
+@dataclass
+class _Weights:
+    """What was computed for one forward pass. Lists are in the order of the batch's factors."""
+
+    forward_pass: int
+    factors: list[Tensor]
+    versions: list[int]
+    weights: list[Tensor | None]
+    used: list[bool]
+
+
+class FactorBatch:
+    """
+    The factors of one adapter.
+
+    Weights with gradients are kept until the next pass: checkpointed layers that are recomputed in the backward pass
+    must take the very weights of the forward pass. Reentrant checkpointing runs its layers without gradients first, so
+    that they were not handed out, and computes its own then.
+
+    Args:
+        linears: The parametrized lora_A and lora_B layers of one adapter.
+        scope: Of the model that they are part of.
+    """
+
+    def __init__(self, linears: list[nn.Module], scope: ForwardScope) -> None:
+        # Weak: the factors refer to this object.
+        self._holders = [weakref.ref(linear.parametrizations.weight) for linear in linears]
+        self._groups: list[_Group] = []
+        self.scope = scope
+        self.weights: dict[bool, _Weights] = {}
+        scope.batches.append(self)
+        for index, linear in enumerate(linears):
+            factor = safe_factor(linear)
+            factor.batch, factor.index = self, index
+
+    def factors(self) -> Iterator[SafeFactor]:
+        """The factors that are still there."""
+        for reference in self._holders:
+            holder = reference()
+            if holder is not None:
+                yield holder[0]
+
+    def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
+        """
+        The weight of a factor, where it may be taken from those that were computed together.
+
+        Args:
+            index: Of the factor.
+            factor: The trained factor, as the parametrization was given it.
+        """
+        grad = torch.is_grad_enabled()
+        if in_backward():
+            found = self.weights.get(True) if grad else None
+            if found is None or not found.used[index]:
+                return None
+        elif not self.scope.depth:
+            return None
+        else:
+            found = self.weights.get(grad)
+            if found is None or found.forward_pass != self.scope.passes:
+                self.weights.pop(grad, None)  # the memory of the last pass, before that of this one
+                found = self.weights[grad] = self._compute()
+        if found.factors[index] is not factor or found.versions[index] != factor._version:
+            return None
+        found.used[index] = True
+        return found.weights[index]
+
+    def _compute(self) -> _Weights:
+        count = len(self._holders)
+        factors = self._trained_factors()
+        if factors is None:
+            nothing: list[Any] = [None] * count
+            return _Weights(self.scope.passes, nothing, nothing, nothing, [False] * count)
+        safe_factors = list(self.factors())
+        if not self._groups or not all(group.fits(safe_factors, factors) for group in self._groups):
+            self._groups = []  # the stacks of the last grouping, before those of this one
+            self._groups = _grouped(safe_factors, factors, self.scope)
+        weights: list[Tensor | None] = [None] * count
+        for group in self._groups:
+            results = _Together.apply(group, *(factors[i] for i in group.indices))
+            for i, weight in zip(group.indices, results, strict=True):
+                weights[i] = weight
+        return _Weights(self.scope.passes, factors, [f._version for f in factors], weights, [False] * count)
+
+    def _trained_factors(self) -> list[Tensor] | None:
+        """The trained factors; None where one is sharded, offloaded, or not an ordinary tensor now."""
+        if peek_interpreter_stack() is not None:  # torch.func
+            return None
+        factors = []
+        for reference in self._holders:
+            holder = reference()
+            # DeepSpeed's ZeRO-3 puts a dictionary of its own there, which gathers what it is asked for.
+            if holder is None or type(holder._parameters) is not dict:
+                return None
+            factor = holder._parameters["original"]
+            if type(factor) not in (Tensor, nn.Parameter) or factor.is_meta or not factor.numel():
+                return None
+            factors.append(factor)
+        return factors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
+        result = memo[id(self)] = object.__new__(FactorBatch)
+        result._groups, result.weights = [], {}
+        result._holders = [weakref.ref(copy.deepcopy(reference(), memo)) for reference in self._holders]
+        result.scope = copy.deepcopy(self.scope, memo)
+        return result
+
+
+@dataclass
+class _Group:
+    """Factors that one pair of batched products projects."""
+
+    side: Side
+    indices: list[int]
+    """Of the factors; those that share a basis follow one another."""
+    kind: _Kind
+    starts: list[StartFactor]
+    """Of every factor; empty where they start at a zero update."""
+    bases: list[Tensor]
+    """Every basis once; empty where there is no projection."""
+    stack: Tensor | None
+    """The same as one tensor, (m, d, k)."""
+
+    def fits(self, safe_factors: list[SafeFactor], factors: list[Tensor]) -> bool:
+        """Whether everything is still where and what it was when the factors were grouped."""
+        for slot, i in enumerate(self.indices):
+            factor = safe_factors[i]
+            if (
+                _kind(factors[i]) != self.kind
+                or (self.bases and factor._basis is not self.bases[slot // self._sharing])
+                or factor.start is not (self.starts[slot] if self.starts else None)
+            ):
+                return False
+        return True
+
+    @property
+    def _sharing(self) -> int:
+        """How many factors share a basis."""
+        return len(self.indices) // len(self.bases)
+
+    def weights(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """(n, ...): what `SafeFactor.compute` computes of every factor."""
+        stacked = torch.stack(factors)
+        if not self.starts:
+            return self.projected(stacked.float()).to(stacked.dtype)
+        offset = torch.stack([start.value.to(stacked.device) for start in self.starts])
+        halves = stacked_halves(stacked.float(), offset, self.side, stacked.dtype)
+        return self.projected(halves).to(stacked.dtype)
+
+    def gradients(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """(n, ...): the gradients of the trained factors, of those of the weights: the projection is symmetric."""
+        stacked = torch.stack(gradients)
+        dtype = stacked.dtype
+        if self.starts:
+            first, second = stacked.float().chunk(2, dim=1 if self.side == "input" else 2)
+            stacked = first if self.side == "input" else first + second
+        return self.projected(stacked.float()).to(dtype)
+
+    def projected(self, stacked: Tensor) -> Tensor:
+        """`project_out` of all at once; stacked is (n, k, d_in) for the input side and (n, d_out, k) for the output."""
+        if not self.bases:
+            return stacked
+        bases = torch.stack(self.bases) if self.stack is None else self.stack
+        if self.side == "output":
+            return torch.baddbmm(stacked, bases, bases.mT @ stacked, alpha=-1)
+        rows = stacked if self._sharing == 1 else stacked.reshape(len(self.bases), -1, stacked.shape[2])
+        rows = torch.baddbmm(rows, rows @ bases, bases.mT, alpha=-1)
+        return rows.view(stacked.shape)
+
+
+class _Together(torch.autograd.Function):
+    """A group's weights. Nothing is saved for the backward pass, and a weight that was not used gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, group: _Group, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        with torch.autocast(factors[0].device.type, enabled=False):
+            return group.weights(factors).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        some = next(gradient for gradient in gradients if gradient is not None)
+        given = tuple(torch.zeros_like(some) if gradient is None else gradient for gradient in gradients)
+        with torch.autocast(some.device.type, enabled=False):
+            results = ctx.group.gradients(given).unbind()
+        return None, *(r if g is not None else None for g, r in zip(gradients, results, strict=True))
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, so that a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _kind(factor: Tensor) -> _Kind:
+    return factor.shape, factor.dtype, factor.device, factor.requires_grad
+
+
+def _grouped(safe_factors: list[SafeFactor], factors: list[Tensor], scope: ForwardScope) -> list[_Group]:
+    """Groups of one side, kind, size of basis and number of factors that share one; without plain parameters."""
+    same: dict[Any, list[int]] = {}
+    for i, (safe, factor) in enumerate(zip(safe_factors, factors, strict=True)):
+        safe.follow(factor.device)
+        if safe.start is None and safe._basis is None:
+            continue
+        # On the output side every layer has a basis of its own.
+        basis = i if safe._basis is None or safe.side == "output" else id(safe._basis)
+        width = 0 if safe._basis is None else safe._basis.shape[1]
+        same.setdefault((safe.side, _kind(factor), width, safe.start is None, basis), []).append(i)
+    members: dict[Any, list[int]] = {}
+    for (*kind, _), indices in same.items():
+        members.setdefault((*kind, len(indices)), []).extend(indices)
+    groups = []
+    for (side, kind, width, without_start, sharing), indices in members.items():
+        starts = [] if without_start else [safe_factors[i].start for i in indices]
+        of_bases = [safe_factors[i] for i in indices[::sharing]] if width else []
+        stack = _stack_in_place([safe._basis for safe in of_bases], scope) if width else None
+        groups.append(_Group(side, indices, kind, starts, [safe._basis for safe in of_bases], stack))
+    return groups
+
+
+def _stack_in_place(bases: list[Tensor], scope: ForwardScope) -> Tensor | None:
+    """
+    The bases as one tensor (m, d, k) that holds the memory of them all; None where they are slices of other stacks.
+
+    Bases are most of the memory of an adapter, so that there must not be a second copy.
+    """
+    first, size = bases[0], bases[0].numel()
+    if all(
+        basis.is_contiguous()
+        and basis.untyped_storage()._cdata == first.untyped_storage()._cdata
+        and basis.storage_offset() == first.storage_offset() + i * size
+        for i, basis in enumerate(bases)
+    ):
+        return first.as_strided((len(bases), *first.shape), (size, first.shape[1], 1))
+    if any(basis in _slices for basis in bases):
+        return None
+    stack = torch.stack(bases)
+    for old, new in zip(bases, stack.unbind(), strict=True):
+        _slices[new] = True
+        scope.replace_basis(old, new)
+    return stack

@@ -1,0 +1,223 @@
+"""What a training step costs over one with plain LoRA, counted in operations, and that it computes the same."""
+
+import copy
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from salora_plugins import calibrate
+from salora_plugins.parametrization import EffectiveWeight, SafeFactor, trained_factor
+from tiny import llama, relative_difference, token_batch, token_rows
+from tiny import salora_config as config
+
+LAYERS = 24
+FORMS = {"default": {"init": None}, "paper": {"variant": "paper", "init": None}}
+forms = pytest.mark.parametrize("form", FORMS)
+checkpointing = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+MODULES = {}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def salora(form: str, layers: int = 2, **options) -> PeftModel:
+    targets = "all-linear"
+    if (form, layers) not in MODULES:
+        variant = {key: value for key, value in FORMS[form].items() if key == "variant"}
+        data = token_rows(8)
+        base = llama(num_hidden_layers=layers)
+        MODULES[form, layers] = calibrate(base, safety_data=data, target_modules=targets, safety_rank=4, **variant)
+    given = {"safety_rank": 4, "safety_module": MODULES[form, layers], "target_modules": targets, **FORMS[form]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(llama(num_hidden_layers=layers), config(**{**given, "task_rank": 32, **options}))
+
+
+def operations_of_a_step(model: PeftModel, checkpointing: bool) -> Counter:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    tokens = token_batch()
+    model.train()
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with Operations() as operations:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return operations.counts
+
+
+LORA = {}
+
+
+@forms
+@checkpointing
+def test_operations_of_a_step(form, checkpointing):
+    if checkpointing not in LORA:
+        lora = get_peft_model(llama(num_hidden_layers=LAYERS), LoraConfig(r=4, target_modules="all-linear"))
+        LORA[checkpointing] = operations_of_a_step(lora, checkpointing)
+    expected = LORA[checkpointing]
+    counts = operations_of_a_step(salora(form, LAYERS), checkpointing)
+    assert counts.total() <= 1.02 * expected.total(), (counts - expected).most_common(12)
+
+
+def each_alone(model: PeftModel) -> PeftModel:
+    """Let every layer compute its own weights, as outside of a forward pass."""
+    for module in model.modules():
+        if isinstance(module, SafeFactor):
+            module.batch = None
+    return model
+
+
+def losses_of(model: PeftModel, optimizer: str, steps: int = 20, precision=torch.float32) -> torch.Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optimizer == "AdamW":
+        optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    losses = []
+    model.train()
+    for step in range(steps):
+        for part in range(2):
+            tokens = token_batch(seed=part)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != torch.float32):
+                loss = model(input_ids=tokens, labels=tokens).loss / 2
+            loss.backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("init", ["task", "pissa", "zero"])
+def test_training_is_the_same_as_with_every_weight_alone(init, optimizer):
+    form = "paper" if init == "task" else "default"
+    together = losses_of(salora(form, init=init), optimizer)
+    alone = losses_of(each_alone(salora(form, init=init)), optimizer)
+    assert ((together - alone).abs() / alone).max() <= 1e-6
+    assert together[-1] < together[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True, None])
+def test_recomputed_layers_take_the_weights_of_the_forward_pass(reentrant):
+    def gradients(model, checkpointing):
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        model.train()
+        first, second = token_batch(seed=1), token_batch(seed=2)
+        loss = model(input_ids=first, labels=first).loss + model(input_ids=second, labels=second).loss
+        with torch.no_grad():  # such as that of a reference
+            model(input_ids=first)
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    found = gradients(salora("default", init="pissa"), reentrant)
+    expected = gradients(each_alone(salora("default", init="pissa")), None)
+    for gradient, other in zip(found, expected, strict=True):
+        assert relative_difference(gradient, other) <= 1e-5
+
+
+def test_a_layer_that_is_not_used_gets_no_gradient():
+    model = salora("default").train()
+    layer = model.base_model.model.model.layers[1]
+    layer.forward = lambda hidden, *args, **kwargs: hidden
+    tokens = token_batch()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad is None) == (".layers.1." in name), name
+
+
+def test_what_changes_within_a_forward_pass_is_heeded():
+    """Also where it fails, or a factor is written to."""
+    model = salora("default", init="pissa").train()
+    tokens = token_batch()
+    linear = model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"]
+    seen = []
+
+    def write(module, args):
+        with torch.no_grad():
+            trained_factor(linear).add_(1)
+        seen.append(linear.weight)
+        assert type(linear.weight) is torch.Tensor
+
+    handle = model.base_model.model.model.layers[1].register_forward_pre_hook(write)
+    model(input_ids=tokens)
+    handle.remove()
+    assert torch.allclose(seen[0], linear.weight, atol=1e-6)
+    assert isinstance(linear.weight, EffectiveWeight)
+    handle = model.base_model.model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=tokens)
+    handle.remove()
+    assert isinstance(linear.weight, EffectiveWeight)
+    copied = copy.deepcopy(model)
+    assert losses_of(copied, "AdamW", steps=2)[-1] != losses_of(model, "SGD", steps=2)[-1]
+    own = [module for module in copied.modules() if isinstance(module, SafeFactor)]
+    assert all(list(module.batch.factors())[module.index] is module for module in own)
+    assert {id(module.batch) for module in own} == {id(own[0].batch)} and own[0].batch.scope.batches == [own[0].batch]
+
+
+def test_bases_are_in_memory_once():
+    """Those of the layers that share one, of twins, and those that are stacked to be projected with together."""
+    model = salora("default")
+    model.add_adapter("twin", model.peft_config["default"])
+    factors = [module for module in model.modules() if isinstance(module, SafeFactor)]
+    expected = sum({factor.basis.data_ptr(): factor.basis.nbytes for factor in factors}.values())
+    before = [factor.basis.clone() for factor in factors]
+    model.train()
+    for _ in range(2):
+        model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+        storages = {factor.basis.untyped_storage()._cdata: factor.basis.untyped_storage() for factor in factors}
+        assert sum(storage.nbytes() for storage in storages.values()) == expected
+        assert len(storages) < 10
+    assert all(torch.equal(factor.basis, basis) for factor, basis in zip(factors, before, strict=True))
+    model.set_adapter("twin")
+    model(input_ids=token_batch())
+    storages = {factor.basis.untyped_storage()._cdata: factor.basis.untyped_storage() for factor in factors}
+    assert sum(storage.nbytes() for storage in storages.values()) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_types_and_autocast(dtype):
+    for precision in (dtype, torch.float32):
+        models = []
+        for alone in (False, True):
+            model = salora("default", init="pissa")
+            if precision == dtype:
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.to(dtype)
+            models.append(each_alone(model) if alone else model)
+        logits = []
+        for model in models:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                logits.append(model(token_batch()).logits)
+        assert torch.equal(*logits)
+
+
+def test_compiled_as_a_whole():
+    torch._dynamo.reset()
+    model = salora("default", init="zero").eval()
+    with torch.no_grad():
+        expected = model(token_batch()).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert relative_difference(compiled(token_batch()).logits, expected) <= 1e-5
