@@ -92,7 +92,7 @@ def losses_of(model: PeftModel, optimizer: str, steps: int = 20, precision=torch
         optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
     losses = []
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         for part in range(2):
             tokens = token_batch(seed=part)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != torch.float32):
