@@ -92,7 +92,7 @@ def losses_of(model: PeftModel, optimizer: str, steps: int = 20, precision=torch
         optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
     losses = []
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         for part in range(2):
             tokens = token_batch(seed=part)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != torch.float32):
@@ -164,6 +164,11 @@ def test_what_changes_within_a_forward_pass_is_heeded():
     handle.remove()
     assert torch.allclose(seen[0], linear.weight, atol=1e-6)
     assert isinstance(linear.weight, EffectiveWeight)
+    with torch.no_grad():
+        handle = model.base_model.model.model.layers[1].register_forward_pre_hook(lambda *_: linear.weight.mul_(2))
+        with pytest.raises(RuntimeError, match="written to in place within a forward pass"):
+            model(input_ids=tokens)
+    handle.remove()
     handle = model.base_model.model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=tokens)
