@@ -33,7 +33,8 @@ class ForwardScope:
 
     def __init__(self) -> None:
         self.batches: list[FactorBatch] = []
-        self.depth = 0
+        self.running: list[int] = []
+        """The ids of the entry points that are running, the outermost first."""
         self.passes = 0
 
     def watch(self, entry: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
@@ -43,18 +44,20 @@ class ForwardScope:
             entry.register_forward_hook(self.leave, always_call=True),
         ]
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self.depth += 1
-        if self.depth == 1:
+        if id(module) in self.running:
+            self.running.clear()  # a pass that Ctrl-C ended, of which hooks hear nothing
+        if not self.running:
             self.passes += 1
+        self.running.append(id(module))
 
-    def leave(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling() or id(module) not in self.running:
             return
-        self.depth = max(0, self.depth - 1)
-        if self.depth == 0:
+        del self.running[self.running.index(id(module)) :]
+        if not self.running:
             for batch in self.batches:
                 batch.close()
 
@@ -127,7 +130,7 @@ class FactorBatch:
             found = self.weights.get(True) if grad else None
             if found is None or not found.used[index]:
                 return None
-        elif not self.scope.depth:
+        elif not self.scope.running:
             return None
         else:
             found = self.weights.get(grad)
@@ -186,7 +189,8 @@ class FactorBatch:
             if holder is None or type(holder._parameters) is not dict:
                 return None
             factor = holder._parameters["original"]
-            if type(factor) not in (Tensor, nn.Parameter) or factor.is_meta or not factor.numel():
+            # The shards of FSDP1 have one dimension.
+            if type(factor) not in (Tensor, nn.Parameter) or factor.is_meta or factor.dim() != 2 or not factor.numel():
                 return None
             factors.append(factor)
         return factors
