@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 LLAMA_8B = {
@@ -63,6 +64,26 @@ def peak_tensor_bytes(function: Callable[[], Any]) -> int:
         alive += change
         peak = max(peak, alive)
     return peak
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(function: Callable[[], Any]) -> int:
+    """
+    How many of torch's operations a call dispatches, in backward passes, too: what a step of small operations costs on
+    a GPU, where launching them takes longer than they do; the same on every machine.
+    """
+    with _Counter() as counter:
+        function()
+    return counter.operations
 
 
 def machine() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py time
     python benchmarks/training_step.py memory
+    python benchmarks/training_step.py operations --shape 24-small-layers --tokens 16
     python benchmarks/training_step.py time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
 
 A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
@@ -22,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
+from measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 
 RANK = 16
@@ -34,6 +35,14 @@ SHAPES = {
         "num_hidden_layers": 2,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "24-small-layers": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
     },
     "1b": {
         "vocab_size": 128256,
@@ -67,7 +76,7 @@ class DenseProjectorLinear(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "memory"))
+    parser.add_argument("what", choices=("time", "memory", "operations"))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="two-layers")
     parser.add_argument("--methods", default="lora,salora,paper,dense", help="of lora, salora, paper, dense")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -87,6 +96,10 @@ def main() -> None:
         # Within a turn, since what else the machine does changes from turn to turn.
         ratios = {m: [a / b for a, b in zip(times[m], times["lora"], strict=True)] for m in methods}
         result["over_lora"] = {method: round(median(values), 3) for method, values in ratios.items()}
+    elif arguments.what == "operations":
+        counts = {method: operations(training_step(base, method, arguments)[0]) for method in methods}
+        result["operations"] = counts
+        result["over_lora"] = {method: round(count / counts["lora"], 3) for method, count in counts.items()}
     else:
         # Alone, so that no other method's adapter is in memory.
         peaks = {method: memory(base, method, arguments) for method in methods}
@@ -131,7 +144,9 @@ def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Names
                 model.set_submodule(name, DenseProjectorLinear(module, safety_rank=32))
     else:
         raise SystemExit(f"--methods: there is no {method!r}")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    # As torch does it on GPUs, so that the count is that of a GPU.
+    foreach = True if arguments.what == "operations" else None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=foreach)
     model.train()
 
     def step() -> None:

@@ -33,7 +33,8 @@ class ForwardScope:
 
     def __init__(self) -> None:
         self.batches: list[FactorBatch] = []
-        self.depth = 0
+        self.running: list[int] = []
+        """The ids of the entry points that are running, the outermost first."""
         self.passes = 0
 
     def watch(self, entry: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
@@ -43,20 +44,22 @@ class ForwardScope:
             entry.register_forward_hook(self.leave, always_call=True),
         ]
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self.depth += 1
-        if self.depth == 1:
+        if id(module) in self.running:
+            self.running.clear()  # a pass that Ctrl-C ended, of which hooks hear nothing
+        if not self.running:
             self.passes += 1
+        self.running.append(id(module))
 
-    def leave(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling() or id(module) not in self.running:
             return
-        self.depth = max(0, self.depth - 1)
-        if self.depth == 0:
+        del self.running[self.running.index(id(module)) :]
+        if not self.running:
             for batch in self.batches:
-                batch.weights.pop(False, None)
+                batch.close()
 
     def forget(self) -> None:
         """Forget adapters that are not there any more."""
@@ -78,6 +81,8 @@ class _Weights:
     factors: list[Tensor]
     versions: list[int]
     weights: list[Tensor | None]
+    of_groups: list[Tensor]
+    """One weight of every group: all of a group share a count of writes."""
     used: list[bool]
 
 
@@ -125,7 +130,7 @@ class FactorBatch:
             found = self.weights.get(True) if grad else None
             if found is None or not found.used[index]:
                 return None
-        elif not self.scope.depth:
+        elif not self.scope.running:
             return None
         else:
             found = self.weights.get(grad)
@@ -142,17 +147,36 @@ class FactorBatch:
         factors = self._trained_factors()
         if factors is None:
             nothing: list[Any] = [None] * count
-            return _Weights(self.scope.passes, nothing, nothing, nothing, [False] * count)
+            return _Weights(self.scope.passes, nothing, nothing, nothing, [], [False] * count)
         safe_factors = list(self.factors())
         if not self._groups or not all(group.fits(safe_factors, factors) for group in self._groups):
             self._groups = []  # the stacks of the last grouping, before those of this one
             self._groups = _grouped(safe_factors, factors, self.scope)
         weights: list[Tensor | None] = [None] * count
+        of_groups = []
         for group in self._groups:
             results = _Together.apply(group, *(factors[i] for i in group.indices))
             for i, weight in zip(group.indices, results, strict=True):
                 weights[i] = weight
-        return _Weights(self.scope.passes, factors, [f._version for f in factors], weights, [False] * count)
+            of_groups.append(results[0])
+        return _Weights(self.scope.passes, factors, [f._version for f in factors], weights, of_groups, [False] * count)
+
+    def close(self) -> None:
+        """
+        At the end of a forward pass.
+
+        Raises:
+            RuntimeError: A weight was written to within it, which the factors do not hear of.
+        """
+        for found in self.weights.values():
+            if any(not weight.is_inference() and weight._version for weight in found.of_groups):
+                self.weights.clear()
+                raise RuntimeError(
+                    "A LoRA weight was written to in place within a forward pass, where it is computed and the change "
+                    "would be lost. Write to it outside of the forward pass, or to the trained factor, "
+                    "lora_A[...].parametrizations.weight.original."
+                )
+        self.weights.pop(False, None)
 
     def _trained_factors(self) -> list[Tensor] | None:
         """The trained factors; None where one is sharded, offloaded, or not an ordinary tensor now."""
@@ -165,7 +189,8 @@ class FactorBatch:
             if holder is None or type(holder._parameters) is not dict:
                 return None
             factor = holder._parameters["original"]
-            if type(factor) not in (Tensor, nn.Parameter) or factor.is_meta or not factor.numel():
+            # The shards of FSDP1 have one dimension.
+            if type(factor) not in (Tensor, nn.Parameter) or factor.is_meta or factor.dim() != 2 or not factor.numel():
                 return None
             factors.append(factor)
         return factors
@@ -173,7 +198,12 @@ class FactorBatch:
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
         result = memo[id(self)] = object.__new__(FactorBatch)
         result._groups, result.weights = [], {}
-        result._holders = [weakref.ref(copy.deepcopy(reference(), memo)) for reference in self._holders]
+        holders = [reference() for reference in self._holders]
+        # One that is gone stays a reference to nothing.
+        result._holders = [
+            reference if holder is None else weakref.ref(copy.deepcopy(holder, memo))
+            for reference, holder in zip(self._holders, holders, strict=True)
+        ]
         result.scope = copy.deepcopy(self.scope, memo)
         return result
 

@@ -122,7 +122,7 @@ class SafeFactor(nn.Module):
             if weight is not None:
                 return weight
         weight = self.compute(factor)
-        inside = (self.batch is not None and self.batch.scope.depth) or torch._C._current_graph_task_id() != -1
+        inside = (self.batch is not None and self.batch.scope.running) or torch._C._current_graph_task_id() != -1
         if inside or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)

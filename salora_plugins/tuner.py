@@ -309,8 +309,10 @@ class SaLoRAModel(LoraModel):
         if not self.__dict__.setdefault("_waits_for_batches", False):
             self._waits_for_batches = True
             for entry in self._entry_points():
-                # A method and no closure: in a deep copy of the model it is the copy's.
-                self._entry_hooks.append(entry.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+                # A method and no closure: in a deep copy of the model it is the copy's. First, since it runs the model.
+                self._entry_hooks.append(
+                    entry.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+                )
         factors = [safe_factor(layer.lora_B[adapter_name]) for _, layer in self._layers_of(adapter_name)]
         for factor in factors:
             factor.awaits_task_data = True

@@ -164,16 +164,37 @@ def test_what_changes_within_a_forward_pass_is_heeded():
     handle.remove()
     assert torch.allclose(seen[0], linear.weight, atol=1e-6)
     assert isinstance(linear.weight, EffectiveWeight)
+
+    def zero(*_):
+        linear.weight.zero_()
+
+    with torch.no_grad():
+        handle = model.base_model.model.model.layers[1].register_forward_pre_hook(zero)
+        with pytest.raises(RuntimeError, match="written to in place within a forward pass"):
+            model(input_ids=tokens)
+    handle.remove()
     handle = model.base_model.model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(input_ids=tokens)
     handle.remove()
+    assert isinstance(linear.weight, EffectiveWeight)
+    handle = model.base_model.model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=tokens)
+    handle.remove()
+    expected = model(input_ids=tokens).logits
+    linear.parametrizations.weight.original.data.add_(1)  # as some optimizers do: not counted as a write
+    assert relative_difference(model(input_ids=tokens).logits, expected) > 1e-2
     assert isinstance(linear.weight, EffectiveWeight)
     copied = copy.deepcopy(model)
     assert losses_of(copied, "AdamW", steps=2)[-1] != losses_of(model, "SGD", steps=2)[-1]
     own = [module for module in copied.modules() if isinstance(module, SafeFactor)]
     assert all(list(module.batch.factors())[module.index] is module for module in own)
     assert {id(module.batch) for module in own} == {id(own[0].batch)} and own[0].batch.scope.batches == [own[0].batch]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_bases_are_in_memory_once():
