@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from salora_plugins.calibration.data import (
     select_examples,
     tokenize_examples,
 )
-from salora_plugins.calibration.rendering import tokenizer_of
+from salora_plugins.calibration.rendering import TEMPLATE_DATE, tokenizer_of
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
 
@@ -222,6 +223,7 @@ DATED = {
     "Mistral Small": "{% set today = strftime_now('%Y-%m-%d') %}{% set system = 'The current date is ' + today %}"
     "[SYSTEM_PROMPT]{{ system }}[/SYSTEM_PROMPT]",
     "SmolLM3": "{% set today = strftime_now('%d %B %Y') %}{{ 'Today Date: ' ~ today ~ '\n' }}",
+    "no zero in front": "    {%- if true %}\n    {{ strftime_now('%A, %-d %b %Y, %-m') }}\n    {%- endif %}",
     "gpt-oss": "{% macro head() %}{{ 'Current date: ' + strftime_now('%Y-%m-%d') + '\n\n' }}{% endmacro %}{{ head() }}",
 }
 
@@ -231,7 +233,11 @@ def test_templates_that_write_the_date_render_the_same_every_day(head):
     """With transformers' own clock, they are other ids, and so another calibration, on every day."""
     tokenizer = build_tokenizer(head + CHATML)
     before, response = tokenize_one({"messages": PAIR}, tokenizer)
-    assert any(date in before for date in ("26 Jul 2024", "26 July 2024", "2024-07-26"))
+    todays = tokenizer.apply_chat_template([dict(PAIR[0])], add_generation_prompt=True, tokenize=False)
+    for form in ("%A, %-d %b %Y, %-m", "%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
+        todays = todays.replace(datetime.now().strftime(form), TEMPLATE_DATE.strftime(form))
+    assert before == todays
+    assert "26" in before
     assert response == ANSWERED
     assert tokenizer.decode(render_prompt(Example(tuple(PAIR[:1])), tokenizer)) == before
 

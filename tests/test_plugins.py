@@ -137,7 +137,7 @@ def test_commands_of_plugins(installed):
         assert text not in result.stdout
     for text in (
         "'salora-test-plugin:exits_at_import' could not be loaded and is skipped: SystemExit",
-        "'salora-test-plugin:unknown_type' failed in register_commands and is skipped: RuntimeError",
+        "'salora-test-plugin:unknown_type' failed in register_commands and is skipped: AssertionError",
         "'salora-test-plugin:a_missing_package' could not be loaded",
         "'salora-test-plugin:fails_to_register' failed in register_commands",
         "'salora-test-plugin:takes_names' registers a command named 'demo', but that name is taken already",

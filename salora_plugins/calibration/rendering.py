@@ -106,8 +106,21 @@ def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         # Without its thinking, a reasoning model's answer begins at once: the response is what the user reads.
         options["enable_thinking"] = False
     if "strftime_now" in template:
-        options["strftime_now"] = TEMPLATE_DATE.strftime  # in place of the function that transformers gives
+        options["chat_template"] = _with_a_fixed_date(tokenizer.get_chat_template())
     return options
+
+
+def _with_a_fixed_date(template: str) -> str:
+    """
+    A chat template that takes every day for `TEMPLATE_DATE`: a macro stands before the function that transformers gives
+    to templates. The function itself cannot be handed over as an argument, which transformers makes plain data.
+    """
+    written = {f"%{letter}": TEMPLATE_DATE.strftime(f"%{letter}") for letter in "aAbBcdFHIjmMpSTuUVwWxXyY"}
+    # "%-d" is the day without a zero in front, where the platform knows it.
+    written |= {f"%-{letter}": written[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSUVWy"}
+    replaced = "".join(f" | replace({directive!r}, {text!r})" for directive, text in written.items())
+    # A block at the end of a line, which jinja removes with its line break: the rest renders as it did.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def tokenizer_of(processing_class: Any) -> Any:

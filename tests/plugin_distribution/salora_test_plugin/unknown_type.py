@@ -8,7 +8,7 @@ from salora_plugins.hookspecs import hookimpl
 @hookimpl
 def register_commands(app):
     @app.command()
-    def unknown_type(value: object) -> None:
+    def unknown_type(value: int | str) -> None:
         """Typer looks at the parameter later."""
 
 
