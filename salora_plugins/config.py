@@ -137,7 +137,8 @@ class SaLoRAConfig(LoraConfig):
             `num_task_samples` than by default.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
-            taken, and kept if they are refusals).
+            taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,
+            .parquet, or .txt with a request a line), a folder, a data set of the hub; a list of rows or of requests.
         task_data (`str`, path, `datasets.Dataset` or list, *optional*):
             Training examples for `init="task"`. `None` takes the first batch that is trained on.
         safety_module (`str`, path or [`SafetyModule`], *optional*):
@@ -157,8 +158,8 @@ class SaLoRAConfig(LoraConfig):
             `~/.cache/salora-plugins`), and take it from there when model, data and settings are the same.
         seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` loads the one
-            in the model's own folder or repository.
+            Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` takes that of the
+            trainer that is being made, or the one in the model's own folder or repository.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of the trained factors A and B."})
