@@ -226,7 +226,7 @@ class SaLoRAConfig(LoraConfig):
         self._refuse_contradicting_lora_options()
         # Not fields, so that they are neither compared nor saved. A configuration is a value, which several models may
         # be given: only the copy that a tuner keeps for its adapter has a safety module.
-        self._safety_module: SafetyModule | None = None
+        self._calibrated: SafetyModule | None = None
         self._weights_follow = False
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
@@ -251,7 +251,7 @@ class SaLoRAConfig(LoraConfig):
         for name, value in vars(own).items():
             if isinstance(value, (list, dict, set)) and name not in ("safety_data", "task_data"):
                 setattr(own, name, copy.copy(value))
-        own._safety_module, own._weights_follow = safety_module, False
+        own._calibrated, own._weights_follow = safety_module, False
         return own
 
     def _check_salora_options(self) -> None:
@@ -416,12 +416,12 @@ class SaLoRAConfig(LoraConfig):
             kwargs: Passed on to [`~peft.PeftConfig.save_pretrained`].
         """
         folder = Path(save_directory)
-        if self._safety_module is None:
+        if self._calibrated is None:
             super().save_pretrained(str(folder), **kwargs)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        check_saved_factors(folder, self._safety_module)
-        self._safety_module.save(folder / DEFAULT_FILE)
+        check_saved_factors(folder, self._calibrated)
+        self._calibrated.save(folder / DEFAULT_FILE)
         lora = self.to_lora_config().to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             lora["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -430,7 +430,7 @@ class SaLoRAConfig(LoraConfig):
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         values |= {DIGEST_KEY: adapter_digest(folder), _FORM: _FORM_OF_FACTORS}
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-        write_training_card(folder, self, self._safety_module)
+        write_training_card(folder, self, self._calibrated)
 
     @classmethod
     def from_pretrained(

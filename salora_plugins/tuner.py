@@ -94,7 +94,7 @@ class SaLoRAModel(LoraModel):
         names = target_module_names(model, given)
         say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
-        safety_module = self._safety_module_for(model, given, names) if twin is None else given._safety_module
+        safety_module = self._safety_module_for(model, given, names) if twin is None else given._calibrated
         weights_follow = given._weights_follow
         bases_of_task = None
         if given.init == "task" and given.task_data is not None and twin is None and not weights_follow:
@@ -182,7 +182,7 @@ class SaLoRAModel(LoraModel):
 
     def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
         """The safety module that an adapter is trained with, its tensors on the CPU; None for one of plain LoRA."""
-        return getattr(self.peft_config[adapter_name], "_safety_module", None)
+        return getattr(self.peft_config[adapter_name], "_calibrated", None)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -252,8 +252,8 @@ class SaLoRAModel(LoraModel):
                     UserWarning,
                     stacklevel=2,
                 )
-        elif config._safety_module is not None and _fits(config._safety_module, model, config, names):
-            return config._safety_module  # the copy of another adapter's configuration
+        elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
+            return config._calibrated  # the copy of another adapter's configuration
         else:
             safety_module = calibrate_with(model, config)
         ranks = _ranks(config, safety_module, names)
@@ -385,7 +385,7 @@ class SaLoRAModel(LoraModel):
 
     def _adapter_of(self, config: SaLoRAConfig, besides: str) -> str | None:
         """The adapter that a configuration belongs to, as of the one that TRL gives to its copy "ref"."""
-        if config._safety_module is None:
+        if config._calibrated is None:
             return None
         return next((name for name, other in self.peft_config.items() if other is config and name != besides), None)
 
@@ -429,7 +429,7 @@ class SaLoRAModel(LoraModel):
             for linears, bases in ((layer.lora_A, saved.input_bases), (layer.lora_B, saved.bases)):
                 factor = safe_factor(linears[adapter_name])
                 factor.basis = placed.on(trained_factor(linears[adapter_name]).device, bases.get(name))
-        config._safety_module = saved
+        config._calibrated = saved
 
     def _check_that_more_than_a_copy_is_loaded(self, adapter_name: str, loaded: dict[str, Tensor]) -> None:
         """
