@@ -170,7 +170,7 @@ class SaLoRAModel(LoraModel):
         super().delete_adapter(adapter_name)
         self._task_starts.pop(adapter_name, None)
         if "_forward_scope" in self.__dict__:
-            self._forward_scope.forget()
+            self._forward_scope.batches.pop(adapter_name, None)
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -205,7 +205,7 @@ class SaLoRAModel(LoraModel):
             scope = self.__dict__["_forward_scope"] = ForwardScope()
             for entry in self._entry_points():
                 self._entry_hooks.extend(scope.watch(entry))
-        FactorBatch([linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
+        FactorBatch(adapter_name, [linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
 
     def _waits(self, adapter_name: str) -> bool:
         # One stands for all: they are restricted, loaded and copied together.
