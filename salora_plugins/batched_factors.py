@@ -32,7 +32,8 @@ class ForwardScope:
     """Knows whether one of a model's entry points is running: its methods are their hooks."""
 
     def __init__(self) -> None:
-        self.batches: list[FactorBatch] = []
+        self.batches: dict[str, FactorBatch] = {}
+        """Of every adapter."""
         self.running: list[int] = []
         """The ids of the entry points that are running, the outermost first."""
         self.passes = 0
@@ -58,16 +59,12 @@ class ForwardScope:
             return
         del self.running[self.running.index(id(module)) :]
         if not self.running:
-            for batch in self.batches:
+            for batch in self.batches.values():
                 batch.close()
-
-    def forget(self) -> None:
-        """Forget adapters that are not there any more."""
-        self.batches = [batch for batch in self.batches if any(batch.factors())]
 
     def replace_basis(self, old: Tensor, new: Tensor) -> None:
         """Let all factors that share a basis share its copy in a stack, so that the memory of the old one is free."""
-        for batch in self.batches:
+        for batch in self.batches.values():
             for factor in batch.factors():
                 if factor._basis is old:
                     factor._basis = new
@@ -95,17 +92,18 @@ class FactorBatch:
     that they were not handed out, and computes its own then.
 
     Args:
-        linears: The parametrized lora_A and lora_B layers of one adapter.
+        adapter_name: The adapter.
+        linears: Its parametrized lora_A and lora_B layers.
         scope: Of the model that they are part of.
     """
 
-    def __init__(self, linears: list[nn.Module], scope: ForwardScope) -> None:
+    def __init__(self, adapter_name: str, linears: list[nn.Module], scope: ForwardScope) -> None:
         # Weak: the factors refer to this object.
         self._holders = [weakref.ref(linear.parametrizations.weight) for linear in linears]
         self._groups: list[_Group] = []
         self.scope = scope
         self.weights: dict[bool, _Weights] = {}
-        scope.batches.append(self)
+        scope.batches[adapter_name] = self
         for index, linear in enumerate(linears):
             factor = safe_factor(linear)
             factor.batch, factor.index = self, index

@@ -178,7 +178,7 @@ class SaLoRAModel(LoraModel):
         self._task_starts.pop(adapter_name, None)
         self._twins.pop(adapter_name, None)
         if "_forward_scope" in self.__dict__:
-            self._forward_scope.forget()
+            self._forward_scope.batches.pop(adapter_name, None)
 
     def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
         """The safety module that an adapter is trained with, its tensors on the CPU; None for one of plain LoRA."""
@@ -217,7 +217,7 @@ class SaLoRAModel(LoraModel):
             scope = self.__dict__["_forward_scope"] = ForwardScope()
             for entry in self._entry_points():
                 self._entry_hooks.extend(scope.watch(entry))
-        FactorBatch([linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
+        FactorBatch(adapter_name, [linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
 
     def _waits(self, adapter_name: str) -> bool:
         # One stands for all: they are restricted, loaded and copied together.

@@ -190,7 +190,9 @@ def test_what_changes_within_a_forward_pass_is_heeded():
     assert losses_of(copied, "AdamW", steps=2)[-1] != losses_of(model, "SGD", steps=2)[-1]
     own = [module for module in copied.modules() if isinstance(module, SafeFactor)]
     assert all(list(module.batch.factors())[module.index] is module for module in own)
-    assert {id(module.batch) for module in own} == {id(own[0].batch)} and own[0].batch.scope.batches == [own[0].batch]
+    assert {id(module.batch) for module in own} == {id(own[0].batch)} and own[0].batch.scope.batches == {
+        "default": own[0].batch
+    }
 
 
 def interrupt(*_):
