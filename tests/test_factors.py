@@ -61,7 +61,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def by_accelerate(model, other, folder):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer's test before, in bf16
     first, second = Accelerator(cpu=True), Accelerator(cpu=True)
     first.prepare(model)
     first.save_state(str(folder))
