@@ -212,12 +212,23 @@ class SaLoRAModel(LoraModel):
 
     def _compute_together(self, adapter_name: str) -> None:
         """Within a forward pass, let the effective weights of an adapter be computed at once."""
-        scope = self.__dict__.get("_forward_scope")
-        if scope is None:
-            scope = self.__dict__["_forward_scope"] = ForwardScope()
-            for entry in self._entry_points():
-                self._entry_hooks.extend(scope.watch(entry))
-        FactorBatch(adapter_name, [linear for _, linear in _salora_linears(self.model, adapter_name)], scope)
+        if "_forward_scope" not in self.__dict__:
+            self.__dict__["_forward_scope"] = ForwardScope()
+            self._watch_entry_points()
+        linears = [linear for _, linear in _salora_linears(self.model, adapter_name)]
+        FactorBatch(adapter_name, linears, self._forward_scope)
+
+    def _watch_entry_points(self) -> None:
+        """Hooks on the entry points. The first batch's stands first, since it runs the model."""
+        for handle in self._entry_hooks:
+            handle.remove()
+        self._entry_hooks.clear()
+        for entry in self._entry_points():
+            if self.__dict__.get("_waits_for_batches"):
+                # A method and no closure: in a deep copy of the model it is the copy's. Not put in front of hooks that
+                # are there (`prepend`), after which torch.compile (2.11) takes one for the other.
+                self._entry_hooks.append(entry.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._entry_hooks.extend(self._forward_scope.watch(entry))
 
     def _waits(self, adapter_name: str) -> bool:
         # One stands for all: they are restricted, loaded and copied together.
@@ -306,13 +317,9 @@ class SaLoRAModel(LoraModel):
         initialization does not change what the model computes. Whether it is still to come is part of the factors'
         state, so that a state dict that is loaded brings its own answer.
         """
-        if not self.__dict__.setdefault("_waits_for_batches", False):
-            self._waits_for_batches = True
-            for entry in self._entry_points():
-                # A method and no closure: in a deep copy of the model it is the copy's. First, since it runs the model.
-                self._entry_hooks.append(
-                    entry.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
-                )
+        if "_waits_for_batches" not in self.__dict__:
+            self.__dict__["_waits_for_batches"] = True
+            self._watch_entry_points()
         factors = [safe_factor(layer.lora_B[adapter_name]) for _, layer in self._layers_of(adapter_name)]
         for factor in factors:
             factor.awaits_task_data = True

@@ -20,16 +20,17 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "SALORA_CACHE"
 
 
-def cache_folder() -> Path:
+def cache_folder() -> Path | None:
     """
-    Where calibrated safety modules are kept: $SALORA_CACHE, or salora-plugins in the user's cache folder.
-
-    Raises:
-        RuntimeError: The user has no home folder.
+    Where calibrated safety modules are kept: $SALORA_CACHE, or salora-plugins in the user's cache folder; None where
+    the user has no home folder, as in containers that run under a number without a name.
     """
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "salora-plugins"
+    try:
+        if folder := os.environ.get(FOLDER_VARIABLE):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "salora-plugins"
+    except RuntimeError:
+        return None
 
 
 def cache_key(settings: dict[str, Any]) -> str:
@@ -75,8 +76,8 @@ def store(key: str, safety_module: SafetyModule) -> None:
 
 def _path(key: str) -> Path | None:
     """The file of a key; None where there is no folder to keep it in."""
-    try:
-        return cache_folder() / f"{key}.safetensors"
-    except RuntimeError as error:  # the user has no home
-        logger.warning("Calibrated safety modules are not kept: %s Set %s to a folder.", error, FOLDER_VARIABLE)
+    folder = cache_folder()
+    if folder is None:
+        logger.warning("Calibrated safety modules are not kept: no home folder. Set %s to a folder.", FOLDER_VARIABLE)
         return None
+    return folder / f"{key}.safetensors"
