@@ -52,6 +52,16 @@ logger = logging.getLogger(__name__)
 _TASK_POSITIONS = 1024
 # Weights (in float32) that are decomposed together.
 _BYTES_AT_ONCE = 64 * 2**20
+# Of a configuration, what says which directions of a safety module are to be taken, and which it was to have.
+_OPTIONS_OF_SAFETY_MODULES = (
+    "variant",
+    "safety_rank",
+    "safety_rank_pattern",
+    "input_safety_rank",
+    "input_safety_rank_pattern",
+    "safety_positions",
+    "basis_method",
+)
 # What torch.compile puts into the names of modules and of their weights, and what others put into the modules' only.
 _COMPILED = "_orig_mod."
 _WITHOUT_A_KEY = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -437,6 +447,10 @@ class SaLoRAModel(LoraModel):
                 factor = safe_factor(linears[adapter_name])
                 factor.basis = placed.on(trained_factor(linears[adapter_name]).device, bases.get(name))
         config._calibrated = saved
+        # What is saved beside it tells how much of it is to be taken.
+        of_checkpoint = SaLoRAConfig.from_pretrained(folder)
+        for option in _OPTIONS_OF_SAFETY_MODULES:
+            setattr(config, option, getattr(of_checkpoint, option))
 
     def _check_that_more_than_a_copy_is_loaded(self, adapter_name: str, loaded: dict[str, Tensor]) -> None:
         """

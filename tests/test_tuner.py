@@ -263,6 +263,9 @@ def test_another_number_of_directions_in_the_checkpoint_is_said(tmp_path, caplog
     other.load_adapter(tmp_path, "default", is_trainable=True)
     assert "which has other numbers of directions" in caplog.text
     assert other.base_model.safety_module().safety_rank == 8
+    train(other)
+    other.save_pretrained(tmp_path / "resumed")
+    assert load_for_training(llama(), tmp_path / "resumed").base_model.safety_module().safety_rank == 8
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
