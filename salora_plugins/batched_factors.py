@@ -193,6 +193,16 @@ class FactorBatch:
             factors.append(factor)
         return factors
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """
+        Raises:
+            TypeError: Always. torch does not pickle parametrized modules either, and nothing here reads a pickle.
+        """
+        raise TypeError(
+            "A model with a SaLoRA adapter in training cannot be pickled as a whole, as torch.save(model) does. Save "
+            "model.state_dict(), or the adapter with model.save_pretrained(folder)."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
         result = memo[id(self)] = object.__new__(FactorBatch)
         result._groups, result.weights = [], {}

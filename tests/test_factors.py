@@ -179,6 +179,11 @@ def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own
     assert torch.equal(trained_factor(linears(model)[1]), start)
 
 
+def test_a_whole_model_is_not_pickled(tmp_path):
+    with pytest.raises(TypeError, match=r"Save model\.state_dict\(\)"):
+        torch.save(fresh(), tmp_path / "model.pt")
+
+
 @row("`get_peft_model_state_dict` of a compiled model")
 @pytest.mark.parametrize("compiled", ["whole", "layers"])
 def test_the_adapter_of_a_compiled_model(compiled):
