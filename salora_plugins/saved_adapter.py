@@ -197,6 +197,20 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
     return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
 
 
+def lies_inside(factor: Tensor, basis: Tensor, axis: int) -> bool:
+    """
+    Whether more of a factor lies in the directions of a basis than rounding to 16 bits leaves there.
+
+    Args:
+        factor: Saved lora_A, (k, d_in), or lora_B, (d_out, k).
+        basis: (d, r) with orthonormal columns.
+        axis: The axis of `factor` that has length d: 1 of lora_A, 0 of lora_B.
+    """
+    along = factor.cpu().double() if axis == 0 else factor.cpu().double().T
+    inside = torch.linalg.norm(basis.cpu().double().T @ along)
+    return bool(inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(along))
+
+
 def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
     """
     Check that the weights that PEFT has just written are an ordinary LoRA adapter with the projected factors.
@@ -226,11 +240,7 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
             factor = tensors.get(f"{_PREFIX}{name}{suffix}")
             if factor is None or factor.ndim != 2:
                 raise RuntimeError(f"{folder / WEIGHTS_FILE}: has no {suffix[1:]} of {name}. {advice}")
-            if directions is None:
-                continue
-            along = factor.double() if axis == 0 else factor.double().T
-            inside = torch.linalg.norm(directions.double().T @ along)
-            if inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(along):
+            if directions is not None and lies_inside(factor, directions, axis):
                 raise RuntimeError(
                     f"{folder / WEIGHTS_FILE}: {suffix[1:]} of {name} lies in the safety directions. {advice}"
                 )

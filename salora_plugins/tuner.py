@@ -27,7 +27,7 @@ from .calibration import calibrate_with, task_bases
 from .calibration.capture import evaluation_mode, position_mask
 from .calibration.statistics import ExactStatistics
 from .callers import argument_of_caller
-from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType, check_form
+from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
 from .distributed import broadcast, gather_from_all_ranks
 from .files import hub_folder, is_hub_id
 from .initialization import pissa_factors, restrict_to_task
@@ -44,7 +44,7 @@ from .layers import (
 from .parametrization import SafeFactor, register_safe_factor, safe_factor, trained_factor
 from .ranks import Rank
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import FOREIGN_FACTOR_SHARE, check_saved_together, read_side_config
+from .saved_adapter import check_saved_together, lies_inside
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class SaLoRAModel(LoraModel):
         self._compute_together(adapter_name)
         self._twins[adapter_name] = twin
         waits = config.init == "task" and config.task_data is None and not weights_follow
-        if waits and (twin is None or twin in self._waiting_for_task_data):
+        if waits and (twin is None or twin in self.waiting_for_task_data):
             self._initialize_at_first_training_batch(adapter_name)
 
     def initialize_from_task_data(self, rows: Any, adapter_name: str = "default") -> None:
@@ -158,7 +158,7 @@ class SaLoRAModel(LoraModel):
         config = self.peft_config[adapter_name]
         if not isinstance(config, SaLoRAConfig) or config.init != "task":
             raise ValueError(f"Adapter {adapter_name!r} does not use init='task'.")
-        if adapter_name not in self._waiting_for_task_data:
+        if adapter_name not in self.waiting_for_task_data:
             raise ValueError(
                 f"Adapter {adapter_name!r} has its start values already (task_data, a training batch or saved weights)."
             )
@@ -205,10 +205,6 @@ class SaLoRAModel(LoraModel):
     def waiting_for_task_data(self) -> list[str]:
         """Adapters whose task initialization is still to come, from the first training batch if from nowhere else."""
         return [name for name in self._task_starts if self._waits(name)]
-
-    @property
-    def _waiting_for_task_data(self) -> list[str]:
-        return self.waiting_for_task_data
 
     @property
     def _task_starts(self) -> dict[str, list[SafeFactor]]:
@@ -342,7 +338,7 @@ class SaLoRAModel(LoraModel):
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
-            for adapter_name in self._waiting_for_task_data:
+            for adapter_name in self.waiting_for_task_data:
                 self._initialize_from_batch(adapter_name, module, args, kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -421,7 +417,7 @@ class SaLoRAModel(LoraModel):
         folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
         if own is None or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
             return
-        check_form(read_side_config(folder), Path(folder) / CONFIG_FILE)
+        of_checkpoint = SaLoRAConfig.from_pretrained(folder)
         config = self.peft_config[adapter_name]
         if config.safety_module == str(Path(folder) / DEFAULT_FILE):
             return  # `load_for_training` has read it already
@@ -448,7 +444,6 @@ class SaLoRAModel(LoraModel):
                 factor.basis = placed.on(trained_factor(linears[adapter_name]).device, bases.get(name))
         config._calibrated = saved
         # What is saved beside it tells how much of it is to be taken.
-        of_checkpoint = SaLoRAConfig.from_pretrained(folder)
         for option in _OPTIONS_OF_SAFETY_MODULES:
             setattr(config, option, getattr(of_checkpoint, option))
 
@@ -838,15 +833,12 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
             f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was "
             "trained with (load_for_training reads them)."
         )
-    if factor.basis is not None:
-        axis = weight.cpu().double() if factor.side == "output" else weight.cpu().double().T
-        inside = torch.linalg.norm(factor.basis.cpu().double().T @ axis)
-        if inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(axis):
-            raise ValueError(
-                f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, "
-                "so it was trained with another safety module. Resume with the one that was saved with it: "
-                "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
-            )
+    if factor.basis is not None and lies_inside(weight, factor.basis, axis=0 if factor.side == "output" else 1):
+        raise ValueError(
+            f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, so it "
+            "was trained with another safety module. Resume with the one that was saved with it: "
+            "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
+        )
     trained, start = factor.split(weight)
     if start is not None:
         # The same update in the form of version 0.1, [A; A_0] and [B, -B_0].

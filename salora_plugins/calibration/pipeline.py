@@ -53,6 +53,7 @@ from .data import (
     select_examples,
     tokenize_examples,
 )
+from .generation import end_tokens
 from .rendering import has_template, template_digest, tokenizer_of, trainer_tokenizer
 from .responses import add_own_refusals
 from .statistics import Engine, ModuleStatistics, choose_engine
@@ -245,14 +246,6 @@ def _model_configuration(model: nn.Module) -> Any:
     return _deciding_configuration(config.to_dict()) if hasattr(config, "to_dict") else None
 
 
-def _ends_of_answers(model: nn.Module, tokenizer: Any) -> list[int]:
-    """What still counts of a generation configuration where answers are greedy: the tokens that end one."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = configured.tolist() if isinstance(configured, Tensor) else configured
-    ends = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    return sorted((ends | {getattr(tokenizer, "eos_token_id", None)}) - {None})
-
-
 def _extent(ranks: Iterable[int]) -> list[int]:
     """The smallest and the largest."""
     ranks = list(ranks)
@@ -399,7 +392,8 @@ def _cache_key(
         tokenizer = _tokenizer(model, config, "safety_data")
         requests = [example for example in examples if _needs_response(example)]
         prompts = [tuple(render_prompt(request, tokenizer)) for request in requests]
-        ends = _ends_of_answers(model, tokenizer) if requests else []
+        # What still counts of a generation configuration where answers are greedy.
+        ends = sorted(end_tokens(model, tokenizer)) if requests else []
         answered = [example for example in examples if not _needs_response(example)]
         digest = data_digest(
             [TokenizedExample(prompt, (IGNORED,) * len(prompt)) for prompt in prompts]
