@@ -29,8 +29,9 @@ CARD_FILE = "README.md"
 DIGEST_KEY = "adapter_sha256"
 """In `salora_config.json`: the digest of the weights that were saved with it, see [`adapter_digest`]."""
 
+_PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 # Of a saved adapter, all that this package or PEFT writes. What else lies in its folder is somebody else's.
-_OWN_FILES = (WEIGHTS_FILE, "adapter_model.bin", DEFAULT_FILE, CONFIG_FILE, CARD_FILE, ADAPTER_CONFIG_FILE)
+_OWN_FILES = (WEIGHTS_FILE, _PICKLED_WEIGHTS_FILE, DEFAULT_FILE, CONFIG_FILE, CARD_FILE, ADAPTER_CONFIG_FILE)
 
 logger = logging.getLogger(__name__)
 
@@ -224,11 +225,18 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
 
     Raises:
         RuntimeError: A target module's factors are missing, or lie in the safety directions.
+        ValueError: The weights were written as a pickle beside an older safetensors file, which is what is loaded.
     """
     from importlib.metadata import version
 
-    if not (folder / WEIGHTS_FILE).is_file():
+    weights, pickle = folder / WEIGHTS_FILE, folder / _PICKLED_WEIGHTS_FILE
+    if not weights.is_file():
         return
+    if pickle.is_file() and pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns:
+        raise ValueError(
+            f"safe_serialization=False: {pickle} was written beside an older {WEIGHTS_FILE}, which PEFT and all else "
+            "load instead. Leave safe_serialization at True, or save into another folder."
+        )
     advice = (
         f"The installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows. Do not use "
         "this file; install a PEFT version that salora-plugins supports."

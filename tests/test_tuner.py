@@ -291,6 +291,16 @@ def test_a_saved_adapter_is_loaded_beside_one_in_training(tmp_path, is_trainable
         load_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path, "reference")
 
 
+def test_a_pickle_beside_older_weights_is_refused(tmp_path):
+    """PEFT would load the older file, and the safety module's files would certify it."""
+    model = get_peft_model(llama(), config(init="zero"))
+    model.save_pretrained(tmp_path / "first", safe_serialization=False)
+    model.save_pretrained(tmp_path / "first")  # from now on this file is the one that counts
+    train(model)
+    with pytest.raises(ValueError, match=r"safe_serialization=False: .*beside an older adapter_model\.safetensors"):
+        model.save_pretrained(tmp_path / "first", safe_serialization=False)
+
+
 def test_what_another_peft_would_save_is_noticed(tmp_path, monkeypatch):
     """Stands for a PEFT that no longer calls the tuner's hook: raw factors under keys of their own, or under LoRA's."""
     model = get_peft_model(llama(), config())
