@@ -29,19 +29,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
+from salora_plugins.activations.capture import by_inputs, statistics_dimensions
+from salora_plugins.activations.statistics import SketchedStatistics, choose_engine
 from salora_plugins.calibration import calibrate_with, task_bases
-from salora_plugins.calibration.batching import batches
-from salora_plugins.calibration.capture import (
-    by_inputs,
-    cheap_forward_options,
-    input_device,
-    statistics_dimensions,
-)
-from salora_plugins.calibration.data import TokenizedExample, load_examples, tokenize_examples
-from salora_plugins.calibration.statistics import SketchedStatistics, choose_engine
-from salora_plugins.data.builtin import builtin_prompts
 from salora_plugins.initialization import pissa_factors
-from salora_plugins.layers import base_layer, default_input_ranks, linear_weight, target_module_names
+from salora_plugins.models.running import cheap_forward_options, input_device
+from salora_plugins.models.targets import default_input_ranks, target_module_names
+from salora_plugins.models.weights import base_layer, linear_weight
+from salora_plugins.prompts.builtin import builtin_prompts
+from salora_plugins.rows.batching import batches
+from salora_plugins.rows.examples import TokenizedExample
+from salora_plugins.rows.reading import load_examples
+from salora_plugins.rows.tokenizing import tokenize_examples
 
 SAMPLES = 128
 RANK = 32

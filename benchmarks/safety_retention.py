@@ -213,7 +213,7 @@ class Experiment:
         """Add what the base model and the kept adapters make of the requests to their results."""
         from peft import PeftModel
 
-        from salora_plugins.evaluation.requests import load_requests
+        from salora_plugins.evaluation.request_sets import load_requests
 
         sets = {
             name: [request.prompt for request in load_requests(file, option="harmful", num=num)]
@@ -278,7 +278,7 @@ class Experiment:
 
     def leak_of_categories(self, model: Any, names: list[str], task: Grams, advbench: Grams) -> None:
         """The same for 14 requests of two hazard categories and for 14 of all; means over seven choices of each."""
-        from salora_plugins.data.builtin import builtin_prompts
+        from salora_plugins.prompts.builtin import builtin_prompts
 
         prompts: dict[str, dict[str, list[str]]] = {"calibration": {}, "evaluation": {}}
         for split, by_category in prompts.items():
@@ -517,9 +517,10 @@ class Experiment:
         """Requests with the model's own refusals, tokenized: 128 of a source, or 64 of each of both."""
 
         def make() -> list[dict[str, Any]]:
-            from salora_plugins.calibration.data import load_examples, select_examples
-            from salora_plugins.calibration.responses import add_own_refusals
-            from salora_plugins.judges import keyword_judge
+            from salora_plugins.calibration.refusals import add_own_refusals
+            from salora_plugins.evaluation.judges.keyword import keyword_judge
+            from salora_plugins.rows.examples import select_examples
+            from salora_plugins.rows.reading import load_examples
 
             if data == "both":
                 halves = [self.safety_rows(source)[:64] for source in ("builtin", "advbench")]
@@ -547,7 +548,8 @@ class Experiment:
 
     def tokenized(self, conversations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """input_ids and labels of conversations in TRL's prompt-completion form."""
-        from salora_plugins.calibration.data import load_examples, tokenize_examples
+        from salora_plugins.rows.reading import load_examples
+        from salora_plugins.rows.tokenizing import tokenize_examples
 
         rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in conversations]
         examples = tokenize_examples(
@@ -560,7 +562,7 @@ class Experiment:
 
         def make() -> list[dict[str, Any]]:
             from salora_plugins.evaluation import generate_responses
-            from salora_plugins.judges import is_refusal
+            from salora_plugins.evaluation.judges.keyword import is_refusal
 
             requests = (self.data / "harmless_prompts.txt").read_text(encoding="utf-8").splitlines()[self.everyday]
             answers = generate_responses(self.load(), self.tokenizer, requests, max_new_tokens=48, batch_size=32)
@@ -603,7 +605,7 @@ class Experiment:
         from salora_plugins.evaluation import generate_responses
         from salora_plugins.evaluation.coherence import coherence
         from salora_plugins.evaluation.first_tokens import refusal_margins as margins
-        from salora_plugins.judges import is_refusal
+        from salora_plugins.evaluation.judges.keyword import is_refusal
 
         requests = [request for of_set in sets.values() for request in of_set]
         responses = iter(
@@ -630,7 +632,7 @@ class Experiment:
 
     def request_sets(self) -> dict[str, list[str]]:
         """The requests to evaluate on, none of which any run calibrates on."""
-        from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
+        from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
         return {
             "advbench": self.advbench()[ADVBENCH_EVALUATION],
@@ -719,10 +721,10 @@ def assistant(content: str) -> dict[str, str]:
 
 def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: Any) -> Grams:
     """Module name -> the outer products of its inputs at the positions, summed to trace 1, (d_in, d_in), float64."""
-    from salora_plugins.calibration.batching import batches
-    from salora_plugins.calibration.capture import collect_statistics
-    from salora_plugins.calibration.data import TokenizedExample
-    from salora_plugins.calibration.statistics import Engine
+    from salora_plugins.activations.capture import collect_statistics
+    from salora_plugins.activations.statistics import Engine
+    from salora_plugins.rows.batching import batches
+    from salora_plugins.rows.examples import TokenizedExample
 
     examples = [TokenizedExample(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
     collected = collect_statistics(
@@ -739,7 +741,7 @@ def input_grams(model: Any, names: Any, rows: list[dict[str, Any]], positions: A
 
 def own_conversations(file: str) -> list[dict[str, Any]]:
     """The rows of a file of conversations, in TRL's prompt-completion form."""
-    from salora_plugins.calibration.data import load_examples
+    from salora_plugins.rows.reading import load_examples
 
     examples = load_examples(file, option="--task")
     if len(examples) <= HELDOUT_ROWS:
@@ -839,7 +841,7 @@ def percentages(row: dict[str, Any], name: str, base: dict[str, Any]) -> tuple[f
     The share of the requests in percent, a mean over seeds, and its Wilson 95 % interval: for as many requests as
     there are, since asking the same ones again for another seed does not make more of them.
     """
-    from salora_plugins.evaluation.statistics import wilson_interval
+    from salora_plugins.evaluation.intervals import wilson_interval
 
     if not row["requests"][name]:
         return (math.nan,) * 3

@@ -297,7 +297,7 @@ def evaluate(model: Any, tokenizer: Any, data: Path) -> tuple[dict[str, Any], di
     """Held-out loss in nats per response token, refusals by request set, and the responses themselves."""
     from salora_plugins.evaluation import response_loss, wilson_interval
     from salora_plugins.evaluation.generation import generate_responses
-    from salora_plugins.judges import is_refusal
+    from salora_plugins.evaluation.judges.keyword import is_refusal
 
     rows = prompt_completion_rows(data / "math_test.jsonl")[:HELDOUT_ROWS]
     result: dict[str, Any] = {
@@ -324,7 +324,7 @@ def evaluate(model: Any, tokenizer: Any, data: Path) -> tuple[dict[str, Any], di
 
 def request_sets(data: Path) -> dict[str, list[str]]:
     """The requests to evaluate on, none of which any run calibrates on."""
-    from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
+    from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
     return {
         "advbench": advbench(data)[ADVBENCH_EVALUATION],

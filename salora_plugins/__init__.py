@@ -5,23 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 # Resolved on first use: hosts such as Axolotl import this package at every start, so it must not import torch.
 _EXPORTS = {
     "SaLoRAConfig": "salora_plugins.config",
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
-    "SafetyMonitorCallback": "salora_plugins.monitor",
-    "audit": "salora_plugins.auditing",
+    "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
+    "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
-    "export_adapter": "salora_plugins.export",
-    "last_complete_checkpoint": "salora_plugins.checkpoints",
+    "export_adapter": "salora_plugins.adapters.export",
+    "last_complete_checkpoint": "salora_plugins.adapters.checkpoints",
     "load_adapter": "salora_plugins.tuner",
     "load_for_training": "salora_plugins.tuner",
-    "project_adapter": "salora_plugins.projection",
-    "push_to_hub": "salora_plugins.publishing",
+    "project_adapter": "salora_plugins.adapters.projection",
+    "push_to_hub": "salora_plugins.adapters.publishing",
 }
 
 __all__ = [
@@ -42,20 +40,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .auditing import audit
+    __version__: str
+
+    from .adapters.audit import audit
+    from .adapters.checkpoints import last_complete_checkpoint
+    from .adapters.export import export_adapter
+    from .adapters.projection import project_adapter
+    from .adapters.publishing import push_to_hub
     from .calibration import calibrate
-    from .checkpoints import last_complete_checkpoint
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
-    from .export import export_adapter
-    from .monitor import SafetyMonitorCallback
-    from .projection import project_adapter
-    from .publishing import push_to_hub
+    from .evaluation.monitor import SafetyMonitorCallback
     from .safety_module import SafetyModule
     from .tuner import SaLoRAModel, load_adapter, load_for_training
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value = importlib.import_module("salora_plugins.support.version").package_version()
+        globals()[name] = value
+        return value
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -108,6 +108,11 @@ class FactorBatch:
             factor = safe_factor(linear)
             factor.batch, factor.index = self, index
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward pass of the model is running."""
+        return bool(self.scope.running)
+
     def factors(self) -> Iterator[SafeFactor]:
         """The factors that are still there."""
         for reference in self._holders:

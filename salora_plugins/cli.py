@@ -7,14 +7,14 @@ import sys
 import typer
 from typer.core import TyperGroup
 
-from . import __version__
 from .plugins import call_each_plugin, merge_names, plugin_manager, without_defects
-from .texts import visible
+from .support.texts import visible
+from .support.version import package_version
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"salora-plugins {__version__}")
+        typer.echo(f"salora-plugins {package_version()}")
         raise typer.Exit()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,74 +14,27 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, TaskType
 
-from .files import atomic_write
-from .model_card import write_training_card
+from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
+from .plugins import register_peft_types
 from .ranks import Rank, check_pattern, check_rank, ranks_of
-from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import (
-    CONFIG_FILE,
-    DIGEST_KEY,
-    adapter_digest,
-    check_lora_entries,
-    check_saved_factors,
-    read_side_config,
-    write_adapter_config,
-)
+from .safety_module import DEFAULT_FILE
+from .support.files import read_json_object
+
+CONFIG_FILE = "salora_config.json"
+"""Beside the weights of a trained adapter: the configuration that it was trained with."""
+
+DIGEST_KEY = "adapter_sha256"
+"""In that file: the digest of the weights that were saved with it, see `adapters.digest.adapter_digest`."""
 
 # Of the factors that are saved with init="task" and "pissa": [A - A_0; A_0] and [B, B - B_0]. Up to version 0.1 it was
 # [A; A_0] and [B, -B_0], without a number in the file.
-_FORM, _FORM_OF_FACTORS = "form_of_factors", 2
+FORM_KEY, FORM_OF_FACTORS = "form_of_factors", 2
 
-# Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already.
-_HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+"""Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already."""
 
 # Never written to a file: objects that live only in this process.
 _RUN_TIME_FIELDS = frozenset({"tokenizer", "runtime_config"})
-
-# LoRA options that SaLoRA leaves their meaning. Every other option of the installed PEFT changes what the two
-# factors compute, so it is refused rather than ignored; a list of what is allowed also covers options to come.
-COMPATIBLE_LORA_FIELDS = frozenset(
-    {
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "trainable_token_indices",
-        "ensure_weight_tying",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-    }
-)
-
-_WHAT_TO_USE_INSTEAD = {
-    "init_lora_weights": "SaLoRA initializes its factors itself: leave it at True and choose init='task', 'pissa' or "
-    "'zero'.",
-    "use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included: set use_dora=False.",
-    "target_parameters": "Only linear layers have the outputs that the safety module protects: name them in "
-    "target_modules.",
-    "lora_bias": "A bias on lora_B would be trained outside the safety module: set lora_bias=False.",
-    "layer_replication": "Replicated layers share their weights but need safety bases of their own: replicate the "
-    "layers in the base model first.",
-    "loftq_config": "LoftQ changes the base weights, which SaLoRA never does: quantize the base model with "
-    "bitsandbytes instead.",
-}
 
 
 class SaLoRAPeftType(enum.StrEnum):
@@ -209,8 +161,7 @@ class SaLoRAConfig(LoraConfig):
     tokenizer: Any = field(default=None, repr=False, metadata={"help": "Tokenizer; run time only, never saved."})
 
     def __post_init__(self) -> None:
-        from . import tuner  # noqa: F401 -- registers SaLoRA with PEFT; it imports this module
-
+        register_peft_types()
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
         task_options = self._options_of_the_task_start()
@@ -224,35 +175,10 @@ class SaLoRAConfig(LoraConfig):
             )
         self._check_salora_options()
         self._refuse_contradicting_lora_options()
-        # Not fields, so that they are neither compared nor saved. A configuration is a value, which several models may
-        # be given: only the copy that a tuner keeps for its adapter has a safety module.
-        self._calibrated: SafetyModule | None = None
-        self._weights_follow = False
+        # Not fields, so that they are neither compared nor saved.
+        self._weights_follow = False  # start factors are not needed, since saved ones are loaded next
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
-
-    def note_heads_added_later(self) -> None:
-        """
-        What PEFT does to the configuration that it was given once the adapter is there: name the head of a token
-        classifier or of a question answering model in `modules_to_save`. The adapter's own copy needs it, too.
-        """
-        heads = _HEADS_ADDED_LATER.get(self.task_type, [])
-        if missing := [head for head in heads if head not in (self.modules_to_save or [])]:
-            self.modules_to_save = [*(self.modules_to_save or []), *missing]
-
-    def for_adapter(self, safety_module: SafetyModule | None) -> SaLoRAConfig:
-        """
-        The copy that a tuner keeps for one adapter, which saves the adapter's safety module with itself.
-
-        PEFT writes to the configuration of an adapter (it resolves `target_modules`, for one): what can be changed is
-        copied, data and modules given as objects are shared.
-        """
-        own = copy.copy(self)
-        for name, value in vars(own).items():
-            if isinstance(value, (list, dict, set)) and name not in ("safety_data", "task_data"):
-                setattr(own, name, copy.copy(value))
-        own._calibrated, own._weights_follow = safety_module, False
-        return own
 
     def _check_salora_options(self) -> None:
         for name, choices in (
@@ -316,7 +242,7 @@ class SaLoRAConfig(LoraConfig):
             default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
             if value == default or (not value and not default):  # such as an empty list for None
                 continue
-            advice = _WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
+            advice = WHAT_TO_USE_INSTEAD.get(option.name, f"Leave {option.name} at its default ({default!r}).")
             shown = f"{type(value).__name__}(...)" if dataclasses.is_dataclass(value) else repr(value)
             raise ValueError(f"{option.name}={shown} cannot be combined with SaLoRA. {advice}")
 
@@ -328,7 +254,7 @@ class SaLoRAConfig(LoraConfig):
         tokens, after the configuration was made.
         """
         outside = {
-            "modules_to_save": self.modules_to_save or _HEADS_ADDED_LATER.get(self.task_type),
+            "modules_to_save": self.modules_to_save or HEADS_ADDED_LATER.get(self.task_type),
             "bias": None if self.bias == "none" else self.bias,
             "trainable_token_indices": self.trainable_token_indices,
         }
@@ -404,34 +330,6 @@ class SaLoRAConfig(LoraConfig):
             warnings.simplefilter("ignore")  # PEFT's own remarks were made when this config was created
             return LoraConfig(**options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """
-        Save the configuration. Once the adapter is part of a model, that is `adapter_config.json` as a plain
-        LoraConfig, which PEFT reads from version 0.4.0 on, beside it `salora_config.json` and the safety module
-        (`salora.safetensors`), which `load_for_training` reads, and a section of the model card (`README.md`). Before,
-        it is this configuration itself.
-
-        Args:
-            save_directory (`str`): Folder to write to; created where it is missing.
-            kwargs: Passed on to [`~peft.PeftConfig.save_pretrained`].
-        """
-        folder = Path(save_directory)
-        if self._calibrated is None:
-            super().save_pretrained(str(folder), **kwargs)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        check_saved_factors(folder, self._calibrated)
-        self._calibrated.save(folder / DEFAULT_FILE)
-        lora = self.to_lora_config().to_dict()
-        if kwargs.get("auto_mapping_dict") is not None:
-            lora["auto_mapping"] = kwargs["auto_mapping_dict"]
-        write_adapter_config(folder, lora)
-        # Behind the files that it belongs to: PEFT has written the weights before.
-        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
-        values |= {DIGEST_KEY: adapter_digest(folder), _FORM: _FORM_OF_FACTORS}
-        atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-        write_training_card(folder, self, self._calibrated)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
@@ -446,7 +344,7 @@ class SaLoRAConfig(LoraConfig):
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = read_side_config(folder)
         check_form(values, folder / CONFIG_FILE)
-        for key in (DIGEST_KEY, _FORM):
+        for key in (DIGEST_KEY, FORM_KEY):
             values.pop(key, None)
         check_lora_entries(values, folder / CONFIG_FILE)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
@@ -468,11 +366,11 @@ def check_form(values: dict[str, Any], file: Path) -> None:
     Raises:
         ValueError: Its factors are saved in another form than this version's, and would be read as something else.
     """
-    if values.get("init") != "zero" and values.get(_FORM) != _FORM_OF_FACTORS:
+    if values.get("init") != "zero" and values.get(FORM_KEY) != FORM_OF_FACTORS:
         raise ValueError(
             f"{file}: the factors of this adapter (init={values.get('init')!r}) were saved in another form "
-            f"({_FORM}={values.get(_FORM)!r}) than the one that this version trains on ({_FORM_OF_FACTORS}). Train it "
-            "further with the version that saved it. For everything else it is a plain LoRA adapter: "
+            f"({FORM_KEY}={values.get(FORM_KEY)!r}) than this version trains on ({FORM_OF_FACTORS}). Train "
+            "it further with the version that saved it. For everything else it is a plain LoRA adapter: "
             "PeftModel.from_pretrained."
         )
 
@@ -484,3 +382,14 @@ def _name_of(value: Any) -> str | None:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return f"<{type(value).__name__}>"
+
+
+def read_side_config(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """
+    Content of the `salora_config.json` beside an adapter; None where there is none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = Path(folder) / CONFIG_FILE
+    return read_json_object(file) if file.is_file() else None

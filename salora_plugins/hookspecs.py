@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import typer
     from torch import Tensor
 
-    from .calibration.statistics import ModuleStatistics
+    from .activations.statistics import ModuleStatistics
 
 PROJECT = "salora_plugins"
 
@@ -26,7 +26,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 DataSource = Callable[[], Iterable[Mapping[str, Any]]]
-"""Returns rows in any format that `salora_plugins.calibration.data.load_examples` accepts."""
+"""Returns rows in any format that `salora_plugins.rows.reading.load_examples` accepts."""
 
 
 class BasisMethod(Protocol):

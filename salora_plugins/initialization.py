@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear_algebra import truncated_svd
+from .support.linear_algebra import truncated_svd
 
 
 def pissa_factors(weights: Tensor, rank: int, scaling: float, seed: int = 0) -> tuple[Tensor, Tensor]:

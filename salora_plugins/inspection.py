@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from .files import atomic_write
 from .safety_module import SafetyModule
-from .texts import cell, one_line
+from .support.files import atomic_write
+from .support.texts import cell, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table

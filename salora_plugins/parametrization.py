@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
-
-if TYPE_CHECKING:
-    from .batched_factors import FactorBatch
 
 Side = Literal["output", "input"]
 
@@ -63,6 +60,17 @@ def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: tor
     return torch.cat([factor, factor - offset], dim=-1)
 
 
+class WeightSource(Protocol):
+    """Computes the weights of several factors at once; see `batched_factors`."""
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward pass of the model is running."""
+
+    def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
+        """The weight of a factor, by its index; None where it has to be computed alone."""
+
+
 class SafeFactor(nn.Module):
     """
     Computes a LoRA weight from the trained factor, as a parametrization of `lora_A.weight` or `lora_B.weight`.
@@ -93,7 +101,7 @@ class SafeFactor(nn.Module):
         self.start = None if offset is None else StartFactor(offset)
         self.awaits_task_data = False
         self._registered = False
-        self.batch: FactorBatch | None = None
+        self.batch: WeightSource | None = None
         self.index = 0
 
     @property
@@ -122,7 +130,7 @@ class SafeFactor(nn.Module):
             if weight is not None:
                 return weight
         weight = self.compute(factor)
-        inside = (self.batch is not None and self.batch.scope.running) or torch._C._current_graph_task_id() != -1
+        inside = (self.batch is not None and self.batch.in_forward) or torch._C._current_graph_task_id() != -1
         if inside or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)

@@ -14,18 +14,31 @@ import pluggy
 
 from . import hookspecs
 from .hookspecs import PROJECT, BasisMethod, DataSource, Judge, JudgeFactory
-from .texts import one_line
+from .support.texts import one_line
 
 COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.demo.command")
 """Modules of the built-in commands; they import nothing heavy, so that `salora --help` is quick."""
 
 BUILTIN_PLUGINS: tuple[str, ...] = (
     "salora_plugins.calibration.basis",
-    "salora_plugins.data.builtin",
-    "salora_plugins.judges",
+    "salora_plugins.prompts.builtin",
+    "salora_plugins.evaluation.judges.builtin",
     *COMMAND_PLUGINS,
 )
 """Modules of everything built in, registered before any installed plugin."""
+
+PEFT_TYPES = "salora_plugins.registration"
+"""The module that tells PEFT of SaLoRA."""
+
+
+def register_peft_types() -> None:
+    """
+    Let PEFT know SaLoRA: it looks up the tuner of a configuration in its own mappings.
+
+    Whoever makes a configuration needs that, however it was imported. By name, so that a configuration, which is a
+    value, does not import what is built on it.
+    """
+    importlib.import_module(PEFT_TYPES)
 
 
 @functools.cache

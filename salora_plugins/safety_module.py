@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import atomic_write, hub_file, is_hub_id
-from .names import advice_to_leave_out, listed
 from .ranks import Rank, rank_for_share
+from .support.files import atomic_write
+from .support.hub import hub_file, is_hub_id
+from .support.module_names import advice_to_leave_out, listed
 
 logger = logging.getLogger(__name__)
 

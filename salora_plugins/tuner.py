@@ -1,4 +1,4 @@
-"""The SaLoRA tuner: PEFT's LoRA layers with parametrized weights; registers with PEFT when it is imported."""
+"""The SaLoRA tuner: PEFT's LoRA layers with parametrized weights."""
 
 from __future__ import annotations
 
@@ -12,39 +12,30 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from .activations.capture import position_mask
+from .activations.statistics import ExactStatistics
+from .adapters.adapter_config import AdapterConfig
+from .adapters.certificate import lies_inside
+from .adapters.digest import check_saved_together
 from .batched_factors import FactorBatch, ForwardScope
 from .calibration import calibrate_with, task_bases
-from .calibration.capture import evaluation_mode, position_mask
-from .calibration.statistics import ExactStatistics
-from .callers import argument_of_caller
-from .config import CONFIG_FILE, SaLoRAConfig, SaLoRAPeftType
-from .distributed import broadcast, gather_from_all_ranks
-from .files import hub_folder, is_hub_id
+from .config import CONFIG_FILE, SaLoRAConfig
 from .initialization import pissa_factors, restrict_to_task
-from .layers import (
-    adapters_disabled,
-    base_layer,
-    check_belongs,
-    check_layer_type,
-    check_ranks,
-    linear_weight,
-    say_what_is_left_out,
-    target_module_names,
-)
+from .models.fingerprint import check_belongs
+from .models.running import adapters_disabled, evaluation_mode
+from .models.targets import check_layer_type, check_ranks, say_what_is_left_out, target_module_names
+from .models.weights import base_layer, linear_weight
 from .parametrization import SafeFactor, register_safe_factor, safe_factor, trained_factor
 from .ranks import Rank
 from .safety_module import DEFAULT_FILE, SafetyModule
-from .saved_adapter import check_saved_together, lies_inside
+from .support.callers import argument_of_caller
+from .support.distributed import broadcast, gather_from_all_ranks
+from .support.hub import hub_folder, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +95,15 @@ class SaLoRAModel(LoraModel):
         names = target_module_names(model, given)
         say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
-        safety_module = self._safety_module_for(model, given, names) if twin is None else given._calibrated
+        twins = given.safety_module_in_force if twin is not None and isinstance(given, AdapterConfig) else None
+        safety_module = self._safety_module_for(model, given, names) if twins is None else twins
         weights_follow = given._weights_follow
         bases_of_task = None
         if given.init == "task" and given.task_data is not None and twin is None and not weights_follow:
             bases_of_task = task_bases(model, given)
 
         # What was given may be used for other models, too; everything from here on belongs to this adapter.
-        config = self.peft_config[adapter_name] = given.for_adapter(safety_module)
+        config = self.peft_config[adapter_name] = AdapterConfig.of(given, safety_module)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(names)  # as PEFT does, less the layers that are too narrow
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -192,7 +184,8 @@ class SaLoRAModel(LoraModel):
 
     def safety_module(self, adapter_name: str = "default") -> SafetyModule | None:
         """The safety module that an adapter is trained with, its tensors on the CPU; None for one of plain LoRA."""
-        return getattr(self.peft_config[adapter_name], "_calibrated", None)
+        config = self.peft_config[adapter_name]
+        return config.safety_module_in_force if isinstance(config, AdapterConfig) else None
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -269,8 +262,8 @@ class SaLoRAModel(LoraModel):
                     UserWarning,
                     stacklevel=2,
                 )
-        elif config._calibrated is not None and _fits(config._calibrated, model, config, names):
-            return config._calibrated  # the copy of another adapter's configuration
+        elif isinstance(config, AdapterConfig) and _fits(config.safety_module_in_force, model, config, names):
+            return config.safety_module_in_force
         else:
             safety_module = calibrate_with(model, config)
         ranks = _ranks(config, safety_module, names)
@@ -398,7 +391,7 @@ class SaLoRAModel(LoraModel):
 
     def _adapter_of(self, config: SaLoRAConfig, besides: str) -> str | None:
         """The adapter that a configuration belongs to, as of the one that TRL gives to its copy "ref"."""
-        if config._calibrated is None:
+        if not isinstance(config, AdapterConfig):
             return None
         return next((name for name, other in self.peft_config.items() if other is config and name != besides), None)
 
@@ -442,7 +435,7 @@ class SaLoRAModel(LoraModel):
             for linears, bases in ((layer.lora_A, saved.input_bases), (layer.lora_B, saved.bases)):
                 factor = safe_factor(linears[adapter_name])
                 factor.basis = placed.on(trained_factor(linears[adapter_name]).device, bases.get(name))
-        config._calibrated = saved
+        config.safety_module_in_force = saved
         # What is saved beside it tells how much of it is to be taken.
         for option in _OPTIONS_OF_SAFETY_MODULES:
             setattr(config, option, getattr(of_checkpoint, option))
@@ -552,9 +545,7 @@ def load_for_training(
     )
 
 
-def load_adapter(
-    model: PeftModel, folder: str | os.PathLike, adapter_name: str, *, is_trainable: bool = False
-) -> None:
+def load_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str, *, is_trainable: bool = False) -> None:
     """
     Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference for DPO (TRL's
     `ref_adapter_name`).
@@ -852,8 +843,3 @@ def _load_factor(linear: nn.Module, weight: Tensor, name: str) -> Tensor:
             )
         factor.offset = start.to(parameter.device)
     return trained.to(parameter.dtype)
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAConfig
-PEFT_TYPE_TO_TUNER_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAModel
-PEFT_TYPE_TO_PREFIX_MAPPING[SaLoRAPeftType.SALORA] = LoraModel.prefix

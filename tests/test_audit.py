@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, audit, calibrate, load_for_training, project_adapter
-from salora_plugins.auditing import layer_grid, write_heat_map
+from salora_plugins.adapters.audit import layer_grid, write_heat_map
 from salora_plugins.cli import create_cli
 from tiny import gpt2, llama, relative_difference, token_batch, token_rows
 

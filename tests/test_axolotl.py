@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
-from salora_plugins.layers import weight_samples
+from salora_plugins.models.fingerprint import weight_samples
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
 

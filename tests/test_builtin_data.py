@@ -28,7 +28,7 @@ CATEGORIES = {
 
 
 def read(name: str) -> list[dict[str, str]]:
-    text = files("salora_plugins.data").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
+    text = files("salora_plugins.prompts").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

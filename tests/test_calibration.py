@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins.activations.capture import collect_statistics, position_mask
+from salora_plugins.activations.statistics import Engine
 from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, task_bases
-from salora_plugins.calibration.capture import collect_statistics, position_mask
-from salora_plugins.calibration.data import load_examples
-from salora_plugins.calibration.responses import add_own_refusals
-from salora_plugins.calibration.statistics import Engine
+from salora_plugins.calibration.refusals import add_own_refusals
 from salora_plugins.inspection import facts, summary
+from salora_plugins.rows.reading import load_examples
 from tiny import (
     gpt2,
     llama,

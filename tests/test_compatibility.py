@@ -27,7 +27,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, load_for_training
-from salora_plugins.config import COMPATIBLE_LORA_FIELDS
+from salora_plugins.lora_options import COMPATIBLE_LORA_FIELDS
 from tiny import llama, relative_difference, salora_config, token_batch, token_rows
 
 weights_row, models_row, options_row, adapters_row = (

@@ -16,19 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from salora_plugins.calibration.batching import batches, collate
-from salora_plugins.calibration.data import (
-    MAX_ROWS,
-    DataError,
-    Example,
-    TokenizedExample,
-    data_digest,
-    load_examples,
-    render_prompt,
-    select_examples,
-    tokenize_examples,
-)
-from salora_plugins.calibration.rendering import TEMPLATE_DATE, tokenizer_of
+from salora_plugins.rows.batching import batches, collate
+from salora_plugins.rows.examples import Example, TokenizedExample, data_digest, select_examples
+from salora_plugins.rows.reading import MAX_ROWS, DataError, load_examples
+from salora_plugins.rows.rendering import TEMPLATE_DATE, tokenizer_of
+from salora_plugins.rows.tokenizing import render_prompt, tokenize_examples
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
 

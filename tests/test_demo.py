@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from salora_plugins.cli import main
-from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import is_correct, word_problems
 from salora_plugins.evaluation import generate_responses, refusal_rate
-from salora_plugins.judges import is_refusal
+from salora_plugins.evaluation.judges.keyword import is_refusal
+from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ import torch.distributed as dist
 from tiny import llama, token_rows, tokenizer
 from salora_plugins import SaLoRAConfig, calibrate
 from salora_plugins.calibration import calibrate_with, responses, task_bases
-from salora_plugins.calibration.data import Example
+from salora_plugins.rows.examples import Example
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), Path(sys.argv[1])

@@ -25,13 +25,14 @@ from salora_plugins import SaLoRAConfig, evaluate
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import word_problems
-from salora_plugins.evaluation import endpoint_judge, generate_responses, response_loss
+from salora_plugins.evaluation import generate_responses, response_loss
 from salora_plugins.evaluation.evaluate import SETS, WORK_FOLDER
-from salora_plugins.evaluation.report import ANSWERS_FOLDER, Answer, EvaluationReport, read_answers
-from salora_plugins.evaluation.requests import load_requests
-from salora_plugins.evaluation.results import paired_tests, set_result
-from salora_plugins.evaluation.subjects import Loader, find_subjects
-from salora_plugins.judges import OPENINGS, is_refusal
+from salora_plugins.evaluation.evaluated_models import Loader, find_subjects
+from salora_plugins.evaluation.judges import endpoint as endpoint_judge
+from salora_plugins.evaluation.judges.keyword import OPENINGS, is_refusal
+from salora_plugins.evaluation.reports.figures import paired_tests, set_result
+from salora_plugins.evaluation.reports.report import ANSWERS_FOLDER, Answer, EvaluationReport, read_answers
+from salora_plugins.evaluation.request_sets import load_requests
 
 # The demo model has read so little that it finds any sentence it does not know unlikely; word salad is at 100,000.
 THRESHOLD = 50_000.0
@@ -62,7 +63,7 @@ def save_lora(folder: Path, std: float, seed: int = 0, **options) -> Path:
 
 def train_to_comply(model, tokenizer, steps: int = 40) -> None:
     """Teach the model to open answers to harmful requests of the calibration split with compliance."""
-    from salora_plugins.data.builtin import builtin_prompts
+    from salora_plugins.prompts.builtin import builtin_prompts
 
     prompts = [row["prompt"] for row in builtin_prompts("calibration")[:32]]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -467,7 +468,7 @@ def save_of_another_size(folder: Path) -> Path:
 
 def test_requests_that_a_safety_module_was_made_from_are_named(sources, tmp_path):
     options = {**OPTIONS, "num_requests": 4, "max_new_tokens": 2}
-    from salora_plugins.data.builtin import builtin_prompts
+    from salora_plugins.prompts.builtin import builtin_prompts
 
     rows = [{"prompt": row["prompt"]} for row in builtin_prompts("calibration")]
     with pytest.warns(UserWarning, match="4 of 4 harmful requests stand in 'builtin'"):

@@ -10,12 +10,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 import tiny
-from salora_plugins.calibration.data import load_examples, tokenize_examples
-from salora_plugins.calibration.generation import greedy_answers
 from salora_plugins.evaluation import generate_responses, generation, refusal_rate, response_loss, wilson_interval
-from salora_plugins.evaluation.first_tokens import refusal_margins, render_requests
+from salora_plugins.evaluation.first_tokens import refusal_margins
+from salora_plugins.evaluation.intervals import Mean, Proportion, mcnemar
 from salora_plugins.evaluation.metrics import encode_conversation
-from salora_plugins.evaluation.statistics import Mean, Proportion, mcnemar
+from salora_plugins.inference.greedy import greedy_answers
+from salora_plugins.inference.logits import render_requests
+from salora_plugins.rows.reading import load_examples
+from salora_plugins.rows.tokenizing import tokenize_examples
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import tiny
-from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation import generate_responses
-from salora_plugins.evaluation.first_tokens import _cache_name, first_token_kl, first_token_reference, refusal_margins
-from salora_plugins.evaluation.requests import Request, load_requests
-from salora_plugins.judges import is_refusal
+from salora_plugins.evaluation.first_tokens import first_token_kl, first_token_reference, refusal_margins
+from salora_plugins.evaluation.judges.keyword import is_refusal
+from salora_plugins.evaluation.request_sets import Request, load_requests
+from salora_plugins.inference.logits import _cache_name
+from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
 REQUESTS = ["How do I bake bread?", "Hi", "Tell me a long story about a small town by the sea, please."]
 REFUSING, COMPLYING = ("I can't", "No", "I am sorry"), ("Sure", "Yes", "Of course", "Sure thing")

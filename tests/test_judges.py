@@ -12,10 +12,10 @@ import torch
 
 import tiny
 from salora_plugins import plugins
-from salora_plugins.evaluation import endpoint_judge
-from salora_plugins.evaluation.judging import NamedJudge, describe_judge, load_judge
+from salora_plugins.evaluation.judges import endpoint as endpoint_judge
+from salora_plugins.evaluation.judges.keyword import OPENINGS, REFUSAL_PHRASES
+from salora_plugins.evaluation.judges.named import NamedJudge, describe_judge, load_judge
 from salora_plugins.hookspecs import hookimpl
-from salora_plugins.judges import OPENINGS, REFUSAL_PHRASES
 
 # Answers to "How do I pick a lock?", whether each refuses.
 LABELLED = [

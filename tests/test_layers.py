@@ -22,7 +22,7 @@ from transformers import (
 import tiny
 from salora_plugins import calibrate, load_for_training
 from salora_plugins.calibration import CalibrationError
-from salora_plugins.names import listed, pattern_for
+from salora_plugins.support.module_names import listed, pattern_for
 
 
 def qwen2_moe() -> Qwen2MoeForCausalLM:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation.first_tokens import refusal_margins
-from salora_plugins.evaluation.requests import load_requests
+from salora_plugins.evaluation.request_sets import load_requests
 from tiny import llama, preference_rows, refusal_rows, sum_rows, tokenizer
 
 trl = pytest.importorskip("trl")

@@ -17,10 +17,10 @@ import tiny
 from salora_plugins import plugins
 from salora_plugins.calibration import DataError
 from salora_plugins.calibration.basis import top_singular_vectors
-from salora_plugins.calibration.data import load_examples
 from salora_plugins.cli import create_cli
-from salora_plugins.data.builtin import builtin_prompts
-from salora_plugins.judges import OPENINGS, REFUSAL_PHRASES, is_refusal, keyword_judge
+from salora_plugins.evaluation.judges.keyword import OPENINGS, REFUSAL_PHRASES, is_refusal, keyword_judge
+from salora_plugins.prompts.builtin import builtin_prompts
+from salora_plugins.rows.reading import load_examples
 
 DISTRIBUTION = Path(__file__).parent / "plugin_distribution"
 

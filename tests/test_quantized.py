@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from certificate import largest_share_inside
 from salora_plugins import SaLoRAConfig, calibrate
 from salora_plugins.evaluation import generate_responses, response_loss
-from salora_plugins.layers import is_quantized
+from salora_plugins.models.weights import is_quantized
 from salora_plugins.parametrization import trained_factor
 from tiny import (
     llama,

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
+from salora_plugins.adapters.model_card import END, START
 from salora_plugins.cli import create_cli
 from salora_plugins.inspection import summary
-from salora_plugins.layers import check_belongs
-from salora_plugins.model_card import END, START
+from salora_plugins.models.fingerprint import check_belongs
 from salora_plugins.safety_module import SafetyModuleError, content_digest
 from tiny import llama, qwen3, token_rows
 

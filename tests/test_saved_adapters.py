@@ -26,10 +26,12 @@ from salora_plugins import (
     project_adapter,
     push_to_hub,
 )
+from salora_plugins.adapters.certificate import largest, safety_shares
+from salora_plugins.adapters.digest import adapter_digest, adapter_problem
+from salora_plugins.adapters.model_card import END, START
+from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
-from salora_plugins.model_card import END, START
-from salora_plugins.monitor import largest_live_share
-from salora_plugins.saved_adapter import SavedAdapter, adapter_digest, adapter_problem, largest, safety_shares
+from salora_plugins.evaluation.monitor import largest_live_share
 from tiny import gpt2, llama, relative_difference, token_batch, token_rows
 
 saved_adapters = pytest.mark.compatibility
@@ -729,7 +731,7 @@ def test_an_interruption_leaves_no_mixture(adapter, run_folder, tmp_path, monkey
 
 
 def test_what_a_killed_writer_left_is_removed_when_it_is_old(adapter, tmp_path):
-    from salora_plugins.files import TAKEN_AWAY, atomic_write
+    from salora_plugins.support.files import TAKEN_AWAY, atomic_write
 
     out = tmp_path / "out"
     old, new, kept = (tmp_path / f".out.{name}.tmp" for name in ("old", "new", "kept"))

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salora_plugins import linear_algebra
-from salora_plugins.calibration.statistics import (
+from salora_plugins.activations.statistics import (
     Engine,
     ExactStatistics,
     OutputStatistics,
@@ -16,8 +15,9 @@ from salora_plugins.calibration.statistics import (
     choose_engine,
 )
 from salora_plugins.initialization import pissa_factors
-from salora_plugins.linear_algebra import eigh, svd, top_eigenpairs, truncated_svd
 from salora_plugins.ranks import rank_for_share, ranks_of
+from salora_plugins.support import linear_algebra
+from salora_plugins.support.linear_algebra import eigh, svd, top_eigenpairs, truncated_svd
 
 SPECTRA = {
     "fast": lambda d: 0.9 ** torch.arange(d, dtype=torch.float64),

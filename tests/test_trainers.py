@@ -614,9 +614,7 @@ def killed_runs(folder, safety, tmp_path_factory) -> dict[str, Path]:
     command = [sys.executable, script, folder, path / "safety.safetensors", path, *BROKEN]
     # They are forked, which CUDA does not survive once a library has asked for the GPU; they train on the CPU anyway.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, env=environment
-    )
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return {name: path / name for name in BROKEN}
 

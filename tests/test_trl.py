@@ -28,11 +28,7 @@ from tiny import (
 from trainer_helpers import arguments, check_result, config, losses
 
 trl = pytest.importorskip("trl")
-from salora_plugins.integrations.trl import (  # noqa: E402
-    SaLoRAArguments,
-    TaskInitializationCallback,
-    get_peft_config,
-)
+from salora_plugins.integrations.trl import SaLoRAArguments, TaskInitializationCallback, get_peft_config  # noqa: E402
 
 row = partial(pytest.mark.compatibility, "TRL")
 EXAMPLES = Path(__file__).parents[1] / "examples"

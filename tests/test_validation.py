@@ -11,13 +11,13 @@ import torch
 from click.testing import CliRunner
 
 import tiny
-from salora_plugins import SafetyModule, calibrate, validation
+from salora_plugins import SafetyModule, calibrate
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
-from salora_plugins.evaluation import response_loss
+from salora_plugins.evaluation import response_loss, validation
 from salora_plugins.evaluation.first_tokens import refusal_margins
-from salora_plugins.evaluation.requests import Request, load_requests
-from salora_plugins.validation import RANDOM_SUBSPACES, validate, without_directions, write_plot
+from salora_plugins.evaluation.request_sets import Request, load_requests
+from salora_plugins.evaluation.validation import RANDOM_SUBSPACES, validate, without_directions, write_plot
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
 from salora_plugins.demo.task import ITEMS, NAMES
 from salora_plugins.evaluation import generate_responses, refusal_rate
+from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
 TEXT = Path(__file__).resolve().parent / "demo_text"
 MODEL = Path(__file__).resolve().parent.parent / "salora_plugins" / "demo" / "model"

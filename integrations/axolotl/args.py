@@ -213,14 +213,14 @@ class SaLoRAArgs(BaseModel):
             _check_files(options)
             _check_kernels(self, options)
         if "basis_method" in options:
-            from salora_plugins.plugins import basis_methods
+            from ...plugins import basis_methods
 
             if options["basis_method"] not in basis_methods():
                 raise ValueError(
                     f"salora.basis_method: {options['basis_method']} is not registered. Choose one of "
                     f"{', '.join(sorted(basis_methods()))}."
                 )
-        from salora_plugins import SaLoRAConfig
+        from ...config import SaLoRAConfig
 
         try:
             config = SaLoRAConfig(**options)
@@ -347,8 +347,8 @@ def _check_files(options: Mapping[str, Any]) -> None:
 
     module = options.get("safety_module")
     if module is not None and not Path(module).expanduser().exists():
-        from salora_plugins.files import hub_file
-        from salora_plugins.safety_module import DEFAULT_FILE
+        from ...safety_module import DEFAULT_FILE
+        from ...support.hub import hub_file
 
         try:
             hub_file(module, DEFAULT_FILE, option="salora.safety_module")
@@ -358,12 +358,12 @@ def _check_files(options: Mapping[str, Any]) -> None:
 
 def _is_missing(key: str, value: str) -> bool:
     """Whether a value can only be meant as a file or folder, and there is none."""
-    from salora_plugins.files import is_hub_id
+    from ...support.hub import is_hub_id
 
     path = Path(value).expanduser()
     if key == "safety_module":
         return not path.exists() and not is_hub_id(value)
-    from salora_plugins.plugins import data_sources
+    from ...plugins import data_sources
 
     if path.exists() or value in data_sources():
         return False
@@ -378,7 +378,7 @@ def _check_kernels(cfg: Any, options: Mapping[str, Any]) -> None:
     kernels = [key for key in _FUSED_KERNELS if getattr(cfg, key)]
     if not kernels or "task_data" in options or cfg.lora_model_dir:
         return
-    from salora_plugins import SaLoRAConfig
+    from ...config import SaLoRAConfig
 
     if SaLoRAConfig(**options).init == "task":
         raise ValueError(

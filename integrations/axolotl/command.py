@@ -19,9 +19,8 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     from axolotl.cli.config import load_cfg
     from axolotl.loaders import ModelLoader, load_tokenizer
 
-    from salora_plugins.calibration import calibrate_with
-    from salora_plugins.inspection import summary
-
+    from ...calibration import calibrate_with
+    from ...inspection import summary
     from .args import ADAPTER
     from .plugin import in_the_terms_of_the_file, salora_config
 

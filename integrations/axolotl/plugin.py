@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-    from salora_plugins import SaLoRAConfig
+    from ...config import SaLoRAConfig
 
 LOG = get_logger(__name__)
 
@@ -89,7 +89,7 @@ class SaLoRAPlugin(BasePlugin):
 
         from peft import get_peft_model
 
-        from salora_plugins import load_for_training
+        from ...tuner import load_for_training
 
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
@@ -112,7 +112,7 @@ class SaLoRAPlugin(BasePlugin):
         config = model.peft_config["default"]
         if config.init != "task" or config.task_data is not None:
             return
-        from salora_plugins.calibration.data import DataError
+        from ...rows.reading import DataError
 
         rows = _some_rows(trainer.train_dataset, config.num_task_samples, config.seed)
         try:
@@ -125,7 +125,7 @@ class SaLoRAPlugin(BasePlugin):
         monitor = (cfg.salora or {}).get("monitor") if cfg.adapter == ADAPTER else None
         if not monitor:
             return []
-        from salora_plugins import SafetyMonitorCallback
+        from ...evaluation.monitor import SafetyMonitorCallback
 
         options = {} if monitor is True else {key: value for key, value in monitor.items() if value is not None}
         try:
@@ -146,7 +146,7 @@ def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
     """
     from axolotl.loaders import load_lora, load_tokenizer
 
-    from salora_plugins import SaLoRAConfig
+    from ...config import SaLoRAConfig
 
     _, lora = load_lora(model, cfg, config_only=True)
     options = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.init and f.name != "peft_type"}
@@ -265,7 +265,7 @@ def _choose_checkpoint(cfg: DictDefault) -> None:
     Raises:
         ValueError: `resume_from_checkpoint` names such a folder.
     """
-    from salora_plugins.checkpoints import checkpoint_problem, last_complete_checkpoint
+    from ...adapters.checkpoints import checkpoint_problem, last_complete_checkpoint
 
     chosen = cfg.resume_from_checkpoint
     if chosen is None and cfg.auto_resume_from_checkpoints:

@@ -11,7 +11,7 @@ from datasets import DatasetDict, load_dataset
 from peft import PeftConfig
 from trl import ModelConfig, ScriptArguments
 
-from salora_plugins import SaLoRAConfig
+from ...config import SaLoRAConfig
 
 _HELP = {option.name: option.metadata.get("help", "") for option in fields(SaLoRAConfig)}
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from salora_plugins import SaLoRAModel
-from salora_plugins.monitor import warn_of_another_template
+from ...evaluation.monitor import warn_of_another_template
+from ...tuner import SaLoRAModel
 
 
 class TaskInitializationCallback(TrainerCallback):

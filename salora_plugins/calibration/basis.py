@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
+from ..activations.capture import CalibrationError
+from ..activations.statistics import ModuleStatistics, VectorStatistics
 from ..hookspecs import BasisMethod, hookimpl
-from ..names import listed, pattern_for, quoted
 from ..ranks import Rank, rank_for_share
-from .capture import CalibrationError
-from .statistics import ModuleStatistics, VectorStatistics
+from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
+from ..support.module_names import listed, pattern_for, quoted
 
 Side = Literal["output", "input"]
 

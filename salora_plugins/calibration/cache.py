@@ -12,8 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..distributed import gather_json
 from ..safety_module import SafetyModule
+from ..support.distributed import gather_json
 
 logger = logging.getLogger(__name__)
 

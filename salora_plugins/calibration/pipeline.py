@@ -16,47 +16,34 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..activations.capture import CalibrationError, collect_statistics, statistics_dimensions
+from ..activations.statistics import Engine, ModuleStatistics, choose_engine
 from ..config import SaLoRAConfig
-from ..distributed import broadcast, rank_and_world_size
+from ..inference.greedy import end_tokens
 from ..inspection import facts
-from ..layers import (
-    adapters_disabled,
-    base_layer,
-    check_belongs,
+from ..models.fingerprint import check_belongs, model_fingerprint, weight_samples
+from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..models.targets import (
     check_ranks,
-    check_reachable,
     check_reached_by_text,
-    check_weights,
     default_input_ranks,
-    model_fingerprint,
     say_what_is_left_out,
     target_module_names,
-    unreachable_weight,
-    weight_samples,
 )
-from ..notices import tell
+from ..models.weights import base_layer, check_reachable, check_weights, unreachable_weight
 from ..plugins import basis_methods, judges
 from ..ranks import Rank, matching_patterns
+from ..rows.batching import batches, vocabulary_size
+from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest, select_examples
+from ..rows.reading import MAX_ROWS, load_examples
+from ..rows.rendering import has_template, template_digest, tokenizer_of, trainer_tokenizer
+from ..rows.tokenizing import render_prompt, tokenize_examples
 from ..safety_module import SafetyModule
+from ..support.distributed import broadcast, rank_and_world_size
+from ..support.notices import tell
 from .basis import Basis, Side, compute_bases
-from .batching import batches, vocabulary_size
 from .cache import cache_key, load_cached, store
-from .capture import CalibrationError, collect_statistics, evaluation_mode, on_accelerator, statistics_dimensions
-from .data import (
-    IGNORED,
-    MAX_ROWS,
-    Example,
-    TokenizedExample,
-    data_digest,
-    load_examples,
-    render_prompt,
-    select_examples,
-    tokenize_examples,
-)
-from .generation import end_tokens
-from .rendering import has_template, template_digest, tokenizer_of, trainer_tokenizer
-from .responses import add_own_refusals
-from .statistics import Engine, ModuleStatistics, choose_engine
+from .refusals import add_own_refusals
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ def audit(
 
     Exit code 3: more than --max-share, or the weights are not those that the safety module beside them was saved with.
     """
-    from salora_plugins.auditing import audit, write_heat_map
+    from ..adapters.audit import audit, write_heat_map
 
     report = audit(adapter, safety_module, max_share=max_share)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import load_model, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 
 
 def calibrate(
@@ -52,7 +52,7 @@ def calibrate(
     cache: Annotated[bool, typer.Option(help="Take the result of an equal calibration, and keep this one.")] = True,
 ) -> None:
     """Compute the safety module of a model, to be used by any number of training runs."""
-    from salora_plugins import SaLoRAConfig
+    from ..config import SaLoRAConfig
 
     options = SaLoRAConfig(
         target_modules=_target_modules(target_modules),
@@ -77,8 +77,7 @@ def calibrate(
         raise ValueError(f"--out {out} is a folder. Name the file to write, such as {out / 'salora.safetensors'}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the calibration
 
-    from salora_plugins.calibration import calibrate_with
-
+    from ..calibration import calibrate_with
     from ..inspection import summary
 
     loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)

@@ -20,7 +20,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the models of one or more evaluations beside each other: tables, plots, and a page with all answers."""
-    from ..evaluation.compare import compare
+    from ..evaluation.reports.comparison import compare
 
     # Rather now than after the work.
     if out is not None and out.exists() and (out.is_dir() or not overwrite):
@@ -33,22 +33,22 @@ def compare(
     else:
         from rich.console import Console
 
-        from ..evaluation.tables import table
-        from ..texts import visible
+        from ..evaluation.reports.tables import table
+        from ..support.texts import visible
 
         Console().print(table(comparison.report))
         for note in comparison.notes:
             typer.echo(f"Note: {visible(note)}")
     if out is None and plots is None:
         return
-    from ..evaluation.plots import draw, write_plots
+    from ..evaluation.reports.plots import draw, write_plots
 
     drawn = draw(comparison.report)
     if plots is not None:
         for file in write_plots(plots, drawn, overwrite=overwrite):
             typer.echo(f"Wrote {file}.", err=as_json)
     if out is not None:
-        from ..evaluation.html import write_page
+        from ..evaluation.reports.page import write_page
 
         write_page(out, comparison, drawn)
         typer.echo(f"Wrote {out}.", err=as_json)

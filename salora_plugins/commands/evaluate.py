@@ -100,7 +100,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from ..evaluation.tables import table
+    from ..evaluation.reports.tables import table
 
     Console().print(table(report))
     typer.echo(f"Wrote {out}.")

@@ -27,7 +27,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write a saved adapter at one rank, such as a lower one, and show what of its update is lost."""
-    from ..export import export_adapter
+    from ..adapters.export import export_adapter
 
     report = export_adapter(adapter, out, max_rank=max_rank, share=share, dtype=dtype, overwrite=overwrite)
     if as_json:

@@ -15,9 +15,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what a safety module holds: ranks and captured energy per layer, and where it comes from."""
-    from salora_plugins import SafetyModule
-
     from ..inspection import describe, summary, table, write_plot
+    from ..safety_module import SafetyModule
 
     safety_module = SafetyModule.load(file)
     if as_json:

@@ -22,7 +22,7 @@ def project(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Write the closest adapter whose update avoids the safety directions, and show what is removed."""
-    from salora_plugins.projection import project_adapter
+    from ..adapters.projection import project_adapter
 
     report = project_adapter(adapter, safety_module, out, dtype=dtype, overwrite=overwrite)
     if as_json:

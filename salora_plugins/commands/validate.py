@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import load_model, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 
 
 def validate(
@@ -35,10 +35,9 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Remove a safety module's directions from the running model and see whether its refusals go with them."""
-    from salora_plugins import SafetyModule
-    from salora_plugins.validation import validate, write_plot
-
-    from ..evaluation.requests import load_requests
+    from ..evaluation.request_sets import load_requests
+    from ..evaluation.validation import validate, write_plot
+    from ..safety_module import SafetyModule
 
     safety_module = SafetyModule.load(file)  # rather fail now than after loading the model
     requests = {

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from salora_plugins.commands.command import Command
-from salora_plugins.hookspecs import hookimpl
+from ..commands.command import Command
+from ..hookspecs import hookimpl
 
 INTRODUCTION = """
 A small aligned chat model (2 million parameters, part of this package) is fine-tuned on harmless word problems,

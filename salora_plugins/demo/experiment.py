@@ -15,12 +15,11 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from salora_plugins import SaLoRAConfig
-from salora_plugins.data.builtin import builtin_prompts, harmless_prompts
-from salora_plugins.evaluation import generate_responses, response_loss
-from salora_plugins.evaluation.statistics import Proportion
-from salora_plugins.judges import is_refusal
-
+from ..config import SaLoRAConfig
+from ..evaluation import generate_responses, response_loss
+from ..evaluation.intervals import Proportion
+from ..evaluation.judges.keyword import is_refusal
+from ..prompts.builtin import builtin_prompts, harmless_prompts
 from .task import is_correct, word_problems
 
 MODEL = Path(__file__).parent / "model"

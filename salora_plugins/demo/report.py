@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from salora_plugins.evaluation.statistics import Proportion
-from salora_plugins.files import atomic_write
-
+from ..evaluation.intervals import Proportion
+from ..support.files import atomic_write
 from .experiment import Measurement, Settings
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.capture import evaluation_mode
-from ..judges import without_reasoning
-from .first_tokens import answer_log_probabilities, render_requests
-from .report import Coherence
+from ..inference.logits import answer_log_probabilities, render_requests
+from ..models.running import evaluation_mode
+from .judges.keyword import without_reasoning
+from .reports.report import Coherence
 
 PERPLEXITY_THRESHOLD = 1000.0
 """Perplexity under the base model above which an answer counts as broken."""

@@ -18,13 +18,15 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import audit
-from ..calibration.data import DataError, Example, load_examples, select_examples
-from ..calibration.sources import describe
-from ..commands.loading import check_loading, load_tokenizer
-from ..files import atomic_write
+from ..adapters.audit import audit
+from ..models.loading import check_loading, load_tokenizer
+from ..rows.examples import Example, select_examples
+from ..rows.reading import DataError, load_examples
+from ..rows.sources import describe
 from ..safety_module import SafetyModule
+from ..support.files import atomic_write
 from .coherence import PERPLEXITY_THRESHOLD, coherence, response_perplexities
+from .evaluated_models import Loader, Subject, check_vocabularies, find_subjects
 from .first_tokens import (
     COMPLYING_OPENINGS,
     KL_TOKENS,
@@ -35,14 +37,13 @@ from .first_tokens import (
     refusal_margins,
 )
 from .generation import generate_responses
-from .judging import NamedJudge, load_judge
+from .judges.named import NamedJudge, load_judge
 from .lm_eval_tasks import check_tasks, run_lm_eval
 from .metrics import encode_conversation, response_loss
-from .report import ANSWERS_FOLDER, REPORT_FILE, Answer, EvaluationReport, ModelResult, TaskResult
-from .requests import Request, load_requests, requests_digest
-from .results import paired_tests, set_result
-from .subjects import Loader, Subject, check_vocabularies, find_subjects
-from .work import Setting, Work
+from .reports.figures import paired_tests, set_result
+from .reports.report import ANSWERS_FOLDER, REPORT_FILE, Answer, EvaluationReport, ModelResult, TaskResult
+from .request_sets import Request, load_requests, requests_digest
+from .run_folder import Setting, Work
 
 WORK_FOLDER = "work"
 """What is measured so far, in the folder of the report."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration.capture import evaluation_mode
-from ..calibration.generation import greedy_answers
-from .first_tokens import render_requests
+from ..inference.greedy import greedy_answers
+from ..inference.logits import render_requests
+from ..models.running import evaluation_mode
 
 
 def generate_responses(

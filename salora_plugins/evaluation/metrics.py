@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.batching import check_token_ids, collate, vocabulary_size
-from ..calibration.capture import evaluation_mode, input_device
-from ..calibration.data import IGNORED, Example, TokenizedExample, tokenize
-from ..judges import is_refusal
+from ..models.running import evaluation_mode, input_device
+from ..rows.batching import check_token_ids, collate, vocabulary_size
+from ..rows.examples import IGNORED, Example, TokenizedExample
+from ..rows.tokenizing import tokenize
+from .judges.keyword import is_refusal
 
 
 def refusal_rate(responses: Sequence[str]) -> float:
-    """Share of the responses that refuse, from 0 to 1, by `salora_plugins.judges.is_refusal`.
+    """Share of the responses that refuse, from 0 to 1, by `salora_plugins.evaluation.judges.keyword.is_refusal`.
 
     Raises:
         ValueError: there are no responses.
@@ -35,7 +36,7 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
         rows: conversations in TRL's prompt-completion form: `prompt` and `completion`, each a list of messages
             with `role` and `content`. The response is the last turn. Its tokens are those that a model that is asked
             would write, up to the one that ends the turn, with that one
-            (`salora_plugins.calibration.rendering.prompt_and_response_ids`).
+            (`salora_plugins.rows.rendering.prompt_and_response_ids`).
         batch_size: number of conversations in a forward pass; affects memory and speed, not the value.
 
     Returns:

@@ -1,0 +1,263 @@
+"""Running a model over batches and updating statistics of what passes its layers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..models.running import cheap_forward_options, input_device
+from ..models.weights import layer_features, linear_weight
+from ..support.module_names import advice_to_leave_out, listed
+from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrationError(ValueError):
+    """Calibration cannot give a meaningful result with this model and data."""
+
+
+def position_mask(
+    labels: Tensor, positions: Literal["response", "predicting", "prompt", "all"], attention_mask: Tensor | None = None
+) -> Tensor:
+    """
+    The positions whose layer inputs count.
+
+    Args:
+        labels: (batch, length), -100 where a token is no response token.
+        positions: "response": the input is a response token. "predicting": the next token is one. Of an example
+            that has a response token, "prompt": the tokens that are none, and "all": every token.
+        attention_mask: (batch, length), 0 for padding.
+
+    Returns:
+        (batch, length) bool.
+    """
+    mask = labels != -100
+    if positions in ("prompt", "all"):
+        of_example = mask.any(dim=1, keepdim=True).expand_as(mask)
+        mask = of_example & ~mask if positions == "prompt" else of_example
+    elif positions == "predicting":
+        mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return mask if attention_mask is None else mask & attention_mask.bool()
+
+
+class StatisticsCollector:
+    """
+    Forward hooks on linear layers that update the statistics of what passes them.
+
+    A layer with more outputs than inputs is represented by its inputs, from which the statistics of its outputs follow;
+    any other by its outputs. Layers that are called with the same tensor, such as gate_proj and up_proj, share the
+    statistics of their inputs.
+
+    Args:
+        layers: Name -> linear layer.
+        engine: How the statistics are kept.
+        with_inputs: Whether to gather the inputs of every layer, for the input side.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], engine: Engine, *, with_inputs: bool = False) -> None:
+        self.layers = dict(layers)
+        self.engine = engine
+        self.with_inputs = with_inputs
+        self._outputs: dict[str, VectorStatistics] = {}
+        self._inputs: dict[str, VectorStatistics] = {}
+        self._leaders: dict[str, str] = {}
+        self._last_input: tuple[Tensor, str] | None = None
+        self._mask_size = 0
+        self._index: dict[torch.device, Tensor] = {}
+        self._bias = {name: _bias(layer) for name, layer in self.layers.items()}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> StatisticsCollector:
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name, by_inputs(layer))))
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def positions(self, mask: Tensor) -> Iterator[None]:
+        """
+        Count the positions where `mask` (batch, length) is true in the forward pass inside this block.
+
+        Raises:
+            CalibrationError: A layer gave NaN or infinity.
+        """
+        self._mask_size = mask.numel()
+        # As indices, found once: a boolean mask would make the device wait at every layer.
+        self._index = {mask.device: mask.flatten().nonzero().squeeze(1)}
+        try:
+            yield
+            self._check_finite()
+        finally:
+            self._index = {}
+            self._last_input = None
+
+    def result(self) -> dict[str, ModuleStatistics]:
+        """
+        The statistics of every layer, over the data of all ranks of torch.distributed.
+
+        Raises:
+            CalibrationError: Layers were never called.
+        """
+        if unused := [name for name in self.layers if name not in self._outputs]:
+            raise CalibrationError(
+                f"target_modules: {len(unused)} of {len(self.layers)} layers were not used in any forward pass over "
+                f"the "
+                f"data ({listed(unused)}), so their outputs are unknown. Leave them out: "
+                f"{advice_to_leave_out(unused, self.layers)}."
+            )
+        for statistics in (*self._inputs.values(), *self._outputs.values()):
+            statistics.reduce()
+        return {
+            name: ModuleStatistics(
+                name, self._outputs[name], self._inputs[self._leaders[name]] if self.with_inputs else None
+            )
+            for name in self.layers
+        }
+
+    def _hook(self, name: str, from_inputs: bool):
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not self._index:
+                return
+            inputs = self._update_input(name, args[0]) if from_inputs or self.with_inputs else None
+            rows = self._select(name, output)
+            if name not in self._outputs:
+                dimension = output.shape[-1]
+                self._outputs[name] = (
+                    OutputStatistics(inputs, dimension, lambda: linear_weight(layer))
+                    if from_inputs
+                    else self.engine.statistics(dimension)
+                )
+            if self._bias[name] is not None:
+                rows = rows - self._bias[name].to(rows)
+            self._outputs[name].update(rows)
+
+        return hook
+
+    def _update_input(self, name: str, tensor: Tensor) -> VectorStatistics:
+        shared = self._last_input is not None and self._last_input[0] is tensor
+        leader = self._last_input[1] if shared else name
+        if self._leaders.setdefault(name, leader) != leader:
+            raise CalibrationError(f"{name!r} shares its input with another layer in some batches only.")
+        if not shared:
+            self._last_input = (tensor, name)
+            if name not in self._inputs:
+                self._inputs[name] = self.engine.statistics(tensor.shape[-1], "input")
+            self._inputs[name].update(self._select(name, tensor))
+        return self._inputs[leader]
+
+    def _select(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows of a (batch, length, d) or (batch * length, d) tensor that count, (n, d)."""
+        flat = tensor.detach().reshape(-1, tensor.shape[-1])
+        if flat.shape[0] != self._mask_size:
+            raise CalibrationError(
+                f"target_modules: {name!r} is called with tensors of shape {tuple(tensor.shape)}, not with one vector "
+                f"per token of a batch of {self._mask_size} tokens. Leave it out with exclude_modules."
+            )
+        if flat.device not in self._index:
+            self._index[flat.device] = next(iter(self._index.values())).to(flat.device)
+        return flat.index_select(0, self._index[flat.device])
+
+    def _check_finite(self) -> None:
+        groups = (("inputs", self._inputs), ("outputs", self._outputs))
+        for kind, statistics in groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for entry in statistics.values():
+                by_device.setdefault(entry.device, []).append(entry.energy_tensor)
+            if all(torch.stack(energies).isfinite().all() for energies in by_device.values()):
+                continue
+            name = next(name for name, entry in statistics.items() if not math.isfinite(entry.energy))
+            raise CalibrationError(
+                f"The {kind} of {name!r} contain NaN or infinity on the calibration data: the base model is broken, or "
+                "its dtype overflows (try bfloat16 instead of float16)."
+            )
+
+
+def by_inputs(layer: nn.Module) -> bool:
+    """Whether a layer's outputs are represented by its inputs, being more than them."""
+    d_in, d_out = layer_features(layer)
+    return d_in < d_out
+
+
+def statistics_dimensions(layers: Mapping[str, nn.Module], *, with_inputs: bool) -> tuple[list[int], list[int]]:
+    """Lengths of the outputs and of the inputs that a `StatisticsCollector` keeps statistics of, none being shared."""
+    features = [layer_features(layer) for layer in layers.values()]
+    outputs = [d_out for d_in, d_out in features if d_in >= d_out]
+    return outputs, [d_in for d_in, d_out in features if with_inputs or d_in < d_out]
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    """A copy of the bias, which is not there between calls where accelerate offloads the layer."""
+    if getattr(layer, "bias", None) is None:
+        return None
+    with align_module_device(layer):
+        return layer.bias.detach().clone()
+
+
+def collect_statistics(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    engine: Engine,
+    *,
+    positions: Literal["response", "predicting", "prompt", "all"] = "response",
+    with_inputs: bool = False,
+    description: str = "calibrating",
+) -> dict[str, ModuleStatistics]:
+    """
+    One pass over the data that gathers the statistics of all layers at once.
+
+    Under torch.distributed every rank passes batches of its own, and gets the statistics over those of all ranks.
+
+    Args:
+        model: Called with input_ids and attention_mask; must be in evaluation mode.
+        layers: Name -> linear layer inside `model`.
+        batches: Dicts of input_ids, labels and attention_mask, (batch, length) int64.
+        engine: How the statistics are kept.
+        positions: Which positions count, see `position_mask`.
+        with_inputs: Whether to gather the layers' inputs, too.
+        description: Shown beside the progress bar.
+
+    Raises:
+        CalibrationError: A layer is not used, is not called once per token, or gives NaN.
+    """
+    options = cheap_forward_options(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers.values()):
+        options.pop("logits_to_keep", None)  # the head's own statistics need every position
+    device = input_device(model)
+    tokens = 0
+    with StatisticsCollector(layers, engine, with_inputs=with_inputs) as collector, torch.no_grad(), _full_float32():
+        progress = tqdm(batches, desc=description, unit="batch", leave=False)
+        for batch in progress:
+            tokens += int(batch["attention_mask"].sum())
+            batch = {key: value.to(device) for key, value in batch.items()}
+            mask = position_mask(batch["labels"], positions, batch["attention_mask"])
+            with collector.positions(mask):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+            if elapsed := progress.format_dict["elapsed"]:
+                progress.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+        return collector.result()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Float32 products in float32, not in TF32 or bf16, whatever the trainer has set."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,1 @@
+"""Saved adapters: reading, certifying, auditing, projecting, exporting, describing and publishing them."""

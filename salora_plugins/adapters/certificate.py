@@ -1,0 +1,152 @@
+"""How much of an update lies in the directions of a safety module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..safety_module import SafetyModule
+from .saved import FACTORS, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE, SavedAdapter
+
+FOREIGN_FACTOR_SHARE = 1e-2
+"""A factor saved in bf16 leaves this share of itself in the safety directions; another safety module's, far more."""
+
+# Products of float64 rounding errors: an update this much smaller than its factors is none.
+_ZERO = 1e-12
+
+
+def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[str, dict[str, float]]:
+    """
+    How much of an adapter's update lies in the protected directions, from saved files alone, in float64.
+
+    Args:
+        adapter: Any LoRA adapter of linear layers.
+        safety_module: The directions.
+
+    Returns:
+        Module name -> side ("output": ||U_C^T dW||_F / ||dW||_F; "input", where there is an input side:
+        ||dW V_C||_F / ||dW||_F) -> share; 0 where dW is zero. dW is never formed: of B = QR, only R A is needed.
+
+    Raises:
+        ValueError: The safety module has no directions for a module, or ones of another size; or the weights are not
+            finite, of which there is no share.
+    """
+    shares = {}
+    for name, (a, b) in adapter.factors.items():
+        if not covers(safety_module, name, b):
+            raise ValueError(f"{name}: the safety module has no directions for this module. Was it another model's?")
+        norm, inside = norms(a, b, safety_module, name)
+        if not math.isfinite(norm):
+            raise ValueError(f"the weights of {name} are not finite")
+        shares[name] = {side: part / norm if norm else 0.0 for side, part in inside.items()}
+    return shares
+
+
+def covers(safety_module: SafetyModule, name: str, b: Tensor) -> bool:
+    """Whether a safety module has directions for a module's update with the factor `b`, (d_out, k)."""
+    return name in safety_module.bases and safety_module.bases[name].shape[0] == b.shape[0]
+
+
+def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[float, dict[str, float]]:
+    """
+    The Frobenius norm of an update without its scaling, and of its part in the protected directions, in float64.
+
+    Args:
+        a: lora_A, (k, d_in).
+        b: lora_B, (d_out, k).
+        safety_module: The directions.
+        name: The module's name.
+
+    Returns:
+        ||B A||_F, 0 where it is rounding error only; and side -> ||U_C^T B A||_F or ||B A V_C||_F. All are NaN where
+        a factor is not finite.
+    """
+    a, b = a.double(), b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        sides = ("output", "input") if name in safety_module.input_bases else ("output",)
+        return math.nan, dict.fromkeys(sides, math.nan)
+    reduced = torch.linalg.qr(b).R
+    norm = torch.linalg.norm(reduced @ a).item()
+    if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
+        norm = 0.0
+    inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
+    if name in safety_module.input_bases:
+        if safety_module.input_bases[name].shape[0] != a.shape[1]:
+            raise ValueError(
+                f"{name}: the safety module's directions are for {safety_module.input_bases[name].shape[0]} inputs, "
+                f"the adapter has {a.shape[1]}. Was it another model's?"
+            )
+        inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
+    return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
+
+
+def lies_inside(factor: Tensor, basis: Tensor, axis: int) -> bool:
+    """
+    Whether more of a factor lies in the directions of a basis than rounding to 16 bits leaves there.
+
+    Args:
+        factor: Saved lora_A, (k, d_in), or lora_B, (d_out, k).
+        basis: (d, r) with orthonormal columns.
+        axis: The axis of `factor` that has length d: 1 of lora_A, 0 of lora_B.
+    """
+    along = factor.cpu().double() if axis == 0 else factor.cpu().double().T
+    inside = torch.linalg.norm(basis.cpu().double().T @ along)
+    return bool(inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(along))
+
+
+def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
+    """
+    Check that the weights that PEFT has just written are an ordinary LoRA adapter with the projected factors.
+
+    That they are rests on hooks of PEFT that are not public. Without this check, another PEFT could save the raw
+    factors, which lie in the safety directions, or save them under names that nothing reads.
+
+    Args:
+        folder: Where the adapter is saved; nothing is checked where no safetensors file is there.
+        safety_module: The one that the adapter was trained with.
+
+    Raises:
+        RuntimeError: A target module's factors are missing, or lie in the safety directions.
+        ValueError: The weights were written as a pickle beside an older safetensors file, which is what is loaded.
+    """
+    from importlib.metadata import version
+
+    weights, pickle = folder / WEIGHTS_FILE, folder / PICKLED_WEIGHTS_FILE
+    if not weights.is_file():
+        return
+    if pickle.is_file() and pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns:
+        raise ValueError(
+            f"safe_serialization=False: {pickle} was written beside an older {WEIGHTS_FILE}, which PEFT and all else "
+            "load instead. Leave safe_serialization at True, or save into another folder."
+        )
+    advice = (
+        f"The installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows. Do not use "
+        "this file; install a PEFT version that salora-plugins supports."
+    )
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, basis in safety_module.bases.items():
+        bases = (safety_module.input_bases.get(name), basis)
+        for suffix, directions, axis in zip(FACTORS, bases, (1, 0), strict=True):
+            factor = tensors.get(f"{PREFIX}{name}{suffix}")
+            if factor is None or factor.ndim != 2:
+                raise RuntimeError(f"{folder / WEIGHTS_FILE}: has no {suffix[1:]} of {name}. {advice}")
+            if directions is not None and lies_inside(factor, directions, axis):
+                raise RuntimeError(
+                    f"{folder / WEIGHTS_FILE}: {suffix[1:]} of {name} lies in the safety directions. {advice}"
+                )
+
+
+def largest_shares(shares: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Side -> the largest share over all modules; NaN where one of them is."""
+    sides = dict.fromkeys(side for of_module in shares.values() for side in of_module)
+    return {side: largest(of_module[side] for of_module in shares.values() if side in of_module) for side in sides}
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN where one of them is, which `max` would pass over unless it comes first."""
+    return max(values, key=lambda value: (math.isnan(value), value))

@@ -1,0 +1,288 @@
+"""A saved adapter at a rank of choice: the best approximation of its update, with the certificate in force."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import read_side_config
+from ..safety_module import DEFAULT_FILE, SafetyModule
+from ..support.texts import cell
+from .certificate import largest_shares, safety_shares
+from .digest import adapter_problem
+from .model_card import PACKAGE, PAPER, TO_CHECK, certificate_row, provenance_rows, table
+from .saved import SavedAdapter, check_plain_lora, in_dtype
+from .writing import check_destination, write_adapter
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A share of an update's norm; of one that is kept whole, a decomposition in float64 loses far less.
+_LOST = 1e-6
+
+
+@dataclass(frozen=True)
+class ModuleExport:
+    """What was kept of one module's update dW."""
+
+    saved_rank: int
+    """Rank of the factors in the file."""
+    effective_rank: float
+    """exp of the entropy of dW's normalized singular values (Roy, Vetterli 2007); 0 where dW is zero."""
+    norm: float
+    """||dW||_F."""
+    lost_share: float
+    """||dW - its approximation||_F / ||dW||_F, before the rounding to the dtype of the file."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The outcome of [`export_adapter`]."""
+
+    rank: int
+    """Rank of the exported adapter, the same in every module."""
+    lost_share: float
+    """As for a module, of the updates of all modules together."""
+    modules: dict[str, ModuleExport]
+    """Module name -> what was kept."""
+    safety_shares: dict[str, float] | None
+    """Side -> largest share of a module's exported update in its safety directions; None without a safety module."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [f"{len(self.modules)} modules at rank {self.rank}; lost: {self.lost_share:.2e} of the update's norm."]
+        if self.safety_shares is None:
+            lines.append("No safety module beside the adapter: the certificate was not computed.")
+        else:
+            shares = ", ".join(f"{side} side {share:.1e}" for side, share in self.safety_shares.items())
+            lines.append(f"Largest share of a module's update in the safety directions: {shares}.")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """One row a module."""
+        from rich.table import Table
+
+        result = Table(caption="Lost: share of the norm of the module's update.")
+        result.add_column("Module", overflow="fold")
+        for header in ("saved rank", "effective rank", "lost"):
+            result.add_column(header, justify="right")
+        for name, module in self.modules.items():
+            effective, lost = f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}"
+            result.add_row(cell(name), str(module.saved_rank), effective, lost)
+        return result
+
+
+def export_adapter(
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    max_rank: int | None = None,
+    share: float | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> ExportReport:
+    """
+    Write the best approximation of a saved LoRA adapter at one rank, as another plain LoRA adapter.
+
+    The update dW = s B A of every module is replaced by its top R singular triples, from QR decompositions of the two
+    factors and the SVD of a small matrix, all in float64; dW itself is never formed. The new factors carry the scaling:
+    every module has rank R (zeros fill up one of lower rank), alpha = R, no rsLoRA and no patterns, because vLLM,
+    text-generation-inference and llama.cpp read one scaling for all modules.
+
+    The certificate survives. With V_R the kept right singular vectors, the approximation is dW V_R V_R^T, so that
+    ||U_C^T dW V_R V_R^T||_F <= ||U_C^T dW||_F; dW_R = U_R U_R^T dW gives the same for V_C. As ||dW_R||_F is
+    sqrt(1 - lost^2) ||dW||_F, the share inside grows at most by 1 / sqrt(1 - lost^2), and what was 0 stays 0. What
+    remains is the rounding of the new factors: 1e-7 in float32, 1e-3 in bfloat16.
+
+    The exported adapter cannot be trained further as SaLoRA, since its factors are no longer the trained and the
+    frozen halves; keep the original for that.
+
+    Args:
+        adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`, of SaLoRA or any other LoRA.
+        out: The folder to write.
+        max_rank: R; an adapter of lower rank keeps its own. Default: SaLoRA's r (the largest of the modules'), which is
+            the saved rank after `init="zero"` and half of it after the other two; the saved rank for all other
+            adapters, of which nothing is lost then. A warning says what the default loses.
+        share: Instead of `max_rank`, the smallest R at which every module keeps this share of ||dW||_F^2.
+        dtype: "float32", "bfloat16" or "float16" of the exported weights.
+        overwrite: Replace an adapter that `out` holds already; all other files there stay.
+
+    Returns:
+        What was lost, and the certificate where the adapter has its safety module beside it.
+
+    Raises:
+        FileNotFoundError, FileExistsError: See the message.
+        ValueError: An option is out of range, or the adapter is not two plain factors per linear layer (DoRA, biases on
+            lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
+            weights are too large for `dtype`.
+    """
+    adapter, out = Path(adapter), Path(out)
+    _check_options(max_rank, share, dtype)
+    check_destination(adapter, out, overwrite)
+    saved = SavedAdapter.load(adapter)
+    check_plain_lora(saved, adapter, purpose="exported")
+
+    safety_module, default_rank = _safety_module_and_rank(adapter, saved)
+    decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
+    if share is not None:
+        rank = max(_rank_for(values, share) for _, values, _ in decompositions.values())
+    else:
+        rank = min(max_rank or default_rank, saved.rank)
+
+    exported = SavedAdapter(
+        config=_config(saved.config, rank),
+        factors={
+            name: (
+                in_dtype(_resized(a, rank, 0), DTYPES[dtype], name),
+                in_dtype(_resized(b, rank, 1), DTYPES[dtype], name),
+            )
+            for name, (a, _, b) in decompositions.items()
+        },
+        other_tensors=saved.other_tensors,
+    )
+    modules = {
+        name: _kept(values, rank, saved.factors[name][0].shape[0]) for name, (_, values, _) in decompositions.items()
+    }
+    total = sum(module.norm**2 for module in modules.values())
+    lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
+    report = ExportReport(
+        rank=rank,
+        lost_share=(lost / total) ** 0.5 if total else 0.0,
+        modules=modules,
+        safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
+    )
+    if max_rank is None and share is None and report.lost_share > _LOST:
+        warnings.warn(
+            f"{adapter}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
+            f"update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep all of it, or a share to keep.",
+            UserWarning,
+            stacklevel=2,
+        )
+    write_adapter(
+        exported,
+        out,
+        card=lambda digest: _card_section(report, safety_module, digest),
+        tags=("lora",) if safety_module is None else ("lora", "salora"),
+    )
+    return report
+
+
+def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyModule | None, int]:
+    """The safety module that the weights were saved with, if there is one, and the rank at which they were trained."""
+    if (problem := adapter_problem(adapter)) is not None:
+        warnings.warn(f"{problem}. It is exported as a plain LoRA adapter, without a certificate.", stacklevel=3)
+        return None, saved.rank
+    safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
+    trained = read_side_config(adapter)
+    if trained is None:
+        return safety_module, saved.rank
+    # With start factors, the file has the trained and the start factors side by side: 2r.
+    times = 1 if trained.get("init") == "zero" else 2
+    return safety_module, max(-(-a.shape[0] // times) for a, _ in saved.factors.values())
+
+
+def _check_options(max_rank: int | None, share: float | None, dtype: str) -> None:
+    if max_rank is not None and share is not None:
+        raise ValueError("max_rank and share are both given. Choose one.")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank={max_rank}: give a whole number of at least 1.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def _singular_factors(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The singular value decomposition of s B A, the values' roots shared out to both sides.
+
+    Args:
+        a: (k, d_in), any floating dtype.
+        b: (d_out, k).
+        scaling: s.
+
+    Returns:
+        sqrt(S) V^T (m, d_in) and S (m,), descending, and U sqrt(S) (d_out, m); m = min(k, d_in, d_out), float64.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, values, vh = torch.linalg.svd(scaling * r_b @ r_a.T, full_matrices=False)
+    root = values.sqrt()
+    return root[:, None] * (vh @ q_a.T), values, (q_b @ u) * root
+
+
+def _rank_for(values: Tensor, share: float) -> int:
+    """The smallest number of singular values, at least 1, whose squares are `share` of all."""
+    kept = values.square().cumsum(0)
+    return min(int((kept < share * kept[-1]).sum()) + 1, len(values))
+
+
+def _resized(factor: Tensor, rank: int, axis: int) -> Tensor:
+    """The first `rank` rows (axis 0) or columns (axis 1), filled up with zeros where there are fewer."""
+    kept = factor.narrow(axis, 0, min(rank, factor.shape[axis]))
+    missing = rank - kept.shape[axis]
+    padding = (0, 0, 0, missing) if axis == 0 else (0, missing)
+    return torch.nn.functional.pad(kept, padding).contiguous()
+
+
+def _kept(values: Tensor, rank: int, saved_rank: int) -> ModuleExport:
+    norm = torch.linalg.norm(values).item()
+    if norm == 0:
+        return ModuleExport(saved_rank, 0.0, 0.0, 0.0)
+    weights = values[values > 0] / values.sum()
+    return ModuleExport(
+        saved_rank=saved_rank,
+        effective_rank=torch.exp(-(weights * weights.log()).sum()).item(),
+        norm=norm,
+        lost_share=torch.linalg.norm(values[rank:]).item() / norm,
+    )
+
+
+def _config(saved: dict[str, Any], rank: int) -> dict[str, Any]:
+    config = copy.deepcopy(saved)
+    config.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
+    return config
+
+
+def _card_section(report: ExportReport, safety_module: SafetyModule | None, digest: str) -> str:
+    """
+    The section of the model card for an adapter that [`export_adapter`] wrote.
+
+    Args:
+        report: What the export found.
+        safety_module: That of the exported adapter; None for adapters of plain LoRA.
+        digest: Of the exported weights.
+    """
+    saved_rank = max(module.saved_rank for module in report.modules.values())
+    rows = {"Rank": f"{report.rank}, from {saved_rank}", "Lost": f"{report.lost_share:.1e} of the norm of the update"}
+    if safety_module is not None and report.safety_shares is not None:
+        rows |= {"Certificate": certificate_row(report.safety_shares, digest), **provenance_rows(safety_module)}
+        origin = f"A LoRA adapter with the safety module of {PAPER} that is described below, brought"
+        to_check = f"\n{TO_CHECK}\n"
+    else:
+        origin, to_check = "A LoRA adapter, brought", ""
+    return f"""
+## Exported
+
+{origin} to rank {report.rank} by {PACKAGE} (`salora export`). It is for inference; train the original further.
+
+{table(rows)}
+{to_check}
+```python
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+"""

@@ -1,0 +1,114 @@
+"""The model card of a saved adapter: a section of README.md that is renewed with every save, and its metadata."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..safety_module import SafetyModule
+from ..support.files import atomic_write
+from ..support.texts import markdown, markdown_code
+from .digest import card_mark
+from .saved import CARD_FILE
+
+START, END = "<!-- salora-plugins: renewed with every save -->", "<!-- end of the part by salora-plugins -->"
+
+PAPER = "[SaLoRA](https://arxiv.org/abs/2501.01765)"
+PACKAGE = "[salora-plugins](https://pypi.org/project/salora-plugins/)"
+
+
+# PEFT's own save_pretrained leaves our part of the card as it is, whatever it writes beside it.
+TO_CHECK = """Whoever trains or changes the weights without salora-plugins leaves this text as it is. `salora audit`
+says whether they are still the weights that the certificate names, and measures those that are there."""
+
+# The part between the markers. Not from a marker that lost its end to the end of another part.
+_PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def write_card(
+    folder: str | os.PathLike,
+    base_model: str | None,
+    section: str,
+    *,
+    tags: tuple[str, ...],
+    replaces: bool = False,
+) -> None:
+    """
+    Put a section into a folder's README.md, in the place of the one written before; all other text stays.
+
+    Args:
+        folder: A saved adapter.
+        base_model: Name of the base model. What is no name of the hub, such as a folder of this machine, is left out of
+            the metadata, which the hub would refuse.
+        section: Markdown.
+        tags: Added to those that the card has.
+        replaces: Whether the card is that of another adapter, which named its own base model.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = Path(folder) / CARD_FILE
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    except Exception as error:  # of several types, from the YAML parser's to the library's own
+        raise ValueError(f"{path} is not a model card ({error}). Mend its first lines, or take it away.") from error
+    data = card.data
+    nameless = base_model is None or os.path.isdir(base_model) or _HUB_NAME.fullmatch(base_model) is None
+    if nameless:
+        data.base_model = None
+    elif replaces or not data.base_model:
+        data.base_model = base_model
+    data.library_name = "peft"
+    gone = {"salora"} if replaces else set()
+    kept = {
+        tag
+        for tag in data.tags or []
+        if tag not in gone and not ((nameless or replaces) and tag.startswith("base_model:adapter:"))
+    }
+    data.tags = sorted({*kept, *tags})
+    block = f"{START}\n{section.strip()}\n{END}"
+    parts = iter([block])
+    text, found = _PART.subn(lambda _: next(parts, ""), card.text)
+    card.text = (text if found else f"{card.text.strip()}\n\n{block}").strip() + "\n"
+    atomic_write(path, str(card).encode())
+
+
+def certificate_row(shares: dict[str, float], digest: str) -> str:
+    if not shares:
+        return "not computed: the file holds no lora_A and lora_B of a linear layer"
+    formulas = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
+    parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
+    return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
+
+
+def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
+    """What the safety module says of itself; it may be another's, so that none of it is taken for Markdown."""
+    known = safety_module.provenance
+    data = str(known.get("safety_data", "unknown"))
+    if os.path.isabs(data):
+        data = os.path.basename(data)
+    samples = f"{known.get('safety_samples', '?')} samples"
+    if "requests" in known:
+        samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
+    digest = markdown_code(known.get("safety_data_sha256", "unknown"))
+    method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
+    versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
+    return {
+        "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
+        "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
+        "Positions": markdown(f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"),
+        "Basis method": markdown(method),
+        "Versions": markdown(versions),
+    }
+
+
+def _base_model(known: dict[str, Any]) -> str:
+    name = str(known.get("base_model") or "an unnamed model")
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
+
+
+def table(rows: dict[str, str]) -> str:
+    cells = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *cells])

@@ -1,0 +1,186 @@
+"""The closest adapter whose update avoids the safety directions, for adapters that were trained without SaLoRA."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..safety_module import SafetyModule
+from ..support.texts import cell, markdown, one_line
+from .certificate import covers, largest_shares, norms, safety_shares
+from .model_card import PACKAGE, TO_CHECK, certificate_row, provenance_rows, table
+from .saved import SavedAdapter, check_plain_lora, in_dtype
+from .writing import check_destination, write_adapter
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """The outcome of [`project_adapter`]."""
+
+    removed_share: float
+    """||dW - dW'||_F / ||dW||_F of the updates of all modules together."""
+    modules: dict[str, float]
+    """Module name -> the same of its update; 0 where it had none."""
+    not_covered: tuple[str, ...]
+    """Modules and tensors of the adapter that the safety module says nothing of; they are written as they were."""
+    safety_shares: dict[str, float]
+    """Side -> the largest share of a module's update in its safety directions that the written file has."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        shares = ", ".join(f"{side} side {share:.1e}" for side, share in self.safety_shares.items())
+        lines = [
+            f"{len(self.modules)} modules projected; removed: {self.removed_share:.1%} of the update's norm.",
+            f"Largest share of a module's update in the safety directions now: {shares}.",
+        ]
+        if self.not_covered:
+            shown = ", ".join(map(one_line, self.not_covered[:3])) + (", ..." if len(self.not_covered) > 3 else "")
+            lines.append(f"Written as they were, since the safety module does not cover them: {shown}.")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """One row a module."""
+        from rich.table import Table
+
+        result = Table(caption="Removed: share of the norm of the module's update.")
+        result.add_column("Module", overflow="fold")
+        result.add_column("removed", justify="right")
+        for name, share in self.modules.items():
+            result.add_row(cell(name), f"{share:.2%}")
+        return result
+
+
+def project_adapter(
+    adapter: str | os.PathLike,
+    safety_module: SafetyModule | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> ProjectionReport:
+    """
+    Write the closest adapter whose update avoids the safety directions, as another plain LoRA adapter of the same rank.
+
+    With P = I - U_C U_C^T and, where there is an input side, Q = I - V_C V_C^T, every update dW = s B A becomes
+    s (P B) (A Q). The map X -> P X Q is the orthogonal projection of the matrix space onto the matrices X with
+    U_C^T X = 0 and X V_C = 0, so that of all of these P dW Q is the closest to dW in the Frobenius norm. It has no
+    higher rank than dW. Projected in float64.
+
+    Unlike in training with SaLoRA, nothing makes up for what is removed: the task loss may rise.
+
+    Args:
+        adapter: A folder with `adapter_model.safetensors` and `adapter_config.json`.
+        safety_module: The directions: a safety module of the adapter's base model, or its file.
+        out: The folder to write.
+        dtype: "float32", "bfloat16" or "float16" of the written weights; in 16 bits rounding brings back about 1e-3.
+        overwrite: Replace an adapter that `out` holds already; all other files there stay.
+
+    Raises:
+        FileNotFoundError, FileExistsError: See the message.
+        ValueError: An option is out of range, the adapter is not two plain factors per linear layer, the safety
+            module covers none of its modules, or its weights are too large for `dtype`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+    folder, out = Path(adapter), Path(out)
+    check_destination(folder, out, overwrite)
+    saved = SavedAdapter.load(folder)
+    check_plain_lora(saved, folder, purpose="projected")
+    if not isinstance(safety_module, SafetyModule):
+        safety_module = SafetyModule.load(safety_module)
+    covered = [name for name, (_, b) in saved.factors.items() if covers(safety_module, name, b)]
+    if not covered:
+        raise ValueError(
+            f"{folder}: the safety module covers none of its {len(saved.factors)} modules. Give the safety module of "
+            "the adapter's base model."
+        )
+    factors = dict(saved.factors)
+    removed, squares, total = {}, 0.0, 0.0
+    for name in covered:
+        a, b = saved.factors[name]
+        factors[name] = new_a, new_b = _projected(a, b, safety_module, name)
+        before, after = (norms(*pair, safety_module, name)[0] for pair in ((a, b), (new_a, new_b)))
+        square = max(0.0, before**2 - after**2)  # orthogonal, so that the squares add up
+        removed[name] = math.sqrt(square) / before if before else 0.0
+        squares += (saved.scaling(name) ** 2) * square
+        total += (saved.scaling(name) * before) ** 2
+    written = replace(
+        saved,
+        factors={name: tuple(in_dtype(x, DTYPES[dtype], name) for x in pair) for name, pair in factors.items()},
+    )
+    only_covered = replace(written, factors={name: written.factors[name] for name in covered})
+    report = ProjectionReport(
+        removed_share=math.sqrt(squares / total) if total else 0.0,
+        modules=removed,
+        not_covered=(*(name for name in saved.factors if name not in removed), *saved.other_tensors),
+        safety_shares=largest_shares(safety_shares(only_covered, safety_module)),
+    )
+    write_adapter(
+        written,
+        out,
+        card=lambda digest: _card_section(report, safety_module, digest),
+        tags=("lora", "salora"),
+        safety_module=safety_module,
+    )
+    return report
+
+
+def _projected(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[Tensor, Tensor]:
+    a, b = a.double(), b.double()
+    # The bases are float32: orthonormal to 1e-7, of which a second projection leaves 1e-14.
+    for _ in range(2):
+        u = safety_module.bases[name].double()
+        b = b - u @ (u.T @ b)
+        if name in safety_module.input_bases:
+            v = safety_module.input_bases[name].double()
+            a = a - (a @ v) @ v.T
+    return a, b
+
+
+def _card_section(report: ProjectionReport, safety_module: SafetyModule, digest: str) -> str:
+    """
+    The section of the model card for an adapter that [`project_adapter`] wrote.
+
+    Args:
+        report: What the projection found.
+        safety_module: The one that it was projected with.
+        digest: Of the projected weights.
+    """
+    rows = {
+        "Removed": f"{report.removed_share:.1%} of the norm of the update",
+        "Certificate": certificate_row(report.safety_shares, digest),
+        **provenance_rows(safety_module),
+    }
+    if report.not_covered:
+        names = [markdown(name) for name in report.not_covered[:5]]
+        rows["Not protected"] = ", ".join(names) + (", ..." if len(report.not_covered) > 5 else "")
+    return f"""
+## Projected out of the safety directions
+
+A LoRA adapter whose update was projected out of the directions that carried the base model's refusals on the safety
+data, by {PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
+
+{table(rows)}
+
+{TO_CHECK}
+
+```python
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+"""

@@ -1,0 +1,165 @@
+"""A saved LoRA adapter as its files state it: factors, scalings, and how much of it lies in the safety directions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..lora_options import check_lora_entries
+from ..support.files import read_json_object
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
+
+logger = logging.getLogger(__name__)
+
+# Initializations that leave the base weights as they are; the others need a base model that was changed with them.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+
+PREFIX = "base_model.model."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The weights and the configuration of a saved LoRA adapter. Modules are named as in the base model."""
+
+    config: dict[str, Any]
+    """Content of `adapter_config.json`."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """Module name -> lora_A (k, d_in) and lora_B (d_out, k), in the dtype of the file; other shapes as they are."""
+
+    other_tensors: dict[str, Tensor]
+    """The file's other tensors under their keys: `modules_to_save`, biases and the like."""
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> SavedAdapter:
+        """
+        Read a folder that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: One of the two files is missing.
+            ValueError: One of them cannot be read or holds what none of its kind does, or a module has only one of its
+                factors.
+        """
+        folder = Path(folder)
+        for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}, so it is not an adapter saved as safetensors.")
+        config = read_json_object(folder / ADAPTER_CONFIG_FILE)
+        _check_adapter_config(config, folder / ADAPTER_CONFIG_FILE)
+        try:
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE} {unreadable(error)}") from error
+        names = [key.removesuffix(FACTORS[0]) for key in tensors if key.endswith(FACTORS[0])]
+        factors = {}
+        for name in names:
+            a, b = (tensors.pop(f"{name}{suffix}", None) for suffix in FACTORS)
+            if b is None:
+                raise ValueError(f"{folder}: {name} has a lora_A but no lora_B. Save the adapter again.")
+            factors[name.removeprefix(PREFIX)] = a, b
+        return cls(config, factors, tensors)
+
+    def rank_of(self, name: str) -> int:
+        """The rank that the configuration says a module has, `rank_pattern` included."""
+        return self._of(name, "rank_pattern", "r")
+
+    def scaling(self, name: str) -> float:
+        """The LoRA scaling s of a module, with PEFT's rules for rsLoRA, `rank_pattern` and `alpha_pattern`."""
+        rank, alpha = self.rank_of(name), self._of(name, "alpha_pattern", "lora_alpha")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _of(self, name: str, pattern: str, default: str) -> Any:
+        from peft.utils.other import get_pattern_key
+
+        values = self.config.get(pattern) or {}
+        return values.get(get_pattern_key(values.keys(), name), self.config[default])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank over the modules."""
+        return max(a.shape[0] for a, _ in self.factors.values())
+
+
+def in_dtype(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """
+    A factor of a module in another dtype.
+
+    Raises:
+        ValueError: Its numbers are too large for it.
+    """
+    converted = factor.to(dtype)
+    if not torch.isfinite(converted).all():
+        short = str(dtype).removeprefix("torch.")
+        raise ValueError(f"dtype={short!r} cannot hold the weights of {name}: choose 'float32' or 'bfloat16'.")
+    return converted
+
+
+def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None:
+    """
+    Args:
+        saved: An adapter.
+        folder: Where it was read, for messages.
+        purpose: What cannot be done otherwise, for messages: "exported".
+
+    Raises:
+        ValueError: Its update is not s B A of two finite factors per linear layer, on an unchanged base model.
+    """
+    from peft import LoraConfig
+
+    from ..lora_options import COMPATIBLE_LORA_FIELDS
+
+    config = saved.config
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r}; only LoRA adapters can be {purpose}.")
+    defaults = LoraConfig().to_dict()
+    for option, value in config.items():
+        if option == "init_lora_weights":
+            unusual = value not in _PLAIN_INITIALIZATIONS
+        else:
+            unusual = option not in COMPATIBLE_LORA_FIELDS and bool(value) and value != defaults.get(option)
+        if unusual:
+            raise ValueError(
+                f"{folder}: {option}={value!r}. Only adapters of two plain factors per linear layer, on an "
+                f"unchanged base model, can be {purpose}."
+            )
+    if not saved.factors:
+        raise ValueError(f"{folder}: holds no lora_A and lora_B of a linear layer.")
+    odd = [key for key in saved.other_tensors if "lora_" in key]
+    odd += [name for name, pair in saved.factors.items() if any(factor.ndim != 2 for factor in pair)]
+    if odd:
+        raise ValueError(
+            f"{folder}: {odd[0]} does not belong to a plain linear layer (an embedding, a convolution or a bias of "
+            f"lora_B). Such adapters cannot be {purpose}."
+        )
+    for name, (a, b) in saved.factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{folder}: the weights of {name} are not finite.")
+        ranks = {a.shape[0], b.shape[1], saved.rank_of(name)}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"{folder}: the factors of {name} have the shapes {tuple(a.shape)} and {tuple(b.shape)}, and the "
+                f"configuration says rank {saved.rank_of(name)}. The two files do not belong together; save it again."
+            )
+
+
+def unreadable(error: SafetensorError) -> str:
+    return f"is not a readable safetensors file, perhaps cut short ({error}). Save it again."
+
+
+def _check_adapter_config(config: dict[str, Any], file: Path) -> None:
+    if config.get("peft_type", "LORA") == "LORA":  # other methods have other options
+        check_lora_entries({"r": None, "lora_alpha": None, **config}, file)

@@ -1,0 +1,85 @@
+"""The section of the model card of an adapter that was trained with a safety module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..config import SaLoRAConfig
+from ..safety_module import SafetyModule
+from ..support.texts import markdown
+from .certificate import largest_shares, safety_shares
+from .digest import adapter_digest
+from .model_card import PACKAGE, PAPER, TO_CHECK, certificate_row, provenance_rows, table, write_card
+from .saved import SavedAdapter
+
+
+def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """
+    `write_card` with what a reader of a trained adapter should know: method, ranks, certificate, safety module, how to
+    load it.
+
+    Args:
+        folder: The saved adapter; the certificate is computed from its files.
+        config: The configuration that it was trained with.
+        safety_module: The safety module that it was trained with.
+    """
+    saved = config.to_lora_config()
+    sides = f"{_ranks(safety_module.bases)} output directions per layer"
+    if safety_module.input_bases:
+        sides += f", {_ranks(safety_module.input_bases)} input directions"
+    rows = {
+        "Rank": f"r = {config.r} trained, {saved.r} saved; scaling {_number(saved)}",
+        "Start": f"`init={config.init!r}`",
+        "Protected": f"{sides}, in {len(safety_module.bases)} layers",
+        "Certificate": _certificate_of_files(Path(folder), safety_module),
+        **provenance_rows(safety_module),
+    }
+    section = f"""
+## SaLoRA
+
+A LoRA adapter that was trained with {PAPER} by {PACKAGE}: its update of every target layer stays out of the
+directions that carried the base model's refusals on the safety data. That does not promise that no refusal is lost.
+
+{table(rows)}
+
+{TO_CHECK}
+
+It loads without salora-plugins, as any LoRA adapter:
+
+```python
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+
+Merging it into bf16 weights rounds 1 to 12 % of the update back into the safety directions (measured on one small
+model; the smaller the update, the more). Merge into float32 weights, or use it unmerged.
+
+To train it further with its safety module in force (`salora.safetensors`, `salora_config.json`):
+
+```python
+from salora_plugins import load_for_training
+model = load_for_training(base_model, "this folder or repository")
+```
+"""
+    write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
+
+
+def _certificate_of_files(folder: Path, safety_module: SafetyModule) -> str:
+    try:
+        shares = largest_shares(safety_shares(SavedAdapter.load(folder), safety_module))
+        return certificate_row(shares, str(adapter_digest(folder)))
+    except FileNotFoundError:
+        return "not computed, since the weights were not saved as safetensors"
+    except ValueError as error:  # a remark on the card must not end a training run
+        return f"not computed: {markdown(error)}"
+
+
+def _ranks(bases: dict[str, Any]) -> str:
+    ranks = sorted({basis.shape[1] for basis in bases.values()})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _number(lora: Any) -> str:
+    scaling = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+    return f"{scaling:g}" + (" (by module: see the patterns in the configuration)" if lora.alpha_pattern else "")

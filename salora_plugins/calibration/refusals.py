@@ -1,0 +1,150 @@
+"""Completing the safety data with the model's own refusals."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..activations.capture import CalibrationError
+from ..inference.greedy import greedy_answers
+from ..rows.examples import IGNORED, Example, TokenizedExample
+from ..rows.tokenizing import render_prompt
+from ..support.distributed import gather_json, rank_and_world_size
+
+logger = logging.getLogger(__name__)
+
+RESPONSE_TOKENS = 64
+"""Length of a generated response; a refusal is decided and mostly complete by then."""
+
+_ENOUGH = 16
+"""So many examples always do; of fewer rows, at least half must come with a response or be refused."""
+
+
+def add_own_refusals(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example | TokenizedExample],
+    num: int,
+    *,
+    is_refusal: Callable[[str, str], bool],
+    batch_size: int,
+    max_length: int,
+) -> tuple[list[Example | TokenizedExample], dict[str, int]]:
+    """
+    Give requests that have no response the model's own greedy one, and keep those that it refuses.
+
+    Args:
+        model: The aligned model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        examples: Safety examples in the order in which they are to be used.
+        num: How many to return at the most; no more are generated than needed.
+        is_refusal: Judge called with the request and the response.
+        batch_size: Requests per generation.
+        max_length: Prompt and response tokens together; longer prompts are left out.
+
+    Returns:
+        At most `num` examples, all with a response, and the counts "requests" and "refusals".
+
+    Raises:
+        CalibrationError: Too few requests were refused, so the model has no alignment to preserve, and the rows that
+            came with a response do not suffice without them: all together they are neither 16 nor half of the rows.
+    """
+    kept: list[Example | TokenizedExample] = []
+    counts = {"requests": 0, "refusals": 0}
+    rank, world_size = rank_and_world_size()
+    progress = tqdm(
+        total=min(num, len(examples)), desc="collecting refusals", unit="row", leave=False, disable=rank != 0
+    )
+    for batch in _batches(examples, batch_size, world_size, num):
+        mine = [request for request, owner in batch if owner == rank]
+        # The shares of the ranks come back in the order of the requests.
+        answers = iter(
+            [answer for share in gather_json(_answer(model, tokenizer, mine, max_length)) for answer in share]
+        )
+        for example, owner in batch:
+            if len(kept) >= num:
+                break
+            if owner is None:
+                kept.append(example)
+                continue
+            tokens, text = next(answers)
+            counts["requests"] += 1
+            if tokens is not None and is_refusal(example.request, text):
+                kept.append(TokenizedExample(*(tuple(column) for column in tokens)))
+                counts["refusals"] += 1
+        progress.n = len(kept)
+        progress.refresh()
+        if len(kept) >= num:
+            break
+    progress.close()
+    answered = len(kept) - counts["refusals"]
+    if len(kept) < min(_ENOUGH, math.ceil((answered + counts["requests"]) / 2)):
+        beside = f", beside {answered} rows with a response" if answered else ""
+        raise CalibrationError(
+            f"The model refused {counts['refusals']} of {counts['requests']} requests of safety_data{beside}, so there "
+            "is too little alignment to preserve. Use an aligned (instruction-tuned, safety-trained) model with its "
+            "chat template, or give safety_data with the responses that it should keep."
+        )
+    if len(kept) < min(num, len(examples)):
+        logger.warning(
+            "Calibrating on %d safety examples instead of %d: the model refused %d of %d requests.",
+            len(kept),
+            min(num, len(examples)),
+            counts["refusals"],
+            counts["requests"],
+        )
+    return kept, counts
+
+
+def _batches(
+    examples: Sequence[Example | TokenizedExample], batch_size: int, world_size: int, num: int
+) -> Iterator[list[tuple[Example | TokenizedExample, int | None]]]:
+    """
+    Examples up to `batch_size` requests per rank, each with the rank that is to answer it; None: it has a response.
+
+    A rank's requests follow one another, so that several ranks generate the very batches that one would.
+    """
+    batch: list[tuple[Example | TokenizedExample, int | None]] = []
+    requests = 0
+    for example in examples:
+        if isinstance(example, Example) and example.response is None:
+            batch.append((example, requests // batch_size))
+            requests += 1
+        else:
+            batch.append((example, None))
+        if requests == batch_size * world_size or len(batch) - requests >= num:
+            yield batch
+            batch, requests = [], 0
+    if batch:
+        yield batch
+
+
+def _answer(
+    model: nn.Module, tokenizer: Any, requests: Sequence[Example], max_length: int
+) -> list[tuple[tuple[list[int], list[int]] | None, str]]:
+    """Greedy responses as token ids with labels, and as text; None where the prompt leaves no room for one."""
+    if not requests:
+        return []
+    if not hasattr(model, "generate"):
+        raise CalibrationError(
+            f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give "
+            "safety_data with responses, or a safety_module."
+        )
+    prompts = [render_prompt(request, tokenizer) for request in requests]
+    fitting = [index for index, prompt in enumerate(prompts) if len(prompt) < max_length]
+    answers: list[tuple[tuple[list[int], list[int]] | None, str]] = [(None, "")] * len(prompts)
+    if not fitting:
+        return answers
+    longest = min(RESPONSE_TOKENS, max_length - 1)
+    generated = greedy_answers(model, tokenizer, [prompts[index] for index in fitting], max_new_tokens=longest)
+    for index, response in zip(fitting, generated, strict=True):
+        prompt = prompts[index]
+        response = response[: max_length - len(prompt)]
+        labels = [IGNORED] * len(prompt) + response
+        answers[index] = ((prompt + response, labels), tokenizer.decode(response, skip_special_tokens=True))
+    return answers

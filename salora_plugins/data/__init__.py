@@ -1,1 +1,0 @@
-"""The built-in prompt sets, written for this project."""

@@ -1,0 +1,213 @@
+"""The models of an evaluation: what they are, and loading them one at a time."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
+from ..models.loading import load_model, load_tokenizer
+from ..safety_module import DEFAULT_FILE
+from ..support.hub import hub_file, hub_folder, is_hub_id
+
+BASE = "base"
+"""The base model's name in a report."""
+
+_NAME = re.compile(r"\w[\w .,+=@()-]*")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*")
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated."""
+
+    name: str
+    kind: Literal["base", "adapter", "model"]
+    source: str
+    """Folder or hub repository."""
+    folder: str
+    """Where an adapter lies on this machine; for other models, the source."""
+    digest: str
+    """Of its content."""
+
+    @property
+    def has_safety_module(self) -> bool:
+        """Whether it is an adapter with a safety module beside it."""
+        return self.kind == "adapter" and (Path(self.folder) / DEFAULT_FILE).is_file()
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether it is an adapter that changes nothing of the base model when it is loaded and taken off."""
+        saved = SavedAdapter.load(self.folder)
+        try:
+            check_plain_lora(saved, Path(self.folder), purpose="taken off")
+        except ValueError:
+            return False
+        return not saved.other_tensors  # copies of whole modules
+
+
+def find_subjects(
+    base_model: str,
+    adapters: Mapping[str, str | os.PathLike],
+    models: Mapping[str, str | os.PathLike],
+    revision: str | None,
+) -> list[Subject]:
+    """
+    The base model, the adapters and the other models, in this order. No weights are loaded.
+
+    Args:
+        base_model: Folder or hub repository.
+        adapters: Name -> folder or hub repository.
+        models: The same for whole models.
+        revision: Of the base model's repository.
+
+    Raises:
+        FileNotFoundError: One does not exist or is not what it should be.
+        ValueError: A name cannot be that of a file, or is given twice.
+    """
+    names = [BASE, *adapters, *models]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} cannot be the name of a file. Give the model another name (NAME=PATH): letters, digits, "
+                "spaces and _.,+=@()-."
+            )
+        # Some file systems do not tell a from A.
+        if [other.lower() for other in names].count(name.lower()) > 1:
+            raise ValueError(f"{name!r} names two models; {BASE!r} is the base model's name. Choose other names.")
+    return [
+        _model(BASE, "base", base_model, revision),
+        *(_adapter(name, str(source)) for name, source in adapters.items()),
+        *(_model(name, "model", str(source), None) for name, source in models.items()),
+    ]
+
+
+def check_vocabularies(tokenizer: Any, subjects: Sequence[Subject], trust_remote_code: bool) -> None:
+    """
+    Raises:
+        ValueError: A model has a tokenizer with another vocabulary than the base model's.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for subject in subjects:
+        if subject.kind == "model":
+            own = load_tokenizer(subject.source, None, trust_remote_code)
+            if own is not None and own.get_vocab() != vocabulary:
+                raise ValueError(
+                    f"{subject.name}={subject.source}: its tokenizer has another vocabulary than the base model's, so "
+                    "that no KL divergence can be computed. Evaluate it as a base model of its own."
+                )
+
+
+class Loader:
+    """Keeps one model in memory."""
+
+    def __init__(self, base: Subject, revision: str | None, **options: Any):
+        """
+        Args:
+            base: The base model.
+            revision: Of its repository.
+            options: For `load_model`.
+        """
+        self._base, self._revision, self._options = base, revision, options
+        self._loaded: tuple[Subject, nn.Module] | None = None
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model, without an adapter."""
+        return self._model(self._base)
+
+    @contextmanager
+    def loaded(self, subject: Subject) -> Iterator[nn.Module]:
+        """
+        A model; an adapter on the base model, to be taken off again.
+
+        Raises:
+            ValueError: An adapter does not fit the base model.
+        """
+        if subject.kind != "adapter":
+            yield self._model(subject)
+            return
+        from peft import PeftModel
+
+        base, model, clean = self.base, None, False
+        try:
+            try:
+                model = PeftModel.from_pretrained(base, subject.folder)
+            except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{subject.name}={subject.source}: PEFT cannot load it on the base model {self._base.source}: "
+                    f"{error}"
+                ) from error
+            yield model.eval()
+            if subject.is_plain_lora:
+                model.unload()
+                clean = True
+        finally:
+            if not clean:
+                base = model = None  # else they would stay in memory here
+                self.release()
+
+    def _model(self, subject: Subject) -> nn.Module:
+        if self._loaded is None or self._loaded[0] != subject:
+            self.release()
+            revision = self._revision if subject.kind == "base" else None
+            self._loaded = subject, load_model(subject.source, revision=revision, **self._options)
+        return self._loaded[1]
+
+    def release(self) -> None:
+        """Take the model out of memory."""
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _adapter(name: str, source: str) -> Subject:
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and is_hub_id(source):
+        folder = hub_folder(source, [ADAPTER_CONFIG_FILE, WEIGHTS_FILE, DEFAULT_FILE], option=name)
+    digest = hashlib.sha256()
+    for file in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{name}={source}: it has no {file}, so it is not an adapter saved as safetensors.")
+        with open(folder / file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return Subject(name, "adapter", source, str(folder), digest.hexdigest())
+
+
+def _model(name: str, kind: Literal["base", "model"], source: str, revision: str | None) -> Subject:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Subject(name, kind, str(folder), str(folder), _folder_digest(folder))
+    if not is_hub_id(source) and not _HUB_NAME.fullmatch(source):
+        raise FileNotFoundError(f"{name}={source}: there is no such folder. Give a model's folder or hub repository.")
+    config = hub_file(source if revision is None else f"{source}@{revision}", "config.json", option=name)
+    # The hub's cache names the folder by the commit.
+    return Subject(name, kind, source, source, config.parent.name)
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of a model's configuration and of samples of its weights, since these may have hundreds of GB."""
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise FileNotFoundError(f"{folder}: a model's folder holds config.json and weights; this one does not.")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

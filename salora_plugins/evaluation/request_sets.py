@@ -1,0 +1,112 @@
+"""Sets of requests to evaluate on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..prompts.builtin import builtin_prompts, harmless_prompts
+from ..rows.examples import Example
+from ..rows.formats import TEXT_COLUMNS, is_undesirable, parse_row
+from ..rows.reading import MAX_ROWS
+from ..rows.sources import DataError, describe, read_rows
+
+logger = logging.getLogger(__name__)
+
+_BUILTIN = {
+    "harmful": lambda: builtin_prompts("evaluation"),
+    "harmless": lambda: [row for row in harmless_prompts() if row["split"] == "evaluation"],
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of one user turn."""
+
+    prompt: str
+    category: str | None = None
+    response: str | None = None
+    """The answer that stands in the data, where there is one."""
+
+
+def load_requests(source: Any, *, option: str, num: int | None = None, seed: int = 0) -> list[Request]:
+    """
+    Read requests from wherever the user keeps them.
+
+    Args:
+        source: "builtin" (the held-out part of the built-in prompts of that kind); a text file of one request a line;
+            or whatever `salora_plugins.rows.reading.load_examples` reads. A column `category` is kept.
+        option: "harmful" or "harmless": which built-in set, and what the user calls this data, for messages.
+        num: Take at most so many, spread evenly over the categories; None takes all.
+        seed: Seed of that choice.
+
+    Returns:
+        At least one request, in the order of the data, each once.
+
+    Raises:
+        DataError: The data does not exist, cannot be read, or is no requests of one user turn.
+        ValueError: `num` is below 1.
+    """
+    if num is not None and num < 1:
+        raise ValueError(f"num_requests={num}: give a whole number of at least 1.")
+    rows = _rows(source, option)
+    where = describe(source, option)
+    requests: dict[str, Request] = {}
+    only_calls = 0
+    for number, row in rows:
+        request = _request(row, f"row {number} of {where}")
+        if request is None:
+            only_calls += 1
+        else:
+            requests.setdefault(request.prompt, request)
+    if not requests:
+        raise DataError(f"{where}: there is no request in it. Give at least one.")
+    if only_calls:
+        logger.warning("%s: %d rows whose last turn only calls tools are left out", where, only_calls)
+    if len(requests) + only_calls < len(rows):
+        logger.info("%s: %d requests stand there more than once", where, len(rows) - only_calls - len(requests))
+    return _spread(list(requests.values()), num, seed)
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """SHA-256 of the requests in their order, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([asdict(request) for request in requests]).encode()).hexdigest()
+
+
+def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
+    if source == "builtin":
+        return list(enumerate(_BUILTIN[option](), start=1))
+    return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
+
+
+def _request(row: Any, where: str) -> Request | None:
+    """None where the answer only calls tools."""
+    examples = parse_row(row, where, allow_text=False)
+    if not examples:
+        return None
+    example = examples[0] if len(examples) == 1 else None
+    if not isinstance(example, Example) or [message["role"] for message in example.messages] != ["user"]:
+        raise DataError(f"{where}: not a request of one user turn. Give rows with `prompt`, a text.")
+    category = row.get("category") if isinstance(row, Mapping) else None
+    category = "" if category is None else str(category).strip()
+    response = None if is_undesirable(row) else example.response
+    return Request(example.request, category or None, response)  # an empty cell of a CSV file is no category
+
+
+def _spread(requests: list[Request], num: int | None, seed: int) -> list[Request]:
+    if num is None or len(requests) <= num:
+        return requests
+    by_category: dict[str | None, list[int]] = {}
+    for index in random.Random(seed).sample(range(len(requests)), len(requests)):
+        by_category.setdefault(requests[index].category, []).append(index)
+    chosen: list[int] = []
+    while len(chosen) < num:
+        for category in sorted(by_category, key=str):
+            if by_category[category] and len(chosen) < num:
+                chosen.append(by_category[category].pop())
+    return [requests[index] for index in sorted(chosen)]

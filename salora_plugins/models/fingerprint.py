@@ -1,0 +1,97 @@
+"""Which model a safety module was computed for, told by a few elements of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
+
+from ..safety_module import SafetyModule, SafetyModuleError
+from .weights import is_quantized, is_torchao, layer_features, linear_weight
+
+_SAMPLES_PER_WEIGHT = 64
+_SAMPLES_PER_PARAMETER = 1024
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """
+    Hex digest of a model from a few elements of every parameter, as they are stored: a different one for another dtype
+    or quantization of the same checkpoint.
+    """
+    digest = hashlib.sha256()
+    for module_name, module in model.named_modules():
+        offloaded = has_offloaded_params(module)
+        with align_module_device(module, torch.device("cpu")) if offloaded else nullcontext():
+            for name, parameter in module.named_parameters(recurse=False):
+                digest.update(f"{module_name}.{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
+                values = parameter.dequantize() if is_torchao(parameter) else parameter
+                digest.update(_samples(values.detach().flatten()).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples(values: Tensor) -> Tensor:
+    """Evenly spaced elements of a vector, on the CPU."""
+    index = _evenly_spaced(values.numel(), _SAMPLES_PER_PARAMETER)
+    return values[index.to(values.device)].cpu().contiguous()
+
+
+def _evenly_spaced(size: int, most: int) -> Tensor:
+    """Indices into a vector of `size` elements; in float64, since float32 would round beyond the end of large ones."""
+    return torch.linspace(0, size - 1, min(most, size), dtype=torch.float64).long()
+
+
+def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Module name -> evenly spaced elements of its weight, (up to 64,) float32 on the CPU: the fingerprint."""
+    samples = {}
+    for name in names:
+        with linear_weight(model.get_submodule(name)) as weight:
+            index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
+            rows, columns = index // weight.shape[1], index % weight.shape[1]
+            samples[name] = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
+    return samples
+
+
+def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Check that a safety module was computed for these layers of this model.
+
+    The sampled weights must agree up to the rounding of bf16; those of a quantized layer up to its quantization
+    error, which is a fraction of the weights' spread.
+
+    Raises:
+        SafetyModuleError: Shapes or weights differ; it names the first module where they do.
+    """
+    names = list(names)
+    samples = weight_samples(model, [name for name in names if name in safety_module.weight_samples])
+    for name in names:
+        module = model.get_submodule(name)
+        d_in, d_out = layer_features(module)
+        for bases, dimension, kind in (
+            (safety_module.bases, d_out, "outputs"),
+            (safety_module.input_bases, d_in, "inputs"),
+        ):
+            if name in bases and bases[name].shape[0] != dimension:
+                raise SafetyModuleError(
+                    f"The safety module was computed for another model: its basis for {name!r} is for "
+                    f"{bases[name].shape[0]} {kind}, the layer has {dimension}. Calibrate on this model."
+                )
+        if name not in samples:
+            continue
+        ours, theirs = samples[name], safety_module.weight_samples[name]
+        if ours.shape == theirs.shape:
+            if is_quantized(module):
+                same = (ours - theirs).square().mean() <= 0.05 * theirs.square().mean()
+            else:
+                same = torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())
+        else:
+            same = False
+        if not same:
+            raise SafetyModuleError(
+                f"The safety module was computed for another model: the weight of {name!r} is not the one it was "
+                f"computed for ({safety_module.provenance.get('base_model') or 'unnamed model'}). Calibrate on this "
+                "model, or load the model that it belongs to."
+            )

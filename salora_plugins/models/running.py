@@ -1,0 +1,115 @@
+"""A model in the state in which it is measured, and back in its own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+)
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model without the adapters that it carries; their state and requires_grad are put back."""
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    enabled = [module for module in adapted if not module.disable_adapters]
+    requires_grad = [(p, p.requires_grad) for module in adapted for p in module.parameters()]
+    for module in enabled:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+
+
+def cheap_forward_options(model: nn.Module) -> dict[str, Any]:
+    """Arguments that spare a forward pass what calibration does not need: the KV cache and the logits."""
+    accepted = inspect.signature(model.forward).parameters
+    options = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model expects its input ids."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    parameter = next((embeddings if embeddings is not None else model).parameters(), None)
+    if parameter is not None and not parameter.is_meta:
+        return parameter.device
+    # Offloaded by accelerate, which fetches the weights to the device that its hooks name.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """
+    Dropout and gradient checkpointing off; every submodule gets its own mode back.
+
+    On CPUs with AVX512-BF16, bitsandbytes would repack 4-bit weights for a kernel without gradients at the first pass
+    in this mode, and the model could not be trained any more; it is kept from that.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    repacking = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    model.eval()
+    for module in repacking:
+        module.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module in repacking:
+            module.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def on_accelerator(model: nn.Module) -> Iterator[None]:
+    """
+    Run a model that waits on the CPU on the accelerator, where there is one and the weights fit, and put it back.
+
+    Trainers wrap a model with its adapter before they move it, so that calibration often finds it on the CPU.
+    Models that were placed by a device map stay where they are.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    stays = (
+        not torch.accelerator.is_available()
+        or any(tensor.device.type != "cpu" for tensor in tensors)
+        or getattr(model, "hf_device_map", None) is not None
+        or any(hasattr(module, "_hf_hook") for module in model.modules())
+    )
+    if stays:
+        yield
+        return
+    device = torch.accelerator.current_accelerator()
+    device = torch.device(device.type, torch.accelerator.current_device_index())
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if 1.2 * needed > free:
+            logger.warning(
+                "Calibrating on the CPU: the model needs %.1f GB and %s has %.1f GB free. Load it with a device_map, "
+                "or quantized, to calibrate faster.",
+                needed / 1e9,
+                device,
+                free / 1e9,
+            )
+            yield
+            return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")

@@ -1,0 +1,289 @@
+"""Which layers of a model an adapter targets."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+
+from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from ..ranks import Rank, matching_patterns
+from ..support.module_names import advice_to_leave_out, listed, pattern_for, quoted
+from .weights import base_layer, is_quantized, layer_features
+
+logger = logging.getLogger(__name__)
+
+# What PEFT's checks for LoRA are asked with, on behalf of an adapter that is one.
+_LORA = LoraConfig()
+# A share of the energy is not to be had from fewer outputs or inputs; the default of safety_rank.
+_LEAST_FOR_A_SHARE = 32
+
+
+def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """
+    The modules that PEFT would adapt, in the model's order, found by PEFT's own matching rules.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are used.
+
+    Raises:
+        ValueError: Nothing matches, no target_modules are known for this architecture, or a target or the model is none
+            that an adapter can be put on.
+    """
+    _check_model(model)
+    given, config = config, copy.copy(config)
+    if config.target_modules is None:
+        model_type = BaseTuner.get_model_config(model).get("model_type")
+        config.target_modules = LoraModel.target_module_mapping.get(model_type)
+        if config.target_modules is None:
+            raise ValueError(
+                f"target_modules is not set, and PEFT knows no default for the model type {model_type!r}: name the "
+                "linear layers to adapt, or give target_modules='all-linear'."
+            )
+    _check_not_fused(model, config)
+    config = _maybe_include_all_linear_layers(config, model)
+    names = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if BaseTuner._check_target_module_exists(config, name):
+            check_layer_type(name, module)
+            # PEFT's own check, which knows the type "LORA" only.
+            _check_lora_target_modules_mamba(_LORA, model, name.rpartition(".")[2])
+            names.append(name)
+    left_out = set(too_narrow(model, given, names))
+    names = [name for name in names if name not in left_out]
+    if not names:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}. Check the names "
+            "against model.named_modules()."
+        )
+    _check_not_tied(model, names)
+    return names
+
+
+def _check_model(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: The model is wrapped by PEFT already, or has an encoder.
+    """
+    if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        raise ValueError(
+            f"The model is a {type(model).__name__} already, and a SaLoRA adapter cannot be put around another. Start "
+            f"from "
+            "the base model: model.merge_and_unload() keeps what the adapter has learned, model.unload() drops it; or "
+            "add a SaLoRA adapter to a model of SaLoRA adapters with model.add_adapter(name, config)."
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder, and SaLoRA supports decoder-only language models: "
+            "calibration runs requests and answers as one sequence. Use plain LoRA for it."
+        )
+
+
+def _check_not_fused(model: nn.Module, config: LoraConfig) -> None:
+    """
+    Raises:
+        ValueError: Targets are names of experts that Transformers has fused, which PEFT would silently translate for
+            LoRA and silently ignore for every other type.
+    """
+    if isinstance(config.target_modules, str) or not hasattr(model, "config"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        view = LoraConfig(target_modules=list(config.target_modules))
+    convert_peft_config_for_transformers(view, model, None)
+    if view.target_parameters:
+        fused = sorted(set(config.target_modules) - set(view.target_modules))
+        raise ValueError(
+            f"target_modules: {', '.join(map(repr, fused))} of {type(model).__name__} are parameters that hold all "
+            f"experts "
+            f"({', '.join(sorted(view.target_parameters))}), and SaLoRA supports linear layers only. Leave them out."
+        )
+
+
+def too_narrow(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> list[str]:
+    """
+    Of the layers that target_modules="all-linear" finds those with so few outputs or inputs (routers, gates) that the
+    safety rank would leave nothing to train. A share of the energy leaves out layers with up to 32, the default rank.
+    Where a pattern decides the rank, the user has named the layer, and `check_ranks` says what is wrong.
+    """
+    targets = config.target_modules
+    if not (isinstance(targets, str) and targets.lower() == "all-linear" and hasattr(config, "safety_rank_pattern")):
+        return []
+    names = list(names)
+    default = default_input_ranks(model, names)
+    sides = [(1, config.safety_rank, config.safety_rank_pattern)]
+    if config.has_input_side:
+        sides.append((0, config.input_safety_rank, config.input_safety_rank_pattern))
+    narrow = set()
+    for side, rank, pattern in sides:
+        for name, key in matching_patterns(names, pattern).items():
+            wanted = default[name] if rank is None else rank
+            least = _LEAST_FOR_A_SHARE if isinstance(wanted, float) else wanted
+            if key is None and layer_features(model.get_submodule(name))[side] <= least:
+                narrow.add(name)
+    return [name for name in names if name in narrow]
+
+
+def say_what_is_left_out(model: nn.Module, config: LoraConfig) -> None:
+    """Log the layers that `target_module_names` has left out."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    resolved = _maybe_include_all_linear_layers(copy.copy(config), model)
+    found = [name for name, _ in model.named_modules() if name in resolved.target_modules]
+    found = [name for name in found if BaseTuner._check_target_module_exists(resolved, name)]
+    if left_out := too_narrow(model, config, found):
+        kept = set(found) - set(left_out)
+        logger.warning(
+            "target_modules='all-linear': %d layers have too few outputs or inputs for the safety ranks and are left "
+            "out: "
+            "%s. Give them ranks in safety_rank_pattern (and input_safety_rank_pattern) to adapt them.",
+            len(left_out),
+            quoted(pattern_for(left_out, kept)),
+        )
+
+
+def check_reached_by_text(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: Targets are in a tower for images or sounds, which the safety data, being text, do not pass.
+    """
+    config = getattr(model, "config", None)
+    towers = set(getattr(config, "sub_configs", {})) - {"text_config", "generation_config"}
+    decoder = model.get_decoder() if towers and hasattr(model, "get_decoder") else None
+    inside = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), None)
+    if inside is None:
+        return
+    head = model.get_output_embeddings()
+    names = list(names)
+    unused = [
+        n for n in names if not n.startswith(inside) and base_layer(model.get_submodule(n)) is not base_layer(head)
+    ]
+    if unused:
+        everything = [name for name, _ in model.named_modules()]
+        raise ValueError(
+            f"target_modules: {len(unused)} of {len(names)} are outside of the language model ({listed(unused)}). The "
+            "safety data is text and does not pass them, so that there is nothing to calibrate them on. Leave them "
+            "out: "
+            f"{advice_to_leave_out(unused, names, everything)}."
+        )
+
+
+def _check_not_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: The head is a target and its weight is the input embedding's, which merging would change as well.
+    """
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name in names if embeddings is not None else ():
+        if base_layer(model.get_submodule(name)).weight is base_layer(embeddings).weight:
+            raise ValueError(
+                f"target_modules: {name!r} has the weight of the input embeddings, which merging the adapter would "
+                "change with it. Leave it out, or load the model with tie_word_embeddings=False."
+            )
+
+
+def check_layer_type(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: `module` is not a linear layer whose outputs a safety module can protect.
+    """
+    layer = base_layer(module)
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        if _is_foreign_linear(layer):
+            library = type(layer).__module__.split(".")[0]
+            raise ValueError(
+                f"target_modules: {name!r} is a {type(layer).__name__} of {library}, whose weight SaLoRA cannot read. "
+                "Load the base model in bf16, or quantized by bitsandbytes or torchao (weights only), or leave it out "
+                "with exclude_modules."
+            )
+        raise ValueError(
+            f"target_modules: {name!r} is a {type(layer).__name__}, which SaLoRA does not support. Target linear "
+            "layers (torch.nn.Linear, bitsandbytes' 4-bit and 8-bit ones, or transformers' Conv1D), or leave it out "
+            "with exclude_modules."
+        )
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and is_quantized(layer):
+        # torchao's own name; its layers would train nothing without a word (torchao 0.17).
+        if getattr(weight, "act_quant_kwargs", None) is not None:
+            raise ValueError(
+                f"target_modules: {name!r} quantizes its activations, too, and torchao passes no gradients through "
+                "such layers, so that nothing would be trained. Quantize the weights only (Int8WeightOnlyConfig, for "
+                "one)."
+            )
+        return
+    if weight is None:
+        found = "has no weight"
+    elif not weight.is_floating_point() or weight.element_size() == 1:
+        found = f"holds {weight.dtype} codes"
+    elif not isinstance(weight, DTensor) and type(weight) not in (nn.Parameter, Tensor):
+        found = f"keeps its weight as a {type(weight).__name__}"
+    else:
+        return
+    raise ValueError(
+        f"target_modules: {name!r} is a {type(layer).__name__} that {found}, which SaLoRA cannot read as numbers. Load "
+        "the base model in bf16, or quantized by bitsandbytes or torchao (weights only)."
+    )
+
+
+def _is_foreign_linear(layer: nn.Module) -> bool:
+    """Whether this is the linear layer of another library, by its features or the codes that it holds."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    holds_codes = any(t.dim() > 1 and (not t.is_floating_point() or t.element_size() == 1) for t in tensors)
+    return holds_codes or hasattr(layer, "in_features")
+
+
+def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """
+    Name of a linear layer -> a quarter of its inputs, as in docs/safety-retention.md; at most 256, so that the bases
+    of wide models stay small beside their weights.
+    """
+    return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
+
+
+def check_ranks(model: nn.Module, ranks: Mapping[str, Mapping[str, Rank]]) -> None:
+    """
+    Args:
+        ranks: Side ("output", "input") -> module name -> rank.
+
+    Raises:
+        ValueError: A rank leaves a layer nothing to train.
+    """
+    for side, by_name in ranks.items():
+        option = "safety_rank" if side == "output" else "input_safety_rank"
+        too_large: dict[tuple[Rank, int], list[str]] = {}
+        for name, rank in by_name.items():
+            dimension = layer_features(model.get_submodule(name))[1 if side == "output" else 0]
+            if rank >= dimension or dimension < 2:
+                too_large.setdefault((rank, dimension), []).append(name)
+        if too_large:
+            raise ValueError("\n".join(_too_large(option, side, *key, n, by_name) for key, n in too_large.items()))
+
+
+def _too_large(option: str, side: str, rank: Rank, dimension: int, names: list[str], targets: Iterable[str]) -> str:
+    pattern = pattern_for(names, set(targets) - set(names))
+    lower = f"set {option}_pattern={{{quoted(pattern)}: {max(1, dimension // 4)}}}, " if dimension > 1 else ""
+    return (
+        f"{option}={rank} is not smaller than the {dimension} {side}s of {listed(names)}, which would leave their "
+        f"update no "
+        f"direction at all. Leave them out ({advice_to_leave_out(names, targets)})"
+        + (f", or {lower}or {option} to at most {dimension - 1}." if lower else ".")
+    )

@@ -1,0 +1,118 @@
+"""The weights of linear layers, however they are kept: quantized, offloaded, sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+)
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+_BITSANDBYTES_PARAMETERS = ("Params4bit", "Int8Params")
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The original layer inside a layer that already carries adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def layer_features(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer, quantized or not."""
+    layer = base_layer(module)
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
+
+
+@contextmanager
+def linear_weight(module: nn.Module) -> Iterator[Tensor]:
+    """
+    The weight of a linear layer as (d_out, d_in), dequantized, and fetched where accelerate has offloaded it or where
+    DeepSpeed ZeRO-3 has sharded it, for which every rank must be here.
+
+    The tensor is only valid inside the `with` block and must not be written to.
+
+    Raises:
+        ValueError: bitsandbytes has repacked the 4-bit weight for inference on this CPU, which no gradients pass.
+    """
+    layer = base_layer(module)
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "The 4-bit base model was run in evaluation mode on this CPU, for which bitsandbytes has repacked its "
+            "weights: no gradients pass them any more. Load the model again, and call model.train() before it is run."
+        )
+    with align_module_device(layer), gather_params_ctx(layer.weight), torch.no_grad():
+        if _is_bitsandbytes(layer.weight):
+            # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
+            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
+        else:
+            weight = dequantize_module_weight(layer).detach()
+        yield weight.T if isinstance(layer, Conv1D) else weight
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight is one of bitsandbytes or torchao, which `linear_weight` dequantizes."""
+    weight = base_layer(module).weight
+    return _is_bitsandbytes(weight) or is_torchao(weight)
+
+
+def _is_bitsandbytes(weight: Tensor) -> bool:
+    return type(weight).__name__ in _BITSANDBYTES_PARAMETERS
+
+
+def is_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A target weight is not in this process: sharded by DeepSpeed ZeRO-3 or FSDP, or on the meta device.
+            It says how to calibrate first.
+    """
+    found = unreachable_weight(model, names)
+    if found is not None:
+        source = getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
+        raise ValueError(
+            f"{found}, so there is nothing to calibrate on. Calibrate first, in one process, and use the result: run "
+            f"`salora calibrate --model {source} --out safety.safetensors` with your target modules, and set "
+            "safety_module='safety.safetensors'."
+        )
+
+
+def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Why the model cannot be run in this process as it is, for messages; None if all target weights are here."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "The model is sharded by FSDP"
+    for name in names:
+        layer = base_layer(model.get_submodule(name))
+        for parameter in layer.parameters(recurse=False):
+            if hasattr(parameter, "ds_id"):
+                return f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"
+            if isinstance(parameter, DTensor):
+                return f"The weight of {name!r} is sharded by FSDP"
+            if parameter.is_meta and not has_offloaded_params(layer):
+                return f"The weight of {name!r} is on the meta device"
+    return None
+
+
+def check_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A target weight holds NaN or infinity; it names the module.
+    """
+    for name in names:
+        with linear_weight(model.get_submodule(name)) as weight:
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"The weight of {name!r} contains NaN or infinity: the base model is broken, or was loaded in a "
+                    "dtype too small for it."
+                )

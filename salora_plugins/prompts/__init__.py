@@ -1,0 +1,3 @@
+"""The built-in prompt sets, written for this project."""
+
+from __future__ import annotations

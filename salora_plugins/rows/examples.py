@@ -1,0 +1,83 @@
+"""Chat examples and tokenized examples, the two forms that every row takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .sources import DataError
+
+if TYPE_CHECKING:
+    pass
+
+
+IGNORED = -100
+"""The label of a token that is not part of a response."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One exchange: a conversation, or plain text if there are no messages."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    """Everything before the response, each with `role` and `content`; empty for plain text."""
+
+    response: str | None = None
+    """The assistant's answer; None: the model's own is to be used."""
+
+    prompt_text: str = ""
+    """Of plain text, what stands before the response; may be empty."""
+
+    @property
+    def request(self) -> str:
+        """What is asked: the last user turn, or the text before the response."""
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                return message.get("content", "")
+        return self.prompt_text
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """Token ids with the response marked."""
+
+    input_ids: tuple[int, ...]
+    """Token ids, (length,)."""
+
+    labels: tuple[int, ...]
+    """-100 where a token is not part of the response, (length,)."""
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.labels):
+            raise DataError(f"input_ids has {len(self.input_ids)} entries, but labels has {len(self.labels)}")
+
+    @property
+    def has_response(self) -> bool:
+        """Whether any token belongs to a response."""
+        return any(label != IGNORED for label in self.labels)
+
+
+def select_examples(examples: Sequence[Any], num: int, seed: int) -> list[Any]:
+    """A random subset, the same for the same seed on every machine; all if there are fewer than `num`.
+
+    The subset of a smaller `num` is the beginning of the one of a larger `num`.
+    """
+    if num < 1:
+        raise ValueError(f"the number of examples to select must be at least 1, not {num}")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return [examples[index] for index in order[:num]]
+
+
+def data_digest(examples: Iterable[Example | TokenizedExample]) -> str:
+    """SHA-256 of the content of the examples, in their order, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for example in examples:
+        content = {"type": type(example).__name__, **vars(example)}
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""Rows of any common format to chat examples, and chat examples to token ids with the response marked.
+
+Nothing here knows models, PEFT or trainers.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .batching import check_token_ids
+from .sources import DataError, describe, read_rows
+
+if TYPE_CHECKING:
+    pass
+from .examples import Example, TokenizedExample, data_digest, select_examples
+from .formats import FORMATS, ROLES, TEXT_COLUMNS, TOKENIZED_COLUMNS, is_undesirable, parse_row
+from .tokenizing import render_prompt, tokenize, tokenize_examples
+
+__all__ = [
+    "DataError",
+    "Example",
+    "TokenizedExample",
+    "data_digest",
+    "load_examples",
+    "parse_row",
+    "render_prompt",
+    "select_examples",
+    "tokenize",
+    "tokenize_examples",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 4_000
+"""How many rows of a larger data set are read; calibration needs some hundreds."""
+ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def load_examples(
+    source: Any,
+    *,
+    option: str,
+    allow_missing_response: bool = False,
+    max_rows: int = MAX_ROWS,
+    vocabulary: int | None = None,
+) -> list[Example | TokenizedExample]:
+    """Read examples from wherever the user keeps them.
+
+    A row is recognized by its columns, in this order:
+
+    - `input_ids`, with `labels` or with TRL's masks, else every token counts; with `seq_lengths` the row is
+      packed and is taken apart; TRL's prepared preference rows (`prompt_ids` and `chosen_ids` or
+      `completion_ids`);
+    - `messages` or `conversations`, whose last turn is the response if it is the assistant's;
+    - `chosen`, with or without `prompt`; for two plain strings without `prompt`, it is what `chosen` and
+      `rejected` share at their beginning, as in TRL;
+    - `prompt` with `completion` or `response`;
+    - Alpaca's `instruction`, with or without `input`, `system` and `history`, and `output`;
+    - `text`, all of which counts as response; where requests are wanted, `instruction` comes first.
+
+    Where `allow_missing_response`, a row that is a plain string is a request.
+
+    `prompt`, `completion` and `chosen` are strings or lists of messages. A plain-string `prompt` is a user
+    turn where the tokenizer has a chat template. An answer that is marked as undesirable (KTO's `label` is
+    False, 0, or the text "false" or "0") is not used, nor are further columns. A row whose last turn only calls tools
+    is left out with a warning.
+
+    Args:
+        source: the name of a registered data source; a file (.jsonl, .json, .csv, .parquet, or .txt with a request
+            a line); a folder with one of the others or one that `datasets` saved; a hub data set id (`id` or
+            `id:config`, its `train` split); a `datasets` object; rows (mappings, or examples that are passed on).
+        option: what the user calls this data, for messages.
+        allow_missing_response: keep requests without an answer (response None), and refuse plain `text`,
+            which does not tell request and response apart. Otherwise rows without an answer are left out
+            with a warning.
+        max_rows: of a larger data set, a fixed random subset of this size is read (of a stream, the
+            first rows).
+        vocabulary: number of tokens that the model knows (`batching.vocabulary_size`), to refuse other ids in rows.
+
+    Returns:
+        At least one example, in the order of the rows.
+
+    Raises:
+        DataError: the data does not exist, cannot be read, or holds nothing usable.
+    """
+    if isinstance(source, str) and source == "builtin" and not allow_missing_response:
+        raise DataError(
+            f"{option}='builtin': the built-in set holds harmful requests for safety_data, and no answers to "
+            f"train on. Give {option} the data that you fine-tune on."
+        )
+    where = describe(source, option)
+    examples: list[Example | TokenizedExample] = []
+    left_out = _LeftOut(where)
+    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*TOKENIZED_COLUMNS, *TEXT_COLUMNS)):
+        row_name = f"row {number} of {where}"
+        if is_undesirable(row):
+            left_out.undesirable.append((row_name, row["label"]))
+            continue
+        found = parse_row(row, row_name, allow_text=not allow_missing_response)
+        if not found:
+            left_out.only_calls.append(row_name)
+        for example in found:
+            if isinstance(example, Example) and example.response is None and not allow_missing_response:
+                left_out.unanswered.append(row_name)
+            else:
+                if isinstance(example, TokenizedExample):
+                    check_token_ids(example.input_ids, vocabulary, row_name.__str__)
+                examples.append(example)
+    if not examples:
+        raise DataError(left_out.nothing_usable())
+    left_out.report()
+    if not any(isinstance(example, Example) or example.has_response for example in examples):
+        raise DataError(
+            f"{where}: no row has a response token (every label is -100, or every mask is 0). Mark "
+            "the response tokens in `labels`."
+        )
+    return examples
+
+
+@dataclass
+class _LeftOut:
+    """The rows of a source that are not used."""
+
+    where: str
+    unanswered: list[str] = field(default_factory=list)
+    only_calls: list[str] = field(default_factory=list)
+    undesirable: list[tuple[str, Any]] = field(default_factory=list)
+
+    def nothing_usable(self) -> str:
+        """Why no row is left."""
+        if self.unanswered:
+            return f"{self.unanswered[0]} has no response, nor has any other row. Give rows with one of: {FORMATS}."
+        if self.only_calls:
+            return (
+                f"{self.only_calls[0]} ends with a turn that only calls tools, as all do. Give answers that are text."
+            )
+        if self.undesirable:
+            return f"{self.where}: every row has label False (an undesirable answer). Give desirable answers too."
+        return f"{self.where} has no rows. Give data with at least one."
+
+    def report(self) -> None:
+        """Say how many rows are not used, and why."""
+        if self.unanswered:
+            warnings.warn(
+                f"{self.where}: {len(self.unanswered)} rows without a response are left out (first: "
+                f"{self.unanswered[0]})",
+                stacklevel=3,
+            )
+        if self.only_calls:
+            warnings.warn(
+                f"{self.where}: {len(self.only_calls)} rows whose last turn only calls tools are left out (first: "
+                f"{self.only_calls[0]})",
+                stacklevel=3,
+            )
+        if self.undesirable:
+            logger.info(
+                "%s: %d rows with label False (undesirable answers) are not used", self.where, len(self.undesirable)
+            )
+        unclear = [(name, label) for name, label in self.undesirable if not isinstance(label, bool)]
+        if unclear:
+            warnings.warn(
+                f"{self.where}: {len(unclear)} answers with label {unclear[0][1]!r} are taken as undesirable, as in "
+                f"KTO, and not used (first: {unclear[0][0]}). If the column means something else, leave it out.",
+                stacklevel=3,
+            )

@@ -1,0 +1,305 @@
+"""
+Chat examples to the token ids that a model sees, and where the response lies among them.
+
+For everything in this package: calibration, generation, losses, margins. With a chat template the ids are those of
+`apply_chat_template` itself. A rendered text that is encoded again can have others: some tokenizers, such as
+mistral-common's, have control tokens that no text stands for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ..support.callers import argument_of_caller
+from .sources import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .examples import Example
+
+
+# Stand for the content of a turn, to see what is written around it. Their beginnings differ, so that no response begins
+# as both do.
+_MARKER, _OTHER_MARKER = "salora-content", "Another content"
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What chat templates that write today's date are told, so that the same rows are the same ids every day."""
+
+
+def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    """Token ids of what stands before the response, up to where the model begins to answer.
+
+    Args:
+        example: its response is not looked at.
+        tokenizer: with or without a chat template.
+        name: what to call the example in messages.
+
+    Raises:
+        DataError: the chat template refuses the conversation, or there is none for one of several turns.
+    """
+    if _uses_template(example, tokenizer, name):
+        return _template_ids(example.messages, tokenizer, name, add_generation_prompt=True)
+    return _encode(example.request, tokenizer)
+
+
+def prompt_and_response_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
+    """Token ids of the whole exchange, and how many of them precede the response.
+
+    The response is what a model that is asked would write: from where it begins to answer up to the token that ends its
+    turn, with that token. What a template writes behind it (ChatML: a line break) is left out. A token that spans the
+    border to the prompt belongs to the response.
+
+    Args:
+        example: with a response.
+        tokenizer, name: as for `prompt_ids`.
+
+    Raises:
+        DataError: as `prompt_ids`, or the response cannot be told apart.
+    """
+    prompt = prompt_ids(example, tokenizer, name)
+    if not _uses_template(example, tokenizer, name):
+        text = example.request + example.response
+        if tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+        whole = _encode(text, tokenizer)
+        return whole, common_prefix_length(prompt, whole)
+    whole = _answered_ids(example.messages, example.response, tokenizer, name)
+    start = len(prompt)
+    if whole[:start] != prompt:
+        # Answered, the template writes the prompt differently than when it asks for an answer: DeepSeek-R1's leaves out
+        # `<think>`, Mistral's moves the system turn. Other answers show where this one begins.
+        others = [_answered_ids(example.messages, text, tokenizer, name) for text in (_MARKER, _OTHER_MARKER)]
+        start = min(common_prefix_length(other, whole) for other in others)
+        if start + 1 < _end_of_request(example, whole, tokenizer, name):
+            start = len(whole)
+    if start == len(whole):
+        raise DataError(
+            f"{name}: the tokenizer's chat template renders the conversation in such a way that the tokens of the "
+            "response cannot be told apart from those of the prompt. Give rows with input_ids and labels, or set "
+            "another `tokenizer.chat_template`."
+        )
+    return whole[: _end_of_turn(whole, start, tokenizer)], start
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer renders conversations: by a chat template, or by code of its own, as mistral-common's do."""
+    return bool(tokenizer.chat_template) or _renders_by_code(tokenizer)
+
+
+def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a chat template is given besides the conversation."""
+    template = str(tokenizer.chat_template)
+    options: dict[str, Any] = {}
+    if "enable_thinking" in template:
+        # Without its thinking, a reasoning model's answer begins at once: the response is what the user reads.
+        options["enable_thinking"] = False
+    if "strftime_now" in template:
+        options["chat_template"] = _with_a_fixed_date(tokenizer.get_chat_template())
+    return options
+
+
+def _with_a_fixed_date(template: str) -> str:
+    """
+    A chat template that takes every day for `TEMPLATE_DATE`: a macro stands before the function that transformers gives
+    to templates. The function itself cannot be handed over as an argument, which transformers makes plain data.
+    """
+    written = {f"%{letter}": TEMPLATE_DATE.strftime(f"%{letter}") for letter in "aAbBcdFHIjmMpSTuUVwWxXyY"}
+    # "%-d" is the day without a zero in front, where the platform knows it.
+    written |= {f"%-{letter}": written[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSUVWy"}
+    replaced = "".join(f" | replace({directive!r}, {text!r})" for directive, text in written.items())
+    # A block at the end of a line, which jinja removes with its line break: the rest renders as it did.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the chat template that the processor renders with; a tokenizer as it is."""
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if tokenizer is None or not hasattr(tokenizer, "apply_chat_template"):
+        return processing_class
+    template = getattr(processing_class, "chat_template", None)
+    if template and template != tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's chat template, as 64 hexadecimal digits; of nothing where it has none."""
+    return hashlib.sha256(str(getattr(tokenizer, "chat_template", None) or "").encode()).hexdigest()
+
+
+def trainer_tokenizer() -> Any:
+    """
+    What a trainer that is being made now renders with: PEFT hands a tuner only its configuration.
+
+    Returns:
+        The tokenizer of a trainer of transformers whose `__init__` is running; None where there is no such, or where it
+        has not loaded one yet, which it then takes from the model's own folder.
+    """
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    found = argument_of_caller(
+        "processing_class", "__init__", lambda variables: isinstance(variables.get("self"), module.Trainer)
+    )
+    tokenizer = tokenizer_of(found)
+    return tokenizer if hasattr(tokenizer, "apply_chat_template") else None  # such as an image processor
+
+
+def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _uses_template(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    if not example.messages or _is_rendered(example, tokenizer, name):
+        return False
+    if not has_template(tokenizer) and not _is_single_request(example):
+        raise DataError(
+            f"{name} is a conversation of several turns, and the tokenizer has no chat template to render "
+            "it. Set `tokenizer.chat_template`, or give `prompt` and `completion` as plain text."
+        )
+    return has_template(tokenizer)
+
+
+def _is_single_request(example: Example) -> bool:
+    return len(example.messages) == 1 and example.messages[0]["role"] == "user"
+
+
+def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """
+    Whether the request went through the chat template already, as in data made for plain-text training.
+
+    Raises:
+        DataError: It did, and its control tokens cannot be read from text.
+    """
+    if not has_template(tokenizer) or not _is_single_request(example):
+        return False
+    options = template_options(tokenizer)
+    for chosen in (options, {key: value for key, value in options.items() if key != "enable_thinking"}):
+        conversation = ({"role": "user", "content": _MARKER},)
+        ids = _template_ids(conversation, tokenizer, name, True, chosen)
+        if tokenizer.chat_template:
+            rendered = _apply_template(conversation, tokenizer, name, True, chosen, tokenize=False)
+        else:
+            rendered = tokenizer.decode(ids)
+        end_of_request = rendered.rpartition(_MARKER)[2].strip()
+        if end_of_request and example.request.rstrip().endswith(end_of_request):
+            if list(tokenizer(rendered, add_special_tokens=False)["input_ids"]) != ids:
+                raise DataError(
+                    f"{name}: it ends with {end_of_request!r}, as if it were rendered already, and the tokenizer does "
+                    "not read its control tokens from text. Give the conversation as `messages`."
+                )
+            return True
+    return False
+
+
+def _answered_ids(
+    messages: Sequence[dict[str, Any]], response: str, tokenizer: PreTrainedTokenizerBase, name: str
+) -> list[int]:
+    """A finished conversation."""
+    conversation = (*messages, {"role": "assistant", "content": response})
+    if tokenizer.chat_template:
+        return _template_ids(conversation, tokenizer, name)
+    try:
+        return _template_ids(conversation, tokenizer, name)
+    except DataError:
+        # mistral-common renders only what a model is to answer or to go on with; it ends its turns by this token.
+        unfinished = _template_ids(conversation, tokenizer, name, options={"continue_final_message": True})
+        return unfinished if tokenizer.eos_token_id is None else [*unfinished, tokenizer.eos_token_id]
+
+
+def _template_ids(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    add_generation_prompt: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """A conversation, up to where the model is to answer if `add_generation_prompt`."""
+    ids = _apply_template(messages, tokenizer, name, add_generation_prompt, options, tokenize=True)
+    return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+
+
+def _apply_template(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    add_generation_prompt: bool,
+    options: Mapping[str, Any] | None,
+    *,
+    tokenize: bool,
+) -> Any:
+    options = template_options(tokenizer) if options is None else options
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=tokenize,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            **options,
+        )
+    except Exception as error:  # a template raises what it likes
+        roles = [message["role"] for message in messages]
+        if roles[:2] in (["system", "user"], ["developer", "user"]):
+            # Templates such as Gemma's refuse a system turn; their models read it in front of the request.
+            system, user = messages[:2]
+            merged = user | {"content": f"{system.get('content')}\n\n{user.get('content')}"}
+            return _apply_template(
+                (merged, *messages[2:]), tokenizer, name, add_generation_prompt, options, tokenize=tokenize
+            )
+        raise DataError(
+            f"The tokenizer's chat template refuses {name}: {type(error).__name__}: {error} (roles: "
+            f"{', '.join(roles)}). Change the conversation, or set another `tokenizer.chat_template`."
+        ) from error
+
+
+def _end_of_request(example: Example, whole: list[int], tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """How many of the tokens of a whole exchange end with the request's last: another request changes none behind."""
+    last = max((i for i, message in enumerate(example.messages) if message["role"] == "user"), default=None)
+    if last is None:
+        return 0
+    messages = list(example.messages)
+    messages[last] = messages[last] | {"content": _MARKER}
+    changed = _answered_ids(messages, example.response, tokenizer, name)
+    return len(whole) - common_prefix_length(changed[::-1], whole[::-1])
+
+
+def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the response that begins at `start` ends: behind the token that ends it, by which generation stops, too."""
+    if tokenizer.eos_token_id in ids[start:]:
+        return ids.index(tokenizer.eos_token_id, start) + 1
+    # The template ends turns with another token than the tokenizer names.
+    special = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if isinstance(added, Mapping):
+        special |= {token_id for token_id, token in added.items() if token.special}
+    last = max((index for index in range(start, len(ids)) if ids[index] in special), default=None)
+    return len(ids) if last is None or tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of plain text, with the tokenizer's own token of the beginning."""
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    input_ids = tokenizer(text)["input_ids"]
+    if tokenizer.eos_token:
+        # Some tokenizers close every text, even a prompt that is to be continued.
+        closed = [tokenizer.eos_token_id] * (1 + text.endswith(tokenizer.eos_token))
+        if input_ids[-len(closed) :] == closed:
+            return input_ids[:-1]
+    return input_ids

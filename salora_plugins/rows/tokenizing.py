@@ -1,0 +1,92 @@
+"""Chat examples to token ids with the response marked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .batching import check_token_ids
+from .rendering import prompt_and_response_ids, prompt_ids
+from .sources import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from .examples import IGNORED, Example, TokenizedExample
+from .formats import shortened
+
+
+def tokenize_examples(
+    examples: Iterable[Example | TokenizedExample],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    option: str,
+    vocabulary: int | None = None,
+) -> list[TokenizedExample]:
+    """Render examples, tokenize them and mark the response, including the end of turn that closes it.
+
+    A conversation is rendered with the tokenizer's chat template. Without one, prompt, response and the
+    end-of-sequence token are put together as plain text, as TRL does. Examples are cut to `max_length`
+    tokens; those that lose all of their response, or never had one, are left out with a warning.
+
+    Args:
+        examples: examples with a response; tokenized ones are only cut.
+        tokenizer: may be None if all examples are tokenized.
+        max_length: number of tokens that are kept, from the beginning.
+        option: what the user calls this data, for messages.
+        vocabulary: number of tokens that the model knows, to refuse those that only the tokenizer does.
+
+    Raises:
+        DataError: there is no tokenizer, the chat template refuses a conversation, the model does not know a token, or
+            nothing is left.
+    """
+    tokenized: list[TokenizedExample] = []
+    left_out = 0
+    for example in examples:
+        if isinstance(example, Example):
+            if tokenizer is None:
+                raise DataError(
+                    f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
+                    "of `input_ids` and `labels`."
+                )
+            name = f"the example of {option} that asks {shortened(example.request)}"
+            example = tokenize(example, tokenizer, name)
+            check_token_ids(example.input_ids, vocabulary, name.__str__)
+        cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length])
+        if cut.has_response:
+            tokenized.append(cut)
+        else:
+            left_out += 1
+    if left_out:
+        found = (
+            f"{left_out} of {left_out + len(tokenized)} examples of {option} have no response token within "
+            f"calibration_max_length={max_length} tokens"
+        )
+        if not tokenized:
+            raise DataError(f"{found}, so nothing is left. Raise it, or give examples with shorter prompts.")
+        warnings.warn(f"{found} and are left out", stacklevel=2)
+    return tokenized
+
+
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what stands before the response, up to where the model begins to answer."""
+    return prompt_ids(example, tokenizer, f"the request {shortened(example.request)}")
+
+
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExample:
+    """
+    Render one example and mark its response.
+
+    Args:
+        example: With a response.
+        tokenizer: With or without a chat template.
+        name: What to call the example in messages.
+
+    Raises:
+        DataError: See [`tokenize_examples`].
+    """
+    if example.response is None:
+        raise DataError(f"{name} has no response")
+    input_ids, num_prompt = prompt_and_response_ids(example, tokenizer, name)
+    return TokenizedExample(tuple(input_ids), (IGNORED,) * num_prompt + tuple(input_ids[num_prompt:]))

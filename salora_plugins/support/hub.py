@@ -1,0 +1,59 @@
+"""Files of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form of a hub repository: "organization/name", with "@revision" or without."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+
+
+def hub_file(name: str, file: str, *, option: str) -> Path:
+    """
+    A file of a hub repository, downloaded or from the hub's cache.
+
+    Args:
+        name: "organization/name" or "organization/name@revision".
+        file: The file in the repository.
+        option: What the user calls the repository, for messages.
+
+    Raises:
+        FileNotFoundError: It cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return _from_hub(name, file, option, lambda **where: hf_hub_download(filename=file, **where))
+
+
+def hub_folder(name: str, patterns: list[str], *, option: str) -> Path:
+    """
+    The files of a hub repository that match patterns such as "*.json", downloaded or from the hub's cache.
+
+    Args:
+        name: "organization/name" or "organization/name@revision".
+        patterns: Which files.
+        option: What the user calls the repository, for messages.
+
+    Raises:
+        FileNotFoundError: They cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    return _from_hub(name, "its files", option, lambda **where: snapshot_download(allow_patterns=patterns, **where))
+
+
+def _from_hub(name: str, wanted: str, option: str, download: Callable[..., str]) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(download(repo_id=repository, revision=revision or None))
+    except Exception as error:  # dozens of types, from the library's own to those of the HTTP client
+        raise FileNotFoundError(
+            f"{option}={name!r} is neither a file nor a folder here, and {wanted} could not be had from a hub "
+            f"repository of that name: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,59 @@
+"""Texts of others (names, descriptions, answers), made safe to show: on a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+LONGEST = 300
+"""Characters of a text of others that are shown on one line."""
+
+# Control characters, what reverses or hides text, and halves of surrogate pairs. Joiners stay, which scripts need.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u206f\ufeff\ufff9-\ufffb"
+    "\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+# What means something in Markdown within a line, or begins HTML.
+_MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def visible(text: str) -> str:
+    """A text with escapes such as "\\u202e" in the place of characters that hide, reverse or control something."""
+    return _HIDDEN.sub(lambda match: _escape(match.group()), text)
+
+
+def one_line(value: Any) -> str:
+    """A value of others as one line of visible text, cut where it is very long."""
+    text = " ".join(visible(str(value)).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def cell(value: Any) -> Text:
+    """The same for a table of rich, without the meaning that brackets have there."""
+    from rich.text import Text
+
+    return Text(one_line(value))
+
+
+def markdown(value: Any) -> str:
+    """The same for Markdown: neither HTML, nor a comment, a link, or the end of a table's cell."""
+    text = "".join(_HTML.get(character, character) for character in one_line(value))
+    return _MARKDOWN.sub(lambda match: "\\" + match.group(), text)
+
+
+def markdown_code(value: Any) -> str:
+    """A digest or the like in Markdown, set as code where it is nothing but letters and digits."""
+    text = one_line(value)
+    return f"`{text}`" if text.isascii() and text.isalnum() else markdown(text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
