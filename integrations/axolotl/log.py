@@ -30,8 +30,6 @@ def show_in_hosts_log() -> None:
     Only the package's own loggers are changed. Axolotl gives every logger that is made after its start a filter
     against what is not its own; theirs is removed.
     """
-    import salora_plugins  # noqa: F401  (makes the loggers of its modules)
-
     package = logging.getLogger(PACKAGE)
     for name in [PACKAGE, *logging.root.manager.loggerDict]:
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
