@@ -509,7 +509,8 @@ class Experiment:
                 name: DIRECTIONS[parts["directions"]](harmful[name], harmless[name], basis.shape[1]).float()
                 for name, basis in module.input_bases.items()
             }
-            module = dataclasses.replace(module, input_bases=bases, input_singular_values={})
+            side = dataclasses.replace(module.sides["input"], bases=bases, singular_values={})
+            module = dataclasses.replace(module, sides={**module.sides, "input": side})
         module.save(path)
         return path
 
@@ -521,6 +522,7 @@ class Experiment:
             from salora_plugins.evaluation.judges.keyword import keyword_judge
             from salora_plugins.rows.examples import select_examples
             from salora_plugins.rows.reading import load_examples
+            from salora_plugins.rows.tokenizing import render_rows
 
             if data == "both":
                 halves = [self.safety_rows(source)[:64] for source in ("builtin", "advbench")]
@@ -529,10 +531,11 @@ class Experiment:
             if data == "advbench":
                 source = [{"prompt": request} for request in self.advbench()[: ADVBENCH_EVALUATION.start]]
             examples = load_examples(source, option="safety_data", allow_missing_response=True)
+            examples = select_examples(examples, len(examples), 0)
             examples, _ = add_own_refusals(
                 self.load().eval(),
                 self.tokenizer,
-                select_examples(examples, len(examples), 0),
+                render_rows(examples, self.tokenizer, max_length=MAX_LENGTH, option="safety_data"),
                 128,
                 is_refusal=keyword_judge,
                 batch_size=32,

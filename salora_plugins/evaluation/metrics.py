@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.embeddings import vocabulary_size
 from ..models.running import evaluation_mode, input_device
-from ..rows.batching import check_token_ids, collate, vocabulary_size
+from ..rows.batching import check_token_ids, collate
 from ..rows.examples import IGNORED, Example, TokenizedExample
 from ..rows.tokenizing import tokenize
 from .judges.keyword import is_refusal

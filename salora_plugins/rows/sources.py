@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plugins import data_sources
+from .errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,6 @@ SUFFIXES = (*_TABLES, ".txt")
 """Data files that are read."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the option or file, what was found and what to do."""
 
 
 def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[str]) -> Iterable[tuple[int, Any]]:
