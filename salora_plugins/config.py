@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 
 from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
+from .options import OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import register_peft_types
-from .ranks import Rank, check_pattern, check_rank, ranks_of
+from .ranks import Rank, ranks_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -48,7 +49,7 @@ class SaLoRAPeftType(enum.StrEnum):
 
 
 @dataclass
-class SaLoRAConfig(LoraConfig):
+class SaLoRAConfig(AdapterOptions, LoraConfig):
     """
     Configuration of a SaLoRA adapter: all of [`~peft.LoraConfig`], with `r` and `lora_alpha` defaulting to the
     paper's 16, and the options below.
@@ -116,48 +117,6 @@ class SaLoRAConfig(LoraConfig):
 
     r: int = field(default=16, metadata={"help": "Rank of the trained factors A and B."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the scaling is lora_alpha / r."})
-    safety_rank: Rank = field(
-        default=32, metadata={"help": "Output directions per layer that are protected, or a share such as 0.95."}
-    )
-    variant: Literal["two-sided", "paper"] = field(
-        default="two-sided", metadata={"help": "'two-sided', or 'paper': the output side only."}
-    )
-    input_safety_rank: Rank | None = field(
-        default=None,
-        metadata={"help": "Input directions per layer that are protected, or a share; None: a quarter, at most 256."},
-    )
-    safety_rank_pattern: dict[str, Rank] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> safety_rank."}
-    )
-    input_safety_rank_pattern: dict[str, Rank] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> input_safety_rank."}
-    )
-    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = field(
-        default=None,
-        metadata={"help": "Positions of the safety data that count: 'response', 'predicting', 'prompt', 'all'."},
-    )
-    task_rank: int = field(default=32, metadata={"help": "Task directions kept by init='task'."})
-    init: Literal["task", "pissa", "zero"] | None = field(
-        default=None,
-        metadata={"help": "Start of the factors: 'task', 'pissa' or 'zero'; None: 'zero' with an input side."},
-    )
-    safety_data: Any = field(default="builtin", metadata={"help": "Harmful requests to calibrate on."})
-    task_data: Any = field(default=None, metadata={"help": "Task examples; None: the first training batch."})
-    safety_module: Any = field(
-        default=None, metadata={"help": "A safety module computed before: a file, folder or hub repository."}
-    )
-    basis_method: str = field(default="salora", metadata={"help": "Method that computes the safety bases."})
-    num_safety_samples: int = field(default=128, metadata={"help": "Safety examples to calibrate on."})
-    num_task_samples: int = field(default=128, metadata={"help": "Task examples for init='task'."})
-    calibration_batch_size: int = field(default=16, metadata={"help": "Examples per calibration forward."})
-    calibration_max_length: int = field(default=512, metadata={"help": "Tokens per calibration example."})
-    calibration_engine: Literal["auto", "exact", "sketched"] = field(
-        default="auto", metadata={"help": "Statistics as Gram matrices ('exact') or sketches; 'auto': by size."}
-    )
-    calibration_cache: bool = field(
-        default=True, metadata={"help": "Reuse a calibration of the same model, data and settings."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of data selection and decompositions."})
     tokenizer: Any = field(default=None, repr=False, metadata={"help": "Tokenizer; run time only, never saved."})
 
     def __post_init__(self) -> None:
@@ -181,36 +140,14 @@ class SaLoRAConfig(LoraConfig):
         self.warn_about_weights_outside_the_safety_module()
 
     def _check_salora_options(self) -> None:
-        for name, choices in (
-            ("init", ("task", "pissa", "zero")),
-            ("variant", ("two-sided", "paper")),
-            ("safety_positions", ("response", "predicting", "prompt", "all", None)),
-            ("calibration_engine", ("auto", "exact", "sketched")),
-            ("calibration_cache", (True, False)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
-        for name, least in (
-            ("r", 1),
-            ("task_rank", 1),
-            ("num_safety_samples", 1),
-            ("num_task_samples", 1),
-            ("calibration_batch_size", 1),
-            ("calibration_max_length", 2),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
-        check_rank("safety_rank", self.safety_rank, 1)
-        if self.input_safety_rank is not None:
-            check_rank("input_safety_rank", self.input_safety_rank, 0)
-            if self.variant == "paper" and self.input_safety_rank:
-                raise ValueError(
-                    f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, "
-                    "or choose variant='two-sided'."
-                )
-        check_pattern("safety_rank_pattern", self.safety_rank_pattern)
-        check_pattern("input_safety_rank_pattern", self.input_safety_rank_pattern)
+        check_number("r", self.r, 1)
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
+        if self.variant == "paper" and self.input_safety_rank:
+            raise ValueError(
+                f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, or "
+                "choose variant='two-sided'."
+            )
         if self.input_safety_rank_pattern and not self.has_input_side:
             raise ValueError(
                 "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
@@ -229,9 +166,9 @@ class SaLoRAConfig(LoraConfig):
 
     def _options_of_the_task_start(self) -> list[str]:
         """The options given that only `init="task"` heeds."""
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
         given = [] if self.task_data is None else ["task_data"]
-        return given + [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != defaults[name]]
+        changed = (name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default)
+        return [*given, *changed]
 
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
@@ -274,7 +211,7 @@ class SaLoRAConfig(LoraConfig):
         return self.variant != "paper" and self.input_safety_rank != 0
 
     @property
-    def resolved_safety_positions(self) -> Literal["response", "predicting", "prompt", "all"]:
+    def resolved_safety_positions(self) -> Positions:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions
