@@ -27,83 +27,106 @@ RankPattern = dict[str, Rank]
 """Module name or regular expression -> rank."""
 
 
-def option(help: str, *, least: int = 1, if_none: str | None = None, **default: Any) -> Any:
+def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str, Any]:
     """
-    A field of a configuration, described for those who read it in a host's `--help` or schema.
+    What is said of an option, as the metadata of its field.
 
     Args:
-        help: In full sentences, in no host's syntax.
+        help: In full sentences, in no host's syntax, without the default.
         least: The least value of a number.
         if_none: What the default is where it is given as None.
-        default: `default` or `default_factory`, as `dataclasses.field` takes it.
     """
-    return field(**default, metadata={"help": help, "least": least, "if_none": if_none})
+    return {"help": help, "least": least, "if_none": if_none}
 
 
 @dataclass
 class AdapterOptions:
     """The options that [`SaLoRAConfig`] adds to those of [`~peft.LoraConfig`]; its docstring explains them."""
 
-    safety_rank: Rank = option(
-        "Output directions per layer that the update may not write into, or the share of the energy that they capture, "
-        "such as 0.95.",
+    safety_rank: Rank = field(
         default=32,
+        metadata=about(
+            "Output directions per layer that the update may not write into, or the share of the energy that they "
+            "capture, such as 0.95."
+        ),
     )
-    variant: Variant = option(
-        "two-sided: what the layers write and what they react to is protected; paper: the output side only.",
+    variant: Variant = field(
         default="two-sided",
+        metadata=about(
+            "two-sided: what the layers write and what they react to is protected; paper: the output side only."
+        ),
     )
-    input_safety_rank: Rank | None = option(
-        "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
-        least=0,
+    input_safety_rank: Rank | None = field(
         default=None,
-        if_none="those of safety_module, or a quarter of the layer's inputs, at most 256",
+        metadata=about(
+            "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
+            least=0,
+            if_none="those of safety_module, or a quarter of the layer's inputs, at most 256",
+        ),
     )
-    safety_rank_pattern: RankPattern = option(
-        "Ranks of single modules: module name or regular expression -> safety_rank.", default_factory=dict
+    safety_rank_pattern: RankPattern = field(
+        default_factory=dict,
+        metadata=about("Ranks of single modules: module name or regular expression -> safety_rank."),
     )
-    input_safety_rank_pattern: RankPattern = option(
-        "Ranks of single modules: module name or regular expression -> input_safety_rank.", default_factory=dict
+    input_safety_rank_pattern: RankPattern = field(
+        default_factory=dict,
+        metadata=about("Ranks of single modules: module name or regular expression -> input_safety_rank."),
     )
-    safety_positions: Positions | None = option(
-        "Positions of the safety data that count: those whose input is a response token, those that predict one, those "
-        "of the prompt, or all.",
+    safety_positions: Positions | None = field(
         default=None,
-        if_none="prompt, and response without an input side",
+        metadata=about(
+            "Positions of the safety data that count: those whose input is a response token, those that predict one, "
+            "those of the prompt, or all.",
+            if_none="prompt, and response without an input side",
+        ),
     )
-    task_rank: int = option("Task directions that the start 'task' keeps.", default=32)
-    init: Start | None = option(
-        "Start of the factors. With zero the saved adapter has rank r, with the others rank 2r.",
+    task_rank: int = field(default=32, metadata=about("Task directions that the start 'task' keeps."))
+    init: Start | None = field(
         default=None,
-        if_none="zero, and task without an input side or where options of the task start are given",
+        metadata=about(
+            "Start of the factors. With zero the saved adapter has rank r, with the others rank 2r.",
+            if_none="zero, and task without an input side or where options of the task start are given",
+        ),
     )
-    safety_data: Any = option(
-        "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder or a "
-        "hub data set.",
+    safety_data: Any = field(
         default="builtin",
+        metadata=about(
+            "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
+            "or a hub data set."
+        ),
     )
-    task_data: Any = option(
-        "Examples for the start 'task': a file, a folder or a hub data set.",
+    task_data: Any = field(
         default=None,
-        if_none="the first training batch",
+        metadata=about(
+            "Examples for the start 'task': a file, a folder or a hub data set.", if_none="the first training batch"
+        ),
     )
-    safety_module: Any = option(
-        "A safety module computed before (a file, a folder that holds one, or a hub repository); skips calibration.",
+    safety_module: Any = field(
         default=None,
-        if_none="none, it is calibrated",
+        metadata=about(
+            "A safety module computed before (a file, a folder that holds one, or a hub repository); skips "
+            "calibration.",
+            if_none="none, it is calibrated",
+        ),
     )
-    basis_method: str = option("Method that computes the safety bases; plugins can add some.", default="salora")
-    num_safety_samples: int = option("Safety examples to calibrate on.", default=128)
-    num_task_samples: int = option("Task examples for the start 'task'.", default=128)
-    calibration_batch_size: int = option("Examples per forward pass of a calibration.", default=16)
-    calibration_max_length: int = option("Tokens per calibration example; longer ones are cut.", least=2, default=512)
-    calibration_engine: EngineChoice = option(
-        "The layers' statistics as Gram matrices (exact), as sketches, or by their size (auto).", default="auto"
+    basis_method: str = field(
+        default="salora", metadata=about("Method that computes the safety bases; plugins can add some.")
     )
-    calibration_cache: bool = option(
-        "Reuse a calibration of the same model, data and settings, and keep this one.", default=True
+    num_safety_samples: int = field(default=128, metadata=about("Safety examples to calibrate on."))
+    num_task_samples: int = field(default=128, metadata=about("Task examples for the start 'task'."))
+    calibration_batch_size: int = field(default=16, metadata=about("Examples per forward pass of a calibration."))
+    calibration_max_length: int = field(
+        default=512, metadata=about("Tokens per calibration example; longer ones are cut.", least=2)
     )
-    seed: int = option("Seed of the selection of examples and of decompositions.", least=0, default=0)
+    calibration_engine: EngineChoice = field(
+        default="auto",
+        metadata=about("The layers' statistics as Gram matrices (exact), as sketches, or by their size (auto)."),
+    )
+    calibration_cache: bool = field(
+        default=True,
+        metadata=about("Reuse a calibration of the same model, data and settings, and keep this one."),
+    )
+    seed: int = field(default=0, metadata=about("Seed of the selection of examples and of decompositions.", least=0))
 
 
 @dataclass(frozen=True)
