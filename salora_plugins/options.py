@@ -61,7 +61,7 @@ class AdapterOptions:
         metadata=about(
             "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
             least=0,
-            if_none="those of safety_module, or a quarter of the layer's inputs, at most 256",
+            if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
         ),
     )
     safety_rank_pattern: RankPattern = field(
@@ -92,7 +92,7 @@ class AdapterOptions:
         default="builtin",
         metadata=about(
             "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
-            "or a hub data set."
+            "or a hub data set; in Python and YAML also a list of requests or rows."
         ),
     )
     task_data: Any = field(
