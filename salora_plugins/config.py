@@ -31,7 +31,10 @@ DIGEST_KEY = "adapter_sha256"
 # [A; A_0] and [B, -B_0], without a number in the file.
 FORM_KEY, FORM_OF_FACTORS = "form_of_factors", 2
 
-HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+HEADS_ADDED_LATER: dict[str, list[str]] = {
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
 """Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already."""
 
 # Never written to a file: objects that live only in this process.
@@ -191,7 +194,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         tokens, after the configuration was made.
         """
         outside = {
-            "modules_to_save": self.modules_to_save or HEADS_ADDED_LATER.get(self.task_type),
+            "modules_to_save": self.modules_to_save or HEADS_ADDED_LATER.get(self.task_type or ""),
             "bias": None if self.bias == "none" else self.bias,
             "trainable_token_indices": self.trainable_token_indices,
         }
@@ -242,7 +245,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             value = getattr(self, option.name)
             if option.name in ("safety_data", "task_data", "safety_module"):
                 value = _name_of(value)
-            elif dataclasses.is_dataclass(value):
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             result[option.name] = copy.deepcopy(value)
         return result
@@ -261,8 +264,8 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             growth = 2**0.5 if self.use_rslora else 2
             options["r"] = 2 * self.r
             options["lora_alpha"] = growth * self.lora_alpha
-            options["rank_pattern"] = {key: 2 * rank for key, rank in self.rank_pattern.items()}
-            options["alpha_pattern"] = {key: growth * alpha for key, alpha in self.alpha_pattern.items()}
+            options["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
+            options["alpha_pattern"] = {key: growth * alpha for key, alpha in (self.alpha_pattern or {}).items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's own remarks were made when this config was created
             return LoraConfig(**options)
@@ -277,9 +280,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         For a trained adapter the safety module beside it is named in `safety_module`.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if not (folder / CONFIG_FILE).is_file():
-            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = read_side_config(folder)
+        if values is None:
+            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         check_form(values, folder / CONFIG_FILE)
         for key in (DIGEST_KEY, FORM_KEY):
             values.pop(key, None)

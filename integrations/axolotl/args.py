@@ -18,28 +18,33 @@ ADAPTER = "salora"
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-def _key(option: Option) -> tuple[Any, Any]:
-    """Type and field of the key for an option; a key that is left out has the default of `SaLoRAConfig`."""
+def _kind(option: Option) -> Any:
+    """The type of an option's value in a YAML file."""
     number: Any = Annotated[int, Field(ge=option.least)]
     if option.name == "safety_data":
-        kind = str | list[str | dict[str, Any]]
-    elif option.type is Any:  # of what it can be in Python, a file has the names only
-        kind = str
-    elif option.type is int:
-        kind = number
-    elif option.type == Rank:
-        kind = number | _Share
-    elif option.type == RankPattern:
-        kind = dict[str, number | _Share]
-    else:
-        kind = option.type
-    return kind | None, Field(default=None, description=option.described(_DEFAULTS_HERE.get(option.name)))
+        return str | list[str | dict[str, Any]]
+    if option.type is Any:  # of what it can be in Python, a file has the names only
+        return str
+    if option.type is int:
+        return number
+    if option.type == Rank:
+        return number | _Share
+    if option.type == RankPattern:
+        return dict[str, number | _Share]
+    return option.type
+
+
+def _key(option: Option) -> tuple[Any, Any]:
+    """Type and field of the key for an option."""
+    description = option.described(_DEFAULTS_HERE.get(option.name))
+    return _kind(option) | None, Field(default=None, description=description)
 
 
 # What Axolotl has in the place of the default.
 _DEFAULTS_HERE = {"task_data": "the training rows", "seed": "Axolotl's `seed`, or else 0"}
 
-_Keys: Any = create_model("_Keys", **{option.name: _key(option) for option in OPTIONS.values()})
+_keys: dict[str, Any] = {option.name: _key(option) for option in OPTIONS.values()}
+_Keys: Any = create_model("_Keys", **_keys)
 
 
 class MonitorOptions(BaseModel):

@@ -128,7 +128,7 @@ def check_rl(data: Mapping[str, Any]) -> None:
 
 
 def _uses_zero3(deepspeed: Any) -> bool:
-    # Private: Axolotl's own test of a DeepSpeed configuration, which may be a file, a dictionary or a name.
+    # Private part of Axolotl: its own test of a DeepSpeed configuration, which may be a file, a dictionary or a name.
     from axolotl.utils.schemas.utils import is_deepspeed_zero3_config
 
     return is_deepspeed_zero3_config(deepspeed) or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"

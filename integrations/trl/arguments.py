@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _TYPES: dict[Any, Any] = {Any: str, Rank: float, RankPattern: RankPattern | str}
 _NO_DEFAULT = "%(default).0s"
 
 
-def _arguments() -> Iterator[tuple[str, Any, Field]]:
+def _arguments() -> Iterator[tuple[str, Any, Any]]:
     """Name, type and field of every argument; one that is not given is None."""
     yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     for option in OPTIONS.values():
