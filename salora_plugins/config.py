@@ -126,26 +126,31 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         register_peft_types()
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
-        task_options = self._options_of_the_task_start()
-        if self.init is None:
-            self.init = "zero" if self.has_input_side and not task_options else "task"
-        elif self.init != "task" and task_options:
-            warnings.warn(
-                f"{', '.join(task_options)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
-                UserWarning,
-                stacklevel=3,
-            )
-        self._check_salora_options()
+        self._resolve_start()
+        check_number("r", self.r, 1)
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
+        self._refuse_contradicting_options()
         self._refuse_contradicting_lora_options()
         # Not fields, so that they are neither compared nor saved.
         self._weights_follow = False  # start factors are not needed, since saved ones are loaded next
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
 
-    def _check_salora_options(self) -> None:
-        check_number("r", self.r, 1)
-        for option in OPTIONS.values():
-            option.check(getattr(self, option.name))
+    def _resolve_start(self) -> None:
+        """Choose `init` where it is None, and warn of options that only `init="task"` heeds with another one."""
+        given = [] if self.task_data is None else ["task_data"]
+        given += [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default]
+        if self.init is None:
+            self.init = "zero" if self.has_input_side and not given else "task"
+        elif self.init != "task" and given:
+            warnings.warn(
+                f"{', '.join(given)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _refuse_contradicting_options(self) -> None:
         if self.variant == "paper" and self.input_safety_rank:
             raise ValueError(
                 f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, or "
@@ -166,12 +171,6 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 f"lora_alpha={self.lora_alpha!r}: init={self.init!r} divides by the scaling; give a positive value, or "
                 "use init='zero'."
             )
-
-    def _options_of_the_task_start(self) -> list[str]:
-        """The options given that only `init="task"` heeds."""
-        given = [] if self.task_data is None else ["task_data"]
-        changed = (name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default)
-        return [*given, *changed]
 
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
