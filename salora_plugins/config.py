@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
 from .options import OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import register_peft_types
-from .ranks import Rank, ranks_of
+from .ranks import Rank, Side, ranks_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -219,7 +219,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             return self.safety_positions
         return "prompt" if self.has_input_side else "response"
 
-    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
+    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[Side, dict[str, Rank]]:
         """
         Args:
             default_input_ranks: Module name -> rank of its input side where no option names one.
@@ -228,7 +228,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
         names = default_input_ranks.keys()
-        ranks = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
             default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank

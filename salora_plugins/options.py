@@ -18,11 +18,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .ranks import Rank, check_pattern, check_rank
 
 Variant = Literal["two-sided", "paper"]
+"""Which sides of the layers are protected."""
 Positions = Literal["response", "predicting", "prompt", "all"]
 """Which positions of the safety data count, see `activations.capture.position_mask`."""
 Start = Literal["task", "pissa", "zero"]
 """Start values of the factors."""
 EngineChoice = Literal["auto", "exact", "sketched"]
+"""How the statistics of the layers are kept, see `activations.statistics.choose_engine`."""
 RankPattern = dict[str, Rank]
 """Module name or regular expression -> rank."""
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..models.running import cheap_forward_options, input_device
 from ..models.weights import layer_features, linear_weight
+from ..options import Positions
 from ..support.module_names import advice_to_leave_out, listed
 from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatistics
 
@@ -25,9 +26,7 @@ class CalibrationError(ValueError):
     """Calibration cannot give a meaningful result with this model and data."""
 
 
-def position_mask(
-    labels: Tensor, positions: Literal["response", "predicting", "prompt", "all"], attention_mask: Tensor | None = None
-) -> Tensor:
+def position_mask(labels: Tensor, positions: Positions, attention_mask: Tensor | None = None) -> Tensor:
     """
     The positions whose layer inputs count.
 
@@ -212,7 +211,7 @@ def collect_statistics(
     batches: Iterable[Mapping[str, Tensor]],
     engine: Engine,
     *,
-    positions: Literal["response", "predicting", "prompt", "all"] = "response",
+    positions: Positions = "response",
     with_inputs: bool = False,
     description: str = "calibrating",
 ) -> dict[str, ModuleStatistics]:
