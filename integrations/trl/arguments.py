@@ -17,9 +17,7 @@ from ...config import SaLoRAConfig
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank
 
-LEFT_OUT = frozenset({"seed"})
-"""Options without an argument: TRL's `--seed` is the run's."""
-
+_LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
 # What `--init` starts would not be clear among the arguments of a training script.
 _NAMES = {"init": "salora_init"}
 # One type for each argument. Whole numbers and shares are both floats at first; what can be an object in Python is
@@ -33,14 +31,14 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
     """Name, type and field of every argument; one that is not given is None."""
     yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     for option in OPTIONS.values():
-        if option.name not in LEFT_OUT:
+        if option.name not in _LEFT_OUT:
             kind = _TYPES.get(option.type, option.type) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
 
 
 def _help(option: Option) -> str:
     syntax = """ JSON, such as '{"down_proj": 64}'.""" if option.type == RankPattern else ""
-    return f"{option.help}{syntax} Default: {option.default_in_words}.".replace("%", "%%") + _NO_DEFAULT
+    return f"{option.described()}{syntax}".replace("%", "%%") + _NO_DEFAULT
 
 
 _Arguments: Any = make_dataclass("_Arguments", _arguments())

@@ -11,11 +11,11 @@ from ..models.loading import load_model, load_tokenizer
 from ..options import OPTIONS
 from .config_options import takes_config_options
 
-LEFT_OUT = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
-"""Options without one here: the command's result, and those of the start of a training."""
+# The command's result, and what is for the start of a training.
+_LEFT_OUT = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
 
 
-@takes_config_options([option for name, option in OPTIONS.items() if name not in LEFT_OUT])
+@takes_config_options([option for name, option in OPTIONS.items() if name not in _LEFT_OUT])
 def calibrate(
     model: Annotated[str, typer.Option(help="The aligned model: a folder or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The safety module to write (.safetensors).")],
@@ -23,6 +23,8 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Module name, repeatable or with commas; one regular expression; or 'all-linear'."),
     ] = None,
+    *,
+    options: dict[str, Any],
     dtype: Annotated[str, typer.Option(help="Dtype of the weights, or 'auto': as they are stored.")] = "auto",
     device_map: Annotated[
         str | None, typer.Option(help="'auto' splits a large model over GPUs and CPU (see accelerate).")
@@ -31,7 +33,6 @@ def calibrate(
     load_in_8bit: Annotated[bool, typer.Option(help="Quantize the weights to 8 bits (bitsandbytes).")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the repository's own model code.")] = False,
-    **options: Any,
 ) -> None:
     """Compute the safety module of a model, to be used by any number of training runs."""
     from ..config import SaLoRAConfig

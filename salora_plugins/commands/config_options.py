@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from ..options import Option, RankPattern
 from ..ranks import Rank
+from .parameters import CommandFunction, in_place_of
 
 
-def takes_config_options(options: Iterable[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_config_options(options: Sequence[Option]) -> Callable[[CommandFunction], CommandFunction]:
     """
-    A decorator that gives a command a parameter of typer for each of these options, in the place of its `**values`.
+    A decorator that gives a command a parameter for each of these options, in the place of its `options`.
 
-    The command gets their values as `SaLoRAConfig` takes them, by their names there. On the command line a name has
-    no "calibration_" in front.
+    The command gets a dictionary of their values, as `SaLoRAConfig` takes them, by their names there. On the command
+    line a name has no "calibration_" in front.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = {_short_name(option): (option, _parameter(option)) for option in options}
+    def values(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {option.name: _value(option, given[_short_name(option)]) for option in options}
 
-        def with_options(**given: Any) -> None:
-            values = {option.name: _value(option, given.pop(name)) for name, (option, _) in parameters.items()}
-            command(**given, **values)
-
-        own = inspect.signature(command, eval_str=True)
-        kept = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        signature = own.replace(parameters=[*kept, *(parameter for _, parameter in parameters.values())])
-        with_options.__doc__ = command.__doc__
-        with_options.__signature__ = signature  # type: ignore[attr-defined]  # read by inspect.signature, as documented
-        with_options.__annotations__ = {name: entry.annotation for name, entry in signature.parameters.items()}
-        return with_options
-
-    return decorate
+    return in_place_of("options", [_parameter(option) for option in options], values)
 
 
 def _short_name(option: Option) -> str:
@@ -48,28 +37,23 @@ def flag(option: Option) -> str:
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """One that shows choices and default; typer shows the default itself where there is one."""
-    kind: Any = option.type
-    default, metavar = option.default, None
-    text = option.help if option.default is not None else option.described()
-    if option.type is bool or option.type is int:
-        pass
-    elif option.type == RankPattern:
-        kind, default, metavar = list[str] | None, None, "MODULE=RANK"
-        text += " Repeatable."
+    """A parameter of typer, which shows the default itself where there is one."""
+    kind, default, metavar = option.type, option.default, None
+    help = option.help if default is not None else option.described()
+    if option.type == RankPattern:
+        kind, default, metavar = list[str], None, "MODULE=RANK"
+        help += " Repeatable."
     elif option.type == Rank:
         kind, metavar = str, "RANK"
         default = None if default is None else str(default)
-    else:
+    elif option.type not in (bool, int):  # a choice is checked with the configuration; anything else is a name
         kind = str
         metavar = f"[{'|'.join(option.choices)}]" if option.choices else None
-    if default is None and kind is str:
-        kind = str | None
     return inspect.Parameter(
         _short_name(option),
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(help=text, metavar=metavar)],
+        annotation=Annotated[kind if default is not None else kind | None, typer.Option(help=help, metavar=metavar)],
     )
 
 
