@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
 
-def chosen_checkpoint(cfg: DictDefault) -> str | None:
+def checkpoint_to_resume_from(cfg: DictDefault) -> str | None:
     """The checkpoint that training will resume from."""
     # Private part of Axolotl: which folder it resumes from decides which safety module the weights belong to.
     from axolotl.utils.train import determine_last_checkpoint
@@ -17,7 +17,7 @@ def chosen_checkpoint(cfg: DictDefault) -> str | None:
     return determine_last_checkpoint(cfg)
 
 
-def choose_checkpoint(cfg: DictDefault) -> None:
+def pass_over_incomplete_checkpoints(cfg: DictDefault) -> None:
     """
     Let `auto_resume_from_checkpoints` pass over checkpoints that were interrupted while they were written.
 

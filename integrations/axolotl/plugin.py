@@ -10,7 +10,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.logging import get_logger
 
 from .args import ADAPTER
-from .checkpoints import choose_checkpoint, chosen_checkpoint
+from .checkpoints import checkpoint_to_resume_from, pass_over_incomplete_checkpoints
 from .translation import as_initialized, in_the_terms_of_the_file, salora_config, warn_about_differences
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SaLoRAPlugin(BasePlugin):
                 "remove lora_model_dir."
             )
         if not (cfg.inference or cfg.merge_lora):
-            choose_checkpoint(cfg)
+            pass_over_incomplete_checkpoints(cfg)
         from .quantization import fill_in_quantization_config
 
         fill_in_quantization_config(cfg)
@@ -93,7 +93,7 @@ class SaLoRAPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Take the task initialization from the prepared training rows."""
-        if cfg.adapter != ADAPTER or cfg.lora_model_dir or chosen_checkpoint(cfg):
+        if cfg.adapter != ADAPTER or cfg.lora_model_dir or checkpoint_to_resume_from(cfg):
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
         config = _config_of(model)

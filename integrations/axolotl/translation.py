@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.logging import get_logger
 
-from .checkpoints import chosen_checkpoint
+from .checkpoints import checkpoint_to_resume_from
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -42,7 +42,7 @@ def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
             del options[name]  # not in the YAML file: SaLoRAConfig's default
     options["seed"] = cfg.seed or 0
     options.update({key: value for key, value in (cfg.salora or {}).items() if key != "monitor"})
-    checkpoint = chosen_checkpoint(cfg)
+    checkpoint = checkpoint_to_resume_from(cfg)
     if checkpoint:
         options["safety_module"] = checkpoint  # the weights there belong to this one
     tokenizer = load_tokenizer(cfg)
