@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..models.embeddings import output_embeddings
 from ..models.running import cheap_forward_options, input_device
 from ..models.weights import layer_features, linear_weight
+from ..options import Positions
 from ..support.module_names import advice_to_leave_out, listed
 from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatistics
 

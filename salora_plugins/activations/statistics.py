@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..options import EngineChoice
 from ..ranks import Side
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
 from ..support.linear_algebra import fix_signs, top_eigenpairs, top_right_singular_vectors
@@ -407,7 +408,7 @@ class Engine:
 
 
 def choose_engine(
-    kind: Literal["auto", "exact", "sketched"],
+    kind: EngineChoice,
     outputs: list[int],
     inputs: list[int],
     *,
