@@ -8,7 +8,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from .safety_module import SafetyModule
-from .support.files import atomic_write
+from .support.plotting import new_figure, save_png
 from .support.texts import cell, one_line
 
 if TYPE_CHECKING:
@@ -114,18 +114,13 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
-
     sides = [("output", "outputs", safety_module.singular_values, safety_module.captured_energy)]
     if safety_module.input_bases:
         sides.append(("input", "inputs", safety_module.input_singular_values, safety_module.captured_input_energy))
-    figure = Figure(figsize=(13, 4.2 * len(sides)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.2 * len(sides))
+
+    from matplotlib import colormaps
+
     rows = figure.subplots(len(sides), 2, squeeze=False)
     for (spectrum_axis, share_axis), (side, kind, spectra, shares) in zip(rows, sides, strict=True):
         groups = _by_last_name(spectra)
@@ -150,8 +145,7 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
         for axis in (spectrum_axis, share_axis):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_png(path, figure)
 
 
 def _sides(safety_module: SafetyModule, name: str) -> dict[str, dict[str, Any] | None]:

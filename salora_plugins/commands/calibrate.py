@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import LoadingOptions, load_model, load_tokenizer
 
 
 def calibrate(
@@ -80,8 +80,9 @@ def calibrate(
     from ..calibration import calibrate_with
     from ..inspection import summary
 
-    loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
-    options.tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    loading = LoadingOptions(dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
+    loaded = load_model(model, loading)
+    options.tokenizer = load_tokenizer(model, loading)
     safety_module = calibrate_with(loaded, options)
     safety_module.save(out)
     typer.echo(summary(safety_module))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import LoadingOptions, load_model, load_tokenizer
 
 
 def validate(
@@ -44,8 +44,9 @@ def validate(
         option: load_requests(source, option=option, num=num_requests, seed=seed)
         for option, source in (("harmful", harmful), ("harmless", harmless))
     }
-    loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
-    tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    loading = LoadingOptions(dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
+    loaded = load_model(model, loading)
+    tokenizer = load_tokenizer(model, loading)
     if tokenizer is None:
         raise ValueError(f"--model {model}: no tokenizer was found beside the model.")
     report = validate(safety_module, loaded, tokenizer, **requests, batch_size=batch_size, seed=seed)
