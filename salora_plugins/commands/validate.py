@@ -35,8 +35,9 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Remove a safety module's directions from the running model and see whether its refusals go with them."""
+    from ..evaluation.reports.validation_report import write_plot
     from ..evaluation.request_sets import load_requests
-    from ..evaluation.validation import validate, write_plot
+    from ..evaluation.validation import validate
     from ..safety_module import SafetyModule
 
     safety_module = SafetyModule.load(file)  # rather fail now than after loading the model
