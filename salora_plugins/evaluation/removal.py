@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.weights import base_layer
+from ..ranks import Side
 
 
 @contextmanager
-def without_directions(model: nn.Module, side: str, directions: Mapping[str, Tensor]) -> Iterator[None]:
+def without_directions(model: nn.Module, side: Side, directions: Mapping[str, Tensor]) -> Iterator[None]:
     """
     The model without some directions of its layers' outputs or inputs, by hooks that are taken off again.
 

@@ -12,8 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..activations.capture import CalibrationError
+from ..calibration import calibrate
 from ..models.fingerprint import check_belongs
 from ..models.running import adapters_disabled
+from ..ranks import Side, of_side
 from ..safety_module import SafetyModule
 from .first_tokens import refusal_margins
 from .generation import generate_responses
@@ -73,17 +76,17 @@ def validate(
     names = list(safety_module.bases)
     _check_layers(model, names)
     check_belongs(safety_module, model, names)
-    bases: dict[str, Mapping[str, Tensor]] = {"output": safety_module.bases}
-    if safety_module.input_bases:
-        bases["input"] = safety_module.input_bases
     with adapters_disabled(model):
         rows = _with_answers(model, tokenizer, harmless, batch_size, progress)
         ordinary = _ordinary_directions(model, tokenizer, rows, safety_module, batch_size)
-        total = 1 + len(bases) * (2 + RANDOM_SUBSPACES)
+        total = 1 + len(safety_module.sides) * (2 + RANDOM_SUBSPACES)
         with tqdm(total=total, desc="validating", unit="state", disable=not progress) as bar:
             probe = _Probe(model, tokenizer, [request.prompt for request in harmful], rows, batch_size, bar)
             unchanged = probe.measure()
-            sides = {side: _without_side(probe, side, of_side, ordinary[side], seed) for side, of_side in bases.items()}
+            sides = {
+                side: _without_side(probe, side, found.bases, ordinary.sides[side].bases, seed)
+                for side, found in safety_module.sides.items()
+            }
     settings = {
         "base_model": getattr(model.config, "_name_or_path", ""),
         "safety_data": safety_module.provenance.get("safety_data"),
@@ -99,7 +102,7 @@ def validate(
 
 
 def _without_side(
-    probe: _Probe, side: str, safety: Mapping[str, Tensor], ordinary: Mapping[str, Tensor], seed: int
+    probe: _Probe, side: Side, safety: Mapping[str, Tensor], ordinary: Mapping[str, Tensor], seed: int
 ) -> SideValidation:
     random = (random_directions(safety, RANDOM_SUBSPACES * seed + draw) for draw in range(RANDOM_SUBSPACES))
     return SideValidation(
@@ -121,7 +124,7 @@ class _Probe:
     batch_size: int
     bar: tqdm
 
-    def measure(self, side: str = "output", directions: Mapping[str, Tensor] | None = None) -> Measures:
+    def measure(self, side: Side = "output", directions: Mapping[str, Tensor] | None = None) -> Measures:
         """The model without these directions of a side; None: as it is."""
         removed = nullcontext() if directions is None else without_directions(self.model, side, directions)
         with removed:
@@ -140,24 +143,18 @@ class _Probe:
 
 def _ordinary_directions(
     model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], safety_module: SafetyModule, batch_size: int
-) -> dict[str, Mapping[str, Tensor]]:
-    """Side -> module name -> the top directions on the harmless rows, as many as the safety module has."""
-    from ..activations.capture import CalibrationError
-    from ..calibration import calibrate
-
-    names = list(safety_module.bases)
-    ranks = {
-        "safety_rank_pattern": _exact(safety_module.bases),
-        "input_safety_rank_pattern": _exact(safety_module.input_bases),
-    }
+) -> SafetyModule:
+    """The top directions on the harmless rows, as many as the safety module has, on the same sides of each layer."""
+    ranks: dict[str, Any] = {"input_safety_rank": 0}
+    for side, found in safety_module.sides.items():
+        ranks[of_side(side, "safety_rank")] = found.least_rank
+        ranks[of_side(side, "safety_rank_pattern")] = _exact(found.bases)
     try:
-        ordinary = calibrate(
+        return calibrate(
             model,
             tokenizer,
             safety_data=[{"messages": [*row["prompt"], *row["completion"]]} for row in rows],
-            target_modules=names,
-            safety_rank=safety_module.safety_rank,
-            input_safety_rank=safety_module.input_safety_rank,
+            target_modules=list(safety_module.bases),
             safety_positions=safety_module.provenance.get("safety_positions"),
             num_safety_samples=len(rows),
             calibration_batch_size=batch_size,
@@ -169,7 +166,6 @@ def _ordinary_directions(
             f"harmless: as many directions as the safety module has cannot be found in these {len(rows)} rows. Give "
             f"more of them, or ones with longer answers. ({error})"
         ) from error
-    return {"output": ordinary.bases, "input": ordinary.input_bases}
 
 
 def _exact(bases: Mapping[str, Tensor]) -> dict[str, int]:

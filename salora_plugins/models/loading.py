@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,20 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """How the weights of a model are loaded."""
+    """How the weights of a model are loaded; each field's metadata says what it is, as the commands' help does."""
 
-    dtype: str = "auto"
-    """Of the weights; "auto": as they are stored."""
-    device_map: str | None = None
-    """Where the weights go: "auto" splits a large model over GPUs and CPU; None: the CPU."""
-    load_in_4bit: bool = False
-    """Quantize as QLoRA does (bitsandbytes)."""
-    load_in_8bit: bool = False
-    """Quantize to 8 bits (bitsandbytes)."""
-    revision: str | None = None
-    """Of the hub repository."""
-    trust_remote_code: bool = False
-    """Run the repository's own model code."""
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, or 'auto': as they are stored."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "'auto' splits a large model over GPUs and CPU (see accelerate)."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights as QLoRA does (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the weights to 8 bits (bitsandbytes)."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model's hub repository."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the repository's own model code."})
 
     def check(self) -> None:
         """

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...ranks import Side
 from ...support.plotting import new_figure, save_png
 from ..intervals import Mean
 
@@ -51,20 +52,20 @@ class ValidationReport:
     """The outcome of [`validate`]."""
 
     unchanged: Measures
-    sides: dict[str, SideValidation]
+    sides: dict[Side, SideValidation]
     """Side -> its validation."""
     settings: dict[str, Any]
 
-    def drop(self, side: str, kind: Literal["safety", "ordinary"] = "safety") -> float:
+    def drop(self, side: Side, kind: Literal["safety", "ordinary"] = "safety") -> float:
         """By how many nats the mean refusal margin falls without the `safety` or `ordinary` directions."""
         found = self.sides[side].safety if kind == "safety" else self.sides[side].ordinary
         return self.unchanged.harmful_margin.value - found.harmful_margin.value
 
-    def random_drops(self, side: str) -> list[float]:
+    def random_drops(self, side: Side) -> list[float]:
         """The same for the random directions, once per draw."""
         return [self.unchanged.harmful_margin.value - draw.harmful_margin.value for draw in self.sides[side].random]
 
-    def is_special(self, side: str) -> bool:
+    def is_special(self, side: Side) -> bool:
         """
         Whether removing the safety directions lowers the margin more than random ones do, at the 1 % level.
 
@@ -73,7 +74,7 @@ class ValidationReport:
         drops = self.random_drops(side)
         return self.drop(side) > mean(drops) + _SPECIAL * stdev(drops)
 
-    def is_specific(self, side: str) -> bool:
+    def is_specific(self, side: Side) -> bool:
         """
         Whether the margin is lower without the safety directions than without the most important ones of ordinary
         answers, their 95 % intervals being apart.
@@ -138,7 +139,7 @@ class ValidationReport:
         """What the table means, a line or two a side."""
         return "\n".join(line for side in self.sides for line in self._verdict(side))
 
-    def _verdict(self, side: str) -> Iterator[str]:
+    def _verdict(self, side: Side) -> Iterator[str]:
         found, drops = self.sides[side], self.random_drops(side)
         if not self.is_special(side):
             holds = "does not hold refusals more than random directions do"
