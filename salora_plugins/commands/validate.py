@@ -37,15 +37,17 @@ def validate(
     from ..safety_module import SafetyModule
 
     safety_module = SafetyModule.load(file)  # rather fail now than after loading the model
-    requests = {
-        option: load_requests(source, option=option, num=num_requests, seed=seed)
+    asked, everyday = (
+        load_requests(source, option=option, num=num_requests, seed=seed)
         for option, source in (("harmful", harmful), ("harmless", harmless))
-    }
+    )
     loaded = load_model(model, loading)
     tokenizer = load_tokenizer(model, loading)
     if tokenizer is None:
         raise ValueError(f"--model {model}: no tokenizer was found beside the model.")
-    report = validate(safety_module, loaded, tokenizer, batch_size=batch_size, seed=seed, **requests)
+    report = validate(
+        safety_module, loaded, tokenizer, harmful=asked, harmless=everyday, batch_size=batch_size, seed=seed
+    )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
