@@ -19,14 +19,13 @@ from torch import nn
 from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..safety_module import DEFAULT_FILE
-from ..support.hub import hub_file, hub_folder, is_hub_id
+from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
 from .reports.report import ModelKind
 
 BASE = "base"
 """The base model's name in a report."""
 
 _NAME = re.compile(r"\w[\w .,+=@()-]*")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*")
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
@@ -199,7 +198,7 @@ def _model(name: str, kind: ModelKind, source: str, revision: str | None) -> Eva
     folder = Path(source).expanduser()
     if folder.is_dir():
         return EvaluatedModel(name, kind, str(folder), str(folder), _folder_digest(folder))
-    if not is_hub_id(source) and not _HUB_NAME.fullmatch(source):
+    if not is_hub_id(source) and not is_model_name(source):
         raise FileNotFoundError(f"{name}={source}: there is no such folder. Give a model's folder or hub repository.")
     config = hub_file(source if revision is None else f"{source}@{revision}", "config.json", option=name)
     # The hub's cache names the folder by the commit.
