@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from .loading_options import takes_loading_options
+from .printing import print_report
 
 
 @takes_loading_options
@@ -48,13 +48,7 @@ def validate(
     report = validate(
         safety_module, loaded, tokenizer, harmful=asked, harmless=everyday, batch_size=batch_size, seed=seed
     )
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(report.table())
-        typer.echo(report.summary())
+    print_report(report, as_json=as_json)
     if plot is not None:
         write_plot(plot, report)
         typer.echo(f"Wrote {plot}.", err=as_json)

@@ -92,8 +92,10 @@ def evaluate(
         The report, which stands in `out` as well.
 
     Raises:
-        FileNotFoundError, FileExistsError, ImportError: Something is not there, or `out` holds something else.
+        FileNotFoundError: A model, an adapter or data is not there.
+        FileExistsError: `out` holds something else.
         ValueError: An option, data, a model or an adapter cannot be used, or `out` holds another evaluation.
+        ImportError: lm-eval is asked for and not installed.
     """
     data = DataOptions(harmful, harmless, task, num_requests, num_task_rows, seed)
     measuring = MeasuringOptions(max_new_tokens, kl_tokens, batch_size, perplexity_threshold)
