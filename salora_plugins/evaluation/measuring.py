@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,7 @@ class _Measuring:
         self._plan, self._folder, self._loader, self._progress = plan, folder, loader, progress
         self._prompts = plan.prompts
         self._batch_size = plan.measuring.batch_size
+        self._references: dict[SetName, FirstTokenReference] = {}
 
     def measure(self, evaluated: EvaluatedModel) -> None:
         """Everything but the perplexities, for which the base model is needed."""
@@ -55,7 +56,7 @@ class _Measuring:
         if not missing and not unanswered:
             return
         if KL in missing and evaluated.kind != "base":
-            _ = self._references  # of the base model, while that is in memory
+            self._kl_references()  # before another model takes the base model's place in memory
         with self._loader.loaded(evaluated) as model:
             if unanswered:
                 self._answer(name, model)
@@ -93,18 +94,20 @@ class _Measuring:
             found[plan.lm_eval_entry(task)] = partial(self._lm_eval, task)
         return found
 
-    @cached_property
-    def _references(self) -> dict[SetName, FirstTokenReference]:
-        return {
-            of_set: first_token_reference(
-                self._loader.base,
-                self._plan.tokenizer,
-                asked,
-                num_tokens=self._plan.measuring.kl_tokens,
-                batch_size=self._batch_size,
-            )
-            for of_set, asked in self._prompts.items()
-        }
+    def _kl_references(self) -> dict[SetName, FirstTokenReference]:
+        """The base model's side of the KL divergences; the first call loads it."""
+        if not self._references:
+            self._references = {
+                of_set: first_token_reference(
+                    self._loader.base,
+                    self._plan.tokenizer,
+                    asked,
+                    num_tokens=self._plan.measuring.kl_tokens,
+                    batch_size=self._batch_size,
+                )
+                for of_set, asked in self._prompts.items()
+            }
+        return self._references
 
     def _answer(self, name: str, model: nn.Module) -> None:
         tokenizer, batch_size = self._plan.tokenizer, self._batch_size
@@ -140,7 +143,7 @@ class _Measuring:
     def _kl(self, model: nn.Module) -> PerRequest:
         return {
             of_set: first_token_kl(model, reference, batch_size=self._batch_size).tolist()
-            for of_set, reference in self._references.items()
+            for of_set, reference in self._kl_references().items()
         }
 
     def _no_kl(self, model: nn.Module) -> PerRequest:
