@@ -47,7 +47,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     attempts = [lambda: torch.linalg.eigh(matrix), by_svd]
     if matrix.device.type != "cpu":
         attempts.insert(1, lambda: torch.linalg.eigh(matrix.cpu()))
-    return _first_that_works("eigh", matrix, attempts)
+    values, vectors = _first_that_works("eigh", matrix, attempts)
+    return values, vectors
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +81,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attempts.insert(1, lambda: torch.linalg.svd(matrix, full_matrices=False, driver="gesvd"))
     if matrix.device.type == "cpu":
         del attempts[1]
-    return _first_that_works("svd", matrix, attempts)
+    u, s, vh = _first_that_works("svd", matrix, attempts)
+    return u, s, vh
 
 
 def _first_that_works(
