@@ -89,7 +89,7 @@ class SaLoRAPlugin(BasePlugin):
 
         from peft import get_peft_model
 
-        from ...tuner import load_for_training
+        from ...resuming import load_for_training
 
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
