@@ -509,7 +509,8 @@ class Experiment:
                 name: DIRECTIONS[parts["directions"]](harmful[name], harmless[name], basis.shape[1]).float()
                 for name, basis in module.input_bases.items()
             }
-            module = dataclasses.replace(module, input_bases=bases, input_singular_values={})
+            side = dataclasses.replace(module.sides["input"], bases=bases, singular_values={})
+            module = dataclasses.replace(module, sides={**module.sides, "input": side})
         module.save(path)
         return path
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 
 from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
 from .plugins import register_peft_types
-from .ranks import Rank, check_pattern, check_rank, ranks_of
+from .ranks import Rank, Side, check_pattern, check_rank, ranks_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -280,7 +280,7 @@ class SaLoRAConfig(LoraConfig):
             return self.safety_positions
         return "prompt" if self.has_input_side else "response"
 
-    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[str, dict[str, Rank]]:
+    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[Side, dict[str, Rank]]:
         """
         Args:
             default_input_ranks: Module name -> rank of its input side where no option names one.
@@ -289,7 +289,7 @@ class SaLoRAConfig(LoraConfig):
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
         names = default_input_ranks.keys()
-        ranks = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
             default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank

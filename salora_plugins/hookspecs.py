@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .activations.statistics import ModuleStatistics
+    from .ranks import Side
 
 PROJECT = "salora_plugins"
 
@@ -32,7 +33,7 @@ DataSource = Callable[[], Iterable[Mapping[str, Any]]]
 class BasisMethod(Protocol):
     """Computes the safety basis of one module from what calibration gathered about it."""
 
-    def __call__(self, statistics: ModuleStatistics, rank: int, side: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
         """Return the basis and its singular values.
 
         Args:

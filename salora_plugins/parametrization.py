@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
-Side = Literal["output", "input"]
+from .ranks import Side
 
 # A basis is recognized by what it keeps of this many fixed vectors.
 _PROBES = 4

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Side = Literal["output", "input"]
+"""Of a layer: what it writes, W x, where U_C belongs, or what it reads, x, where V_C belongs."""
+SIDES: tuple[Side, ...] = ("output", "input")
+
 Rank = int | float
 """A number of directions, or (a float between 0 and 1) the share of the energy that they must capture."""
+SideRanks = Mapping[Side, Mapping[str, Rank]]
+"""Side ("output" and, where there is to be one, "input") -> module name -> rank."""
+
+
+def of_side(side: Side, name: str) -> str:
+    """What an option, or a key of a file, is called for a side: "safety_rank", or "input_safety_rank"."""
+    return name if side == "output" else f"input_{name}"
 
 
 def check_rank(option: str, value: object, least: int) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # not import one another unless they are of one room. Imports within functions and those for type checkers count.
 LAYERS = (
     ("support",),
-    ("ranks", "initialization"),
+    ("ranks", "initialization", "provenance"),
     ("safety_module",),
     ("inspection", "models"),
     ("activations",),

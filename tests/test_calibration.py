@@ -333,8 +333,8 @@ def test_sketched_bases_capture_what_exact_ones_do(build, input_safety_rank):
         assert ours.keys() == theirs.keys()
         # Random weights and tokens leave hardly any decay to find; test_statistics has the bound where there is one.
         assert all(ours[name] >= 0.85 * theirs[name] for name in ours)
-    for name, energy in exact.provenance["energy"].items():
-        assert sketched.provenance["energy"][name] == pytest.approx(energy, rel=1e-5)
+    for name, energy in exact.sides["output"].energies.items():
+        assert sketched.sides["output"].energies[name] == pytest.approx(energy, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketched"])

@@ -142,8 +142,8 @@ def test_two_ranks_calibrate_as_one(calibrated, engine, count):
     found = SafetyModule.load(first)
     alone = calibrate(llama(), safety_data=token_rows(count, length=40), calibration_engine=engine, **OPTIONS)
     assert found.provenance["positions_counted"] == alone.provenance["positions_counted"]
-    for name, energy in alone.provenance["energy"].items():
-        assert found.provenance["energy"][name] == pytest.approx(energy, rel=1e-5)
+    for name, energy in alone.sides["output"].energies.items():
+        assert found.sides["output"].energies[name] == pytest.approx(energy, rel=1e-5)
     for ours, theirs in ((found.bases, alone.bases), (found.input_bases, alone.input_bases)):
         for name, basis in theirs.items():
             if engine == "exact":

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ranks import Side
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
 from ..support.linear_algebra import fix_signs, top_eigenpairs, top_right_singular_vectors
 
@@ -394,7 +395,7 @@ class Engine:
 
     seed: int = 0
 
-    def statistics(self, dimension: int, side: Literal["output", "input"] = "output") -> VectorStatistics:
+    def statistics(self, dimension: int, side: Side = "output") -> VectorStatistics:
         """New statistics of a layer's outputs or inputs of this length."""
         width = self.width if side == "output" else self.input_width
         if self.kind == "exact" or dimension <= max(self.exact_within * width, self.exact_up_to):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,9 @@ from tqdm.auto import tqdm
 from ..activations.capture import CalibrationError
 from ..activations.statistics import ModuleStatistics, VectorStatistics
 from ..hookspecs import BasisMethod, hookimpl
-from ..ranks import Rank, rank_for_share
+from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
 from ..support.module_names import listed, pattern_for, quoted
-
-Side = Literal["output", "input"]
-
-_OPTIONS = {"output": "safety_rank", "input": "input_safety_rank"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def register_basis_methods(register: Callable[[str, BasisMethod], None]) -> None
 
 def compute_bases(
     statistics: dict[str, ModuleStatistics],
-    ranks: Mapping[Side, Mapping[str, Rank]],
+    ranks: SideRanks,
     method: BasisMethod,
     method_name: str,
     defaults: Mapping[Side, Collection[str]] | None = None,
@@ -143,7 +139,7 @@ def _too_few(
     side: Side, wanted: Rank, none: bool, sketched: bool, found: Mapping[str, int], targets: Collection[str]
 ) -> str:
     """One message for modules that fail alike: name -> how many directions it has."""
-    option, names = _OPTIONS[side], list(found)
+    option, names = of_side(side, "safety_rank"), list(found)
     pattern = quoted(pattern_for(names, set(targets) - set(names)))
     if none:
         return (
@@ -188,9 +184,10 @@ def _basis(
     if isinstance(wanted, float):
         found, enough = _rank_by_need(vectors, wanted)
     elif vectors.count < wanted and not may_cut:
+        option = of_side(side, "safety_rank")
         told = (
-            f"{_OPTIONS[side]}={wanted}, but the safety data has only {vectors.count} positions to find directions in. "
-            f"Give more safety data (num_safety_samples, safety_data), or lower {_OPTIONS[side]}."
+            f"{option}={wanted}, but the safety data has only {vectors.count} positions to find directions in. "
+            f"Give more safety data (num_safety_samples, safety_data), or lower {option}."
         )
         raise _ProblemError({"error": told})
     else:

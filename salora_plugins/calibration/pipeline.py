@@ -32,16 +32,17 @@ from ..models.targets import (
 )
 from ..models.weights import base_layer, check_reachable, check_weights, unreachable_weight
 from ..plugins import basis_methods, judges
-from ..ranks import Rank, matching_patterns
+from ..provenance import Provenance
+from ..ranks import Side, SideRanks, matching_patterns, of_side
 from ..rows.batching import batches, vocabulary_size
 from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest, select_examples
 from ..rows.reading import MAX_ROWS, load_examples
 from ..rows.rendering import has_template, template_digest, tokenizer_of, trainer_tokenizer
 from ..rows.tokenizing import render_prompt, tokenize_examples
-from ..safety_module import SafetyModule
+from ..safety_module import SafetyModule, SideBases
 from ..support.distributed import broadcast, rank_and_world_size
 from ..support.notices import tell
-from .basis import Basis, Side, compute_bases
+from .basis import Basis, compute_bases
 from .cache import cache_key, load_cached, store
 from .refusals import add_own_refusals
 
@@ -130,40 +131,44 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             }
             bases = compute_bases(statistics, ranks, method, config.basis_method, _defaults(config, names))
     safety_module = SafetyModule(
-        bases={name: basis.vectors for name, basis in bases["output"].items()},
-        input_bases={name: basis.vectors for name, basis in bases.get("input", {}).items()},
-        singular_values={name: basis.singular_values for name, basis in bases["output"].items()},
-        input_singular_values={name: basis.singular_values for name, basis in bases.get("input", {}).items()},
-        weight_samples=weight_samples(model, names),
-        provenance={
-            "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
-            "safety_data": config.to_dict()["safety_data"],
-            "safety_data_sha256": data_digest(examples),
-            "safety_samples": len(examples),
-            "safety_positions": config.resolved_safety_positions,
-            "positions_counted": positions_counted,
-            **counts,
-            **_tokenizer_facts(config.tokenizer),
-            "modules": len(names),
-            "directions": {
-                side: _extent(basis.vectors.shape[1] for basis in of.values()) for side, of in bases.items()
-            },
-            "safety_rank": config.safety_rank,
-            "safety_rank_pattern": dict(config.safety_rank_pattern),
-            "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
-            "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
-            **_cuts(bases, ranks),
-            "basis_method": config.basis_method,
-            "engine": engine.kind,
-            **_sketch_widths(engine, ranks),
-            "seed": config.seed,
-            "energy": energies["output"],
-            "input_energy": energies.get("input", {}),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("salora-plugins", "torch", "transformers", "peft")},
-            },
+        sides={
+            side: SideBases(
+                {name: basis.vectors for name, basis in of.items()},
+                {name: basis.singular_values for name, basis in of.items()},
+                energies[side],
+            )
+            for side, of in bases.items()
         },
+        weight_samples=weight_samples(model, names),
+        provenance=Provenance.of(
+            {
+                "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+                "safety_data": config.to_dict()["safety_data"],
+                "safety_data_sha256": data_digest(examples),
+                "safety_samples": len(examples),
+                "safety_positions": config.resolved_safety_positions,
+                "positions_counted": positions_counted,
+                **counts,
+                **_tokenizer_facts(config.tokenizer),
+                "modules": len(names),
+                "directions": {
+                    side: _extent(basis.vectors.shape[1] for basis in of.values()) for side, of in bases.items()
+                },
+                "safety_rank": config.safety_rank,
+                "safety_rank_pattern": dict(config.safety_rank_pattern),
+                "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
+                "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
+                **_cuts(bases, ranks),
+                "basis_method": config.basis_method,
+                "engine": engine.kind,
+                **_sketch_widths(engine, ranks),
+                "seed": config.seed,
+                "versions": {
+                    "python": platform.python_version(),
+                    **{package: version(package) for package in ("salora-plugins", "torch", "transformers", "peft")},
+                },
+            }
+        ),
     )
     seconds = time.monotonic() - start
     tell(logger, "%s; calibrated in %.0f s.", facts(safety_module.provenance), seconds)
@@ -172,20 +177,18 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     return safety_module
 
 
-def _check_asked_for(
-    model: nn.Module, names: Sequence[str], ranks: Mapping[Side, Mapping[str, Rank]], safety_module: SafetyModule
-) -> None:
+def _check_asked_for(model: nn.Module, names: Sequence[str], ranks: SideRanks, safety_module: SafetyModule) -> None:
     """
     Raises:
         ValueError: A safety module is not one of these modules of this model, with these ranks.
     """
-    if set(safety_module.bases) != set(names) or bool(safety_module.input_bases) != ("input" in ranks):
+    if set(safety_module.bases) != set(names) or set(safety_module.sides) != set(ranks):
         raise ValueError("it is of other modules, or has another side.")
     check_belongs(safety_module, model, names)
-    for side, bases in (("output", safety_module.bases), ("input", safety_module.input_bases)):
-        may_be_less = f"{'input_' if side == 'input' else ''}safety_rank_cut" in safety_module.provenance
-        for name, wanted in ranks.get(side, {}).items():
-            found = bases[name].shape[1]
+    for side, by_name in ranks.items():
+        may_be_less = of_side(side, "safety_rank_cut") in safety_module.provenance
+        for name, wanted in by_name.items():
+            found = safety_module.sides[side].bases[name].shape[1]
             if not isinstance(wanted, float) and found != wanted and not (may_be_less and found < wanted):
                 raise ValueError(f"{name!r} has {found} {side} directions instead of {wanted}.")
 
@@ -239,17 +242,16 @@ def _extent(ranks: Iterable[int]) -> list[int]:
     return [min(ranks), max(ranks)]
 
 
-def _cuts(bases: Mapping[Side, Mapping[str, Basis]], ranks: Mapping[Side, Mapping[str, Rank]]) -> dict[str, int]:
+def _cuts(bases: Mapping[Side, Mapping[str, Basis]], ranks: SideRanks) -> dict[str, int]:
     """What the provenance says of default ranks that the data has no directions for: how many modules have fewer."""
     cuts = {}
-    for side, key in (("output", "safety_rank_cut"), ("input", "input_safety_rank_cut")):
-        wanted = ranks.get(side, {})
+    for side, wanted in ranks.items():
         if fewer := sum(
             basis.vectors.shape[1] < wanted[name]
-            for name, basis in bases.get(side, {}).items()
+            for name, basis in bases[side].items()
             if not isinstance(wanted[name], float)
         ):
-            cuts[key] = fewer
+            cuts[of_side(side, "safety_rank_cut")] = fewer
     return cuts
 
 
@@ -365,7 +367,7 @@ def _cache_key(
     model: nn.Module,
     config: SaLoRAConfig,
     examples: list[Example | TokenizedExample],
-    ranks: dict[str, dict[str, Rank]],
+    ranks: SideRanks,
     engine: Engine,
 ) -> str | None:
     """What the safety module depends on; None where it is not to be kept."""
@@ -405,9 +407,7 @@ def _cache_key(
     )
 
 
-def _engine(
-    model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig, ranks: Mapping[str, Mapping[str, Rank]]
-) -> Engine:
+def _engine(model: nn.Module, layers: dict[str, nn.Module], config: SaLoRAConfig, ranks: SideRanks) -> Engine:
     """The engine for these ranks: side -> module name -> rank."""
     most = {
         side: max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in by_name.values())
@@ -425,7 +425,7 @@ def _engine(
     )
 
 
-def _sketch_widths(engine: Engine, ranks: Mapping[str, Mapping[str, Rank]]) -> dict[str, int]:
+def _sketch_widths(engine: Engine, ranks: SideRanks) -> dict[str, int]:
     """What the provenance says of the sketches."""
     if engine.kind != "sketched":
         return {}

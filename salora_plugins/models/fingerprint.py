@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from ..ranks import Side
 from ..safety_module import SafetyModule, SafetyModuleError
 from .weights import is_quantized, is_torchao, layer_features, linear_weight
 
@@ -70,14 +71,12 @@ def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable
     for name in names:
         module = model.get_submodule(name)
         d_in, d_out = layer_features(module)
-        for bases, dimension, kind in (
-            (safety_module.bases, d_out, "outputs"),
-            (safety_module.input_bases, d_in, "inputs"),
-        ):
-            if name in bases and bases[name].shape[0] != dimension:
+        dimensions: dict[Side, int] = {"output": d_out, "input": d_in}
+        for side, found in safety_module.sides.items():
+            if name in found.bases and found.bases[name].shape[0] != dimensions[side]:
                 raise SafetyModuleError(
                     f"The safety module was computed for another model: its basis for {name!r} is for "
-                    f"{bases[name].shape[0]} {kind}, the layer has {dimension}. Calibrate on this model."
+                    f"{found.bases[name].shape[0]} {side}s, the layer has {dimensions[side]}. Calibrate on this model."
                 )
         if name not in samples:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraModel
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..ranks import Rank, matching_patterns
+from ..ranks import Rank, SideRanks, matching_patterns, of_side
 from ..support.module_names import advice_to_leave_out, listed, pattern_for, quoted
 from .weights import base_layer, is_quantized, layer_features
 
@@ -259,16 +259,13 @@ def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int
     return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
 
 
-def check_ranks(model: nn.Module, ranks: Mapping[str, Mapping[str, Rank]]) -> None:
+def check_ranks(model: nn.Module, ranks: SideRanks) -> None:
     """
-    Args:
-        ranks: Side ("output", "input") -> module name -> rank.
-
     Raises:
         ValueError: A rank leaves a layer nothing to train.
     """
     for side, by_name in ranks.items():
-        option = "safety_rank" if side == "output" else "input_safety_rank"
+        option = of_side(side, "safety_rank")
         too_large: dict[tuple[Rank, int], list[str]] = {}
         for name, rank in by_name.items():
             dimension = layer_features(model.get_submodule(name))[1 if side == "output" else 0]
