@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..parametrization import SafeFactor, Side, StartFactor, safe_factor, stacked_halves, weight_holder
+from ..parametrization import SafeFactor, StartFactor, safe_factor, stacked_halves, weight_holder
+from ..ranks import Side
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..parametrization import LORA_FACTORS, Side, has_safe_factor
+from ..parametrization import LORA_FACTORS, has_safe_factor
+from ..ranks import Side
 
 # What torch.compile puts into the names of modules and of their weights, and what others put into the modules' only.
 COMPILED = "_orig_mod."

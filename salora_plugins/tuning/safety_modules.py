@@ -16,8 +16,7 @@ from ..calibration import calibrate_with
 from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
-from ..parametrization import Side
-from ..ranks import Rank
+from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
 
 logger = logging.getLogger(__name__)
@@ -94,9 +93,9 @@ def safety_module_of_checkpoint(
     return saved
 
 
-def bases_of(safety_module: SafetyModule, name: str) -> dict[Side, Tensor | None]:
-    """The bases of one module: V_C, None without an input side, and U_C."""
-    return {"input": safety_module.input_bases.get(name), "output": safety_module.bases[name]}
+def bases_of(safety_module: SafetyModule, name: str) -> dict[Side, Tensor]:
+    """The bases of one module: U_C and, where there is an input side, V_C."""
+    return {side: found.bases[name] for side, found in safety_module.sides.items()}
 
 
 def take_options(config: AdapterConfig, saved: SaLoRAConfig) -> None:
@@ -137,24 +136,24 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     return safety_module
 
 
-def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> dict[str, dict[str, Rank]]:
+def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
     """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
     bases = safety_module.input_bases
     return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
 
 
-def _all_directions(safety_module: SafetyModule, names: Sequence[str]) -> dict[str, dict[str, Rank]]:
+def _all_directions(safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
     """Side -> module name -> how many directions the safety module has for it; modules that it lacks count as 1."""
-    sides = {"output": safety_module.bases, "input": safety_module.input_bases}
     return {
-        side: {name: bases[name].shape[1] if name in bases else 1 for name in names}
-        for side, bases in sides.items()
-        if bases
+        side: {name: found.bases[name].shape[1] if name in found.bases else 1 for name in names}
+        for side, found in safety_module.sides.items()
     }
 
 
 def _same_bases(first: SafetyModule, second: SafetyModule) -> bool:
-    pairs = ((first.bases, second.bases), (first.input_bases, second.input_bases))
+    if first.sides.keys() != second.sides.keys():
+        return False
+    pairs = [(found.bases, second.sides[side].bases) for side, found in first.sides.items()]
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import SaLoRAConfig
 from ..initialization import pissa_factors, restrict_to_task
 from ..models.weights import linear_weight
-from ..parametrization import SafeFactor, Side, moved_once, register_safe_factor, safe_factor, trained_factor
+from ..parametrization import SafeFactor, moved_once, register_safe_factor, safe_factor, trained_factor
+from ..ranks import Side
 from ..support.distributed import broadcast
 from .layers import lora_linears
 
@@ -63,7 +64,7 @@ def parametrize_layer(
     layer: LoraLayer,
     adapter_name: str,
     start: Mapping[Side, Tensor] | None,
-    bases: Mapping[Side, Tensor | None],
+    bases: Mapping[Side, Tensor],
 ) -> None:
     """
     Let an adapter's weights in a layer be computed by a `SafeFactor` each.
@@ -72,7 +73,7 @@ def parametrize_layer(
         layer: The layer, whose adapter PEFT has just made.
         adapter_name: The adapter.
         start: A_0 and B_0; None for B = 0 beside PEFT's random A.
-        bases: V_C and U_C; None for no projection on that side.
+        bases: V_C and U_C; on a side without one there is no projection.
     """
     for side, linear in lora_linears(layer, adapter_name).items():
         offset = None
@@ -83,13 +84,13 @@ def parametrize_layer(
                 offset = linear.weight.detach().float().clone()
             elif side == "output":
                 linear.weight.zero_()
-        register_safe_factor(linear, SafeFactor(side, _placed(bases[side], linear.weight.device), offset))
+        register_safe_factor(linear, SafeFactor(side, _placed(bases.get(side), linear.weight.device), offset))
 
 
-def replace_bases(layer: LoraLayer, adapter_name: str, bases: Mapping[Side, Tensor | None]) -> None:
+def replace_bases(layer: LoraLayer, adapter_name: str, bases: Mapping[Side, Tensor]) -> None:
     """Project an adapter's weights in a layer by other bases from here on."""
     for side, linear in lora_linears(layer, adapter_name).items():
-        safe_factor(linear).basis = _placed(bases[side], trained_factor(linear).device)
+        safe_factor(linear).basis = _placed(bases.get(side), trained_factor(linear).device)
 
 
 def _placed(basis: Tensor | None, device: torch.device) -> Tensor | None:
