@@ -63,7 +63,7 @@ class AdapterConfig(SaLoRAConfig):
         What PEFT does to the configuration that it was given once the adapter is there: name the head of a token
         classifier or of a question answering model in `modules_to_save`. The adapter's own copy needs it, too.
         """
-        heads = HEADS_ADDED_LATER.get(self.task_type, [])
+        heads = HEADS_ADDED_LATER.get(self.task_type or "", [])
         if missing := [head for head in heads if head not in (self.modules_to_save or [])]:
             self.modules_to_save = [*(self.modules_to_save or []), *missing]
 

@@ -156,7 +156,7 @@ def _load_factor(linear: nn.Linear, weight: Tensor, name: str) -> Tensor:
             f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was "
             "trained with (load_for_training reads them)."
         )
-    if factor.basis is not None and lies_inside(weight, factor.basis, axis=0 if factor.side == "output" else 1):
+    if factor.basis is not None and lies_inside(weight, factor.basis, factor.side):
         raise ValueError(
             f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, so it "
             "was trained with another safety module. Resume with the one that was saved with it: "
