@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,13 @@ class ExportReport:
     """Module name -> what was kept."""
     safety_shares: dict[Side, float] | None
     """Side -> largest share of a module's exported update in its safety directions; None without a safety module."""
+
+    @classmethod
+    def of(cls, modules: dict[str, ModuleExport], rank: int, safety_shares: dict[Side, float] | None) -> ExportReport:
+        """With the loss of all modules together."""
+        total = sum(module.norm**2 for module in modules.values())
+        lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
+        return cls(rank, (lost / total) ** 0.5 if total else 0.0, modules, safety_shares)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -156,44 +163,31 @@ def export_adapter(
             lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
             weights are too large for `dtype`.
     """
-    adapter, out = Path(adapter), Path(out)
+    folder, out = Path(adapter), Path(out)
     _check_options(max_rank, share, dtype)
-    check_destination(adapter, out, overwrite)
-    saved = SavedAdapter.load(adapter)
-    check_plain_lora(saved, adapter, purpose="exported")
+    check_destination(folder, out, overwrite)
+    saved = SavedAdapter.load(folder)
+    check_plain_lora(saved, folder, purpose="exported")
 
-    safety_module, default_rank = _safety_module_and_rank(adapter, saved)
-    decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
+    safety_module, default_rank = _safety_module_and_rank(folder, saved)
+    updates = {name: _decomposed(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
     if share is not None:
-        rank = max(_rank_for(values, share) for _, values, _ in decompositions.values())
+        rank = max(_rank_for(update.values, share) for update in updates.values())
     else:
         rank = min(max_rank or default_rank, saved.rank)
-
     exported = SavedAdapter(
         config=_config(saved.config, rank),
-        factors={
-            name: (
-                in_dtype(_resized(a, rank, 0), dtype, name),
-                in_dtype(_resized(b, rank, 1), dtype, name),
-            )
-            for name, (a, _, b) in decompositions.items()
-        },
+        factors={name: update.at_rank(rank, dtype, name) for name, update in updates.items()},
         other_tensors=saved.other_tensors,
     )
-    modules = {
-        name: _kept(values, rank, saved.factors[name][0].shape[0]) for name, (_, values, _) in decompositions.items()
-    }
-    total = sum(module.norm**2 for module in modules.values())
-    lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
-    report = ExportReport(
+    report = ExportReport.of(
+        modules={name: _kept(update.values, rank, saved.factors[name][0].shape[0]) for name, update in updates.items()},
         rank=rank,
-        lost_share=(lost / total) ** 0.5 if total else 0.0,
-        modules=modules,
         safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
     )
     if max_rank is None and share is None and report.lost_share > _LOST:
         warnings.warn(
-            f"{adapter}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
+            f"{folder}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
             f"update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep all of it, or a share to keep.",
             UserWarning,
             stacklevel=2,
@@ -231,21 +225,25 @@ def _check_options(max_rank: int | None, share: float | None, dtype: str) -> Non
     check_dtype(dtype)
 
 
-def _singular_factors(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    The singular value decomposition of s B A, the values' roots shared out to both sides.
+class _Update(NamedTuple):
+    """The singular value decomposition of s B A, the values' roots shared out to both sides; float64."""
 
-    Args:
-        a: (k, d_in), any floating dtype.
-        b: (d_out, k).
-        scaling: s.
+    a: Tensor
+    """sqrt(S) V^T, (m, d_in); m = min(k, d_in, d_out)."""
+    values: Tensor
+    """S, (m,), descending."""
+    b: Tensor
+    """U sqrt(S), (d_out, m)."""
 
-    Returns:
-        sqrt(S) V^T (m, d_in) and S (m,), descending, and U sqrt(S) (d_out, m); m = min(k, d_in, d_out), float64.
-    """
+    def at_rank(self, rank: int, dtype: str, name: str) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of the best approximation, for the module `name` of an adapter in `dtype`."""
+        return in_dtype(_resized(self.a, rank, 0), dtype, name), in_dtype(_resized(self.b, rank, 1), dtype, name)
+
+
+def _decomposed(a: Tensor, b: Tensor, scaling: float) -> _Update:
     u, values, vh = svd_of_product(scaling * b.double(), a)
     root = values.sqrt()
-    return root[:, None] * vh, values, u * root
+    return _Update(root[:, None] * vh, values, u * root)
 
 
 def _rank_for(values: Tensor, share: float) -> int:
