@@ -27,6 +27,7 @@ from .tuning.start_values import (
     parametrize_layer,
     replace_bases,
     restrict_layer_to_task,
+    restrict_layers_to_task,
     start_factors,
     synchronize,
 )
@@ -131,10 +132,7 @@ class SaLoRAModel(LoraModel):
                 f"Adapter {adapter_name!r} has its start values already (task_data, a training batch or saved weights)."
             )
         bases = task_bases(self.model, config, rows)
-        layers = dict(salora_layers(self.model, adapter_name))
-        for name, layer in layers.items():
-            restrict_layer_to_task(layer, adapter_name, bases[name])
-        synchronize(layers.values(), adapter_name)
+        restrict_layers_to_task(dict(salora_layers(self.model, adapter_name)), adapter_name, bases)
         self._first_batch_starts.settle(adapter_name)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:

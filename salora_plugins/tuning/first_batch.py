@@ -18,7 +18,7 @@ from ..models.running import adapters_disabled, evaluation_mode
 from ..parametrization import SafeFactor, safe_factor, trained_factor
 from ..support.distributed import gather_from_all_ranks
 from .layers import lora_linears, salora_layers, salora_linears
-from .start_values import check_writable, is_at_start, restrict_layer_to_task, synchronize
+from .start_values import check_writable, is_at_start, restrict_layers_to_task
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ class FirstBatchStarts:
         with adapters_disabled(self._tuner.model), evaluation_mode(self._tuner.model):
             # The very same call: trainers replace the forward method by ones that need all of their arguments.
             bases = _task_bases(base_layers, task_rank, index, lambda: module(*args, **kwargs))
-        for name, layer in layers.items():
-            restrict_layer_to_task(layer, adapter_name, bases[name])
-        synchronize(layers.values(), adapter_name)
+        restrict_layers_to_task(layers, adapter_name, bases)
         # Only now: after an out-of-memory error the trainer may try again, with a smaller batch.
         self.settle(adapter_name)
         logger.info("Adapter %r: task initialization from the first training batch.", adapter_name)

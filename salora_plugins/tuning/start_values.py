@@ -119,6 +119,15 @@ def restrict_layer_to_task(layer: LoraLayer, adapter_name: str, task_basis: Tens
     safe_factor(linear).offset = parameter.detach().float().clone()
 
 
+def restrict_layers_to_task(
+    layers: Mapping[str, LoraLayer], adapter_name: str, task_bases: Mapping[str, Tensor]
+) -> None:
+    """`restrict_layer_to_task` of all layers of an adapter, the same on every rank; by module name."""
+    for name, layer in layers.items():
+        restrict_layer_to_task(layer, adapter_name, task_bases[name])
+    synchronize(layers.values(), adapter_name)
+
+
 def check_writable(parameter: nn.Parameter) -> None:
     """
     Raises:
