@@ -22,9 +22,6 @@ from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatis
 
 logger = logging.getLogger(__name__)
 
-Positions = Literal["response", "predicting", "prompt", "all"]
-"""Which positions of the data count, see `position_mask`."""
-
 
 class CalibrationError(ValueError):
     """Calibration cannot give a meaningful result with this model and data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
+from ..support.linear_algebra import svd_of_product
 from ..support.plotting import new_figure, save_png
 from ..support.texts import cell, one_line, visible
 from .certificate import covers, largest, norms
@@ -53,7 +56,7 @@ class ModuleAudit:
 
     norm: float
     """||dW||_F, scaling included."""
-    sides: dict[str, SideAudit]
+    sides: dict[Side, SideAudit]
     """"output" and, where the safety module has one, "input"."""
 
 
@@ -62,7 +65,7 @@ class AuditReport:
     """The outcome of [`audit`]."""
 
     modules: dict[str, ModuleAudit]
-    totals: dict[str, SideAudit]
+    totals: dict[Side, SideAudit]
     """Side -> all modules together: shares of the norm of all updates; the largest of the cosines."""
     max_share: float
     """What is allowed for the share of any module."""
@@ -77,7 +80,7 @@ class AuditReport:
     """Why what lies beside the adapter is not that of its weights; None where it is, or where it names no weights."""
 
     @property
-    def largest_shares(self) -> dict[str, float]:
+    def largest_shares(self) -> dict[Side, float]:
         """Side -> largest share of a module."""
         return {
             side: largest(module.sides[side].share for module in self.modules.values() if side in module.sides)
@@ -143,8 +146,8 @@ class AuditReport:
                 result.add_column(header, justify="right")
         for name, module in self.modules.items():
             cells = [f"{module.norm:.3g}"]
-            for side in module.sides.values():
-                cells += [f"{side.share:.2e}", f"{side.expected_share:.2e}", f"{side.largest_cosine:.3f}"]
+            for found in module.sides.values():
+                cells += [f"{found.share:.2e}", f"{found.expected_share:.2e}", f"{found.largest_cosine:.3f}"]
             result.add_row(cell(name), *cells)
         return result
 
@@ -180,51 +183,21 @@ def audit(
     check_plain_lora(saved, folder, purpose="audited")
     changed, own = adapter_problem(folder), safety_module is None
     safety_module = _safety_module(safety_module, folder)
-    modules: dict[str, ModuleAudit] = {}
-    squares: dict[str, float] = {}
-    total = 0.0
-    for name in safety_module.bases:  # in the model's order; that of the file is the alphabet's
-        a, b = saved.factors.get(name, (None, None))
-        if b is None or not covers(safety_module, name, b):
-            continue
-        scaling = abs(saved.scaling(name))
-        norm, inside = norms(a, b, safety_module, name)
-        spaces = _spaces(a, b)
-        bases = {"output": safety_module.bases[name]}
-        if "input" in inside:
-            bases["input"] = safety_module.input_bases[name]
-        modules[name] = ModuleAudit(
-            norm=scaling * norm,
-            sides={
-                side: SideAudit(
-                    share=inside[side] / norm if norm else 0.0,
-                    expected_share=math.sqrt(basis.shape[1] / basis.shape[0]),
-                    largest_cosine=_largest_cosine(spaces[side], basis) if norm else 0.0,
-                )
-                for side, basis in bases.items()
-            },
-        )
-        total += (scaling * norm) ** 2
-        for side in bases:
-            squares[side] = squares.get(side, 0.0) + ((scaling * inside[side]) ** 2 if norm else 0.0)
+    modules = {
+        name: _audited(*saved.factors[name], abs(saved.scaling(name)), safety_module, name)
+        for name in safety_module.bases  # in the model's order; that of the file is the alphabet's
+        if name in saved.factors and covers(safety_module, name, saved.factors[name][1])
+    }
     if not modules:
         raise ValueError(
             f"{folder}: the safety module covers none of its {len(saved.factors)} modules (the first is "
             f"{next(iter(saved.factors))!r}; the safety module has {next(iter(safety_module.bases))!r}). Give the "
             "safety module of the adapter's base model."
         )
-    totals = {
-        side: SideAudit(
-            share=math.sqrt(square / total) if total else 0.0,
-            expected_share=_expected_in_all(modules, side, total),
-            largest_cosine=largest(module.sides[side].largest_cosine for module in modules.values()),
-        )
-        for side, square in squares.items()
-    }
     first = next(iter(saved.factors.values()))[0]
     return AuditReport(
         modules=modules,
-        totals=totals,
+        totals=_totals(modules, list(safety_module.sides)),
         max_share=max_share,
         dtype=str(first.dtype).removeprefix("torch."),
         not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
@@ -252,24 +225,52 @@ def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path)
     return SafetyModule.load(folder if given is None else given)
 
 
-def _spaces(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def _audited(a: Tensor, b: Tensor, scaling: float, safety_module: SafetyModule, name: str) -> ModuleAudit:
+    """
+    Args:
+        a: lora_A, (k, d_in).
+        b: lora_B, (d_out, k).
+        scaling: Of the update, without its sign.
+        safety_module: The directions.
+        name: The module's name.
+    """
+    norm, inside = norms(a, b, safety_module, name)
+    spaces = _spaces(a, b)
+    sides: dict[Side, SideAudit] = {}
+    for side, found in safety_module.sides.items():
+        basis = found.bases[name]
+        sides[side] = SideAudit(
+            share=inside[side] / norm if norm else 0.0,
+            expected_share=math.sqrt(basis.shape[1] / basis.shape[0]),
+            largest_cosine=_largest_cosine(spaces[side], basis) if norm else 0.0,
+        )
+    return ModuleAudit(scaling * norm, sides)
+
+
+def _spaces(a: Tensor, b: Tensor) -> dict[Side, Tensor]:
     """Orthonormal bases of the column space (d_out, m) and the row space (d_in, m) of B A, float64."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, values, vh = svd_of_product(b, a)
     rank = int((values > _NEGLIGIBLE * values[0]).sum())
-    return {"output": q_b @ u[:, :rank], "input": q_a @ vh[:rank].T}
+    return {"output": u[:, :rank], "input": vh[:rank].T}
 
 
 def _largest_cosine(space: Tensor, basis: Tensor) -> float:
     return min(1.0, torch.linalg.matrix_norm(basis.double().T @ space, 2).item())
 
 
-def _expected_in_all(modules: dict[str, ModuleAudit], side: str, total: float) -> float:
-    """The expected share of all updates together, each having its norm."""
-    if not total:
-        return max(module.sides[side].expected_share for module in modules.values())
-    return math.sqrt(sum((m.norm * m.sides[side].expected_share) ** 2 for m in modules.values()) / total)
+def _totals(modules: dict[str, ModuleAudit], sides: Sequence[Side]) -> dict[Side, SideAudit]:
+    """Of all updates together, each having its norm."""
+    total = sum(module.norm**2 for module in modules.values())
+    totals: dict[Side, SideAudit] = {}
+    for side in sides:
+        of_side = [(module.norm, module.sides[side]) for module in modules.values()]
+        if total:
+            share = math.sqrt(sum((norm * found.share) ** 2 for norm, found in of_side) / total)
+            expected = math.sqrt(sum((norm * found.expected_share) ** 2 for norm, found in of_side) / total)
+        else:
+            share, expected = 0.0, max(found.expected_share for _, found in of_side)
+        totals[side] = SideAudit(share, expected, largest(found.largest_cosine for _, found in of_side))
+    return totals
 
 
 def write_heat_map(path: Path, report: AuditReport) -> None:

@@ -146,6 +146,27 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     return (basis @ u)[..., :rank], s[..., :rank], (vh @ q.mT)[..., :rank, :]
 
 
+def svd_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The thin singular value decomposition of a product of two thin matrices, which is never formed: from the QR
+    decompositions of both and the decomposition of a small matrix, in float64.
+
+    Args:
+        left: (m, k), any floating dtype.
+        right: (k, n).
+
+    Returns:
+        U (m, p), S (p,), descending, and V^T (p, n), p = min(k, m, n), float64.
+
+    Raises:
+        ValueError: A matrix contains NaN or infinity.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vh = svd(r_left @ r_right.T)
+    return q_left @ u, s, vh @ q_right.T
+
+
 def top_eigenpairs(
     multiply: Callable[[Tensor], Tensor], dimension: int, rank: int, *, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
