@@ -1,4 +1,4 @@
-"""What calibration costs over the forward passes that it cannot do without (docs/benchmarks.md).
+"""What calibration costs over the forward passes that it cannot do without (docs/evidence/benchmarks.md).
 
     python benchmarks/calibration.py time --model DIR --data ../shared/data [--target-modules all-linear]
     python benchmarks/calibration.py reference --model DIR --data ../shared/data

@@ -1,4 +1,4 @@
-"""What is kept of a model's refusals at which task loss, by method: the experiment of docs/safety-retention.md.
+"""What is kept of a model's refusals at which task loss, by method (docs/evidence/safety-retention.md).
 
     python benchmarks/safety_retention.py run --model DIR --data ../shared/data --out outputs/retention
     python benchmarks/safety_retention.py run ... --methods lora,two-sided --tasks sure --seeds 0 --rates 1e-3
@@ -35,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PUBLISHED = Path(__file__).parent.parent / "docs" / "safety-retention"
+PUBLISHED = Path(__file__).parent.parent / "docs" / "evidence" / "safety-retention"
 TASKS = ("math", "sure", "python")
 RATES = (1e-3, 2e-3, 4e-3)
 RANK = 16

@@ -1,4 +1,4 @@
-"""Refusals kept and held-out loss reached by LoRA and SaLoRA on a small aligned model (docs/results.md).
+"""Refusals kept and held-out loss reached by LoRA and SaLoRA on a small aligned model (docs/evidence/results.md).
 
     python benchmarks/smollm2_results.py --model DIR --data ../shared/data --out outputs/results
     python benchmarks/smollm2_results.py --out outputs/results --summary

@@ -1,4 +1,4 @@
-"""What a training step costs with SaLoRA, over one with LoRA of the same r (docs/benchmarks.md).
+"""What a training step costs with SaLoRA, over one with LoRA of the same r (docs/evidence/benchmarks.md).
 
     python benchmarks/training_step.py time
     python benchmarks/training_step.py memory
