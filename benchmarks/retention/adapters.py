@@ -116,11 +116,11 @@ def cap_norms(model: nn.Module, cap: float) -> None:
         for layer in model.modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            down, up, base = (
-                linear.get_parameter("weight")
-                for linear in (layer.lora_A["default"], layer.lora_B["default"], layer.get_base_layer())
-            )
+            a: Any = layer.lora_A["default"]  # linear layers, whose weights are computed with SaLoRA
+            b: Any = layer.lora_B["default"]
+            base: Any = layer.get_base_layer()
+            down, up = a.weight, b.weight
             # ‖B A‖² = tr(BᵀB AAᵀ), without the product
             norm = layer.scaling["default"] * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-            for trained in layer.lora_B["default"].parameters():
-                trained.mul_((cap * base.norm() / norm).clamp(max=1))
+            for trained in b.parameters():
+                trained *= (cap * base.weight.norm() / norm).clamp(max=1)
