@@ -446,7 +446,9 @@ def _getter(compute: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Ten
 
     def weight(linear: nn.Module) -> Tensor:
         if not torch.compiler.is_compiling():
-            holder = linear._modules["parametrizations"]._modules["weight"]
+            # Past nn.Module's __getattr__, which is slow; `weight_holder` and `safe_factor` in other words.
+            parametrizations: Any = linear._modules["parametrizations"]
+            holder = parametrizations._modules["weight"]
             factor = holder._modules["0"]
             # DeepSpeed's ZeRO-3 puts a dictionary of its own there.
             if factor.batch is not None and type(holder._parameters) is dict:
