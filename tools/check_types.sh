@@ -14,6 +14,4 @@ rm -rf "$tree/salora_plugins/integrations"
 cp -pR integrations "$tree/salora_plugins/integrations"
 cp -pR benchmarks "$tree/"
 cd "$tree"
-cache=../types-cache
-"$python" -m mypy --config-file "$config" --cache-dir "$cache" salora_plugins
-MYPYPATH=benchmarks "$python" -m mypy --config-file "$config" --cache-dir "$cache" --explicit-package-bases benchmarks
+"$python" -m mypy --config-file "$config" --cache-dir ../types-cache salora_plugins benchmarks
