@@ -363,7 +363,7 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} has shape {tuple(basis.shape)}; expected (dimension, rank).")
     if not basis.is_floating_point() or not torch.isfinite(basis).all():
         raise SafetyModuleError(f"{what} is not finite.")
-    if (deviation := deviation_from_orthonormal(basis)) > MOST_DEVIATION:
+    if (deviation := deviation_from_orthonormal(basis).item()) > MOST_DEVIATION:
         raise SafetyModuleError(f"{what} is not orthonormal (deviation {deviation:.1e}).")
 
 

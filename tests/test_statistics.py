@@ -13,6 +13,7 @@ from salora_plugins.activations.statistics import (
     OutputStatistics,
     SketchedStatistics,
     choose_engine,
+    decompose_together,
 )
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.ranks import rank_for_share, ranks_of
@@ -328,3 +329,27 @@ def test_rank_by_need():
     assert list(ranks_of(names, 8, {r".*\.1\..*": 3}).values()) == [8, 8, 3]
     with pytest.raises(ValueError, match=r"safety_rank_pattern: 'k_proj' decides the rank of no target module"):
         ranks_of(names, 8, {"k_proj": 2})
+
+
+def test_streams_of_one_shape_are_decomposed_together(monkeypatch):
+    """A GPU is asked once for all layers of a shape; what is found is what each finds alone."""
+    torch.manual_seed(0)
+    data = [torch.randn(40, 96) * torch.linspace(3, 0.1, 96) for _ in range(5)] + [torch.randn(30, 64)]
+    together, alone = ([stream(ExactStatistics(rows.shape[1]), rows) for rows in data] for _ in range(2))
+    weight = torch.randn(112, 64)
+    together.append(OutputStatistics(together[-1], 112, lambda: nullcontext(weight)))
+    together[-1].update(data[-1] @ weight.T)
+    alone.append(OutputStatistics(alone[-1], 112, lambda: nullcontext(weight)))
+    alone[-1].update(data[-1] @ weight.T)
+    calls = []
+    eigh = linear_algebra.eigh
+    monkeypatch.setattr(linear_algebra, "eigh", lambda matrix: calls.append(matrix.shape) or eigh(matrix))
+    decompose_together([(entry, 8) for entry in (*together, *together)])
+    assert sorted(calls) == [(1, 30, 30), (1, 30, 30), (5, 40, 40)]
+    for one, other in zip(together, alone, strict=True):
+        basis, values = one.top(8)
+        expected, singular_values = other.top(8)
+        assert torch.allclose(values, singular_values, rtol=1e-5)
+        assert torch.linalg.matrix_norm(basis.T @ expected, -2) > 1 - 1e-5  # every principal angle is 0
+        assert one.directions(8) == other.directions(8) == 8
+    assert len(calls) == 3 + len(alone)

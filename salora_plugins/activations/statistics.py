@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ _EXACT_BYTES = 256 * 2**20
 _SHIFT = 4 * torch.finfo(torch.float64).eps
 # The share of the weights (in bf16) that sketches may take where they can be narrower than WIDTH times the rank.
 _SKETCH_SHARE = 0.1
+# Factors (in float64) that are decomposed in one call.
+_BYTES_TOGETHER = 256 * 2**20
 
 
 class VectorStatistics(ABC):
@@ -54,6 +56,7 @@ class VectorStatistics(ABC):
         self._of_channels: Tensor | None = None
         self._precision = _PRECISION
         self._tops: dict[int, tuple[Tensor, Tensor]] = {}
+        self._directions: dict[int, int] = {}
 
     @property
     def energy(self) -> float:
@@ -77,7 +80,7 @@ class VectorStatistics(ABC):
             rows = rows.detach().float()
             if rows.device.type == "mps":
                 rows = rows.cpu()  # no float64 there
-            self._tops.clear()
+            self._forget()
             self.count += rows.shape[0]
             # Row by row: one float32 sum over the batch would lose digits.
             energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
@@ -123,10 +126,20 @@ class VectorStatistics(ABC):
         most = min(most, self.most_directions)
         if most <= 0:
             return 0
-        basis, values = self.top(most)
+        if most not in self._directions:
+            self._directions[most] = int(self._last_direction(*self.top(most)))
+        return self._directions[most]
+
+    def _last_direction(self, basis: Tensor, values: Tensor) -> Tensor:
+        """The number of the last of these directions that is no rounding error, without waiting for the device."""
         energies, precision = self._rounding(basis.double())
-        real = (values.double().square() > precision**2 * energies).nonzero()
-        return int(real.max()) + 1 if real.numel() else 0
+        numbers = torch.arange(1, values.shape[0] + 1, device=values.device)
+        return (numbers * (values.double().square() > precision**2 * energies)).max()
+
+    def _forget(self) -> None:
+        """What was found of the vectors so far, before there are others."""
+        self._tops.clear()
+        self._directions.clear()
 
     def _rounding(self, basis: Tensor) -> tuple[Tensor, float]:
         """The energy of the channels in these directions (d, k), and which part of a number may be rounding error."""
@@ -150,7 +163,7 @@ class VectorStatistics(ABC):
             if of_channels is None:
                 of_channels = torch.zeros(self.dimension, dtype=torch.float64, device=self.device)
             self._of_channels = sum_over_ranks(of_channels)
-            self._tops.clear()
+            self._forget()
 
     def gram(self) -> Tensor:
         """The sum of the vectors' outer products, or what the sketch holds of it: (d, d) float64."""
@@ -178,6 +191,51 @@ class VectorStatistics(ABC):
             raise NotImplementedError(f"{type(self).__name__} has neither a factor nor a product of its own.")
         rows = factor.double()
         return rows.T @ (rows @ block)
+
+
+@torch.no_grad()
+def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
+    """
+    Find the top directions of several streams, so that `top` and `directions` have them at once.
+
+    What is of one shape is decomposed in one call, and a device is waited for once a call: on a GPU, decomposing small
+    matrices one after the other is mostly the launching of operations. Statistics without a factor of few rows are
+    left to `top`.
+
+    Args:
+        wanted: Statistics, and the most directions that will be asked of them.
+    """
+    largest: dict[int, tuple[VectorStatistics, int]] = {}  # layers may share statistics
+    for statistics, most in wanted:
+        rank = min(most, statistics.most_directions)
+        known = max(statistics._tops, default=0)
+        if rank > max(known, largest.get(id(statistics), (statistics, 0))[1]):
+            largest[id(statistics)] = statistics, rank
+    groups: dict[Any, list[tuple[VectorStatistics, Tensor]]] = {}
+    for statistics, rank in largest.values():
+        rows = statistics.factor()
+        if rows is None or not rank <= rows.shape[0] < statistics.dimension:
+            continue
+        key = rows.shape, rows.dtype, rows.device, rank
+        groups.setdefault(key, []).append((statistics, rows))
+        if (len(groups[key]) + 1) * rows.numel() * 8 > _BYTES_TOGETHER:
+            _decompose(groups.pop(key), rank)
+    for (*_, rank), group in groups.items():
+        _decompose(group, rank)
+
+
+def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> None:
+    """`top` and `directions` of statistics whose factors have one shape."""
+    rows = torch.stack([factor for _, factor in group])
+    with torch.autocast(rows.device.type, enabled=False):
+        bases, values = top_right_singular_vectors(rows, rank)
+        bases = fix_signs(bases).float()
+        last = []
+        for (statistics, _), basis, of_basis in zip(group, bases, values.float(), strict=True):
+            statistics._tops[rank] = basis.contiguous(), of_basis
+            last.append(statistics._last_direction(basis, of_basis))
+    for (statistics, _), number in zip(group, torch.stack(last).tolist(), strict=True):
+        statistics._directions[rank] = number
 
 
 class ExactStatistics(VectorStatistics):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..activations.capture import CalibrationError
-from ..activations.statistics import ModuleStatistics, VectorStatistics
+from ..activations.statistics import ModuleStatistics, VectorStatistics, decompose_together
 from ..hookspecs import BasisMethod, hookimpl
 from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
 from ..safety_module import SideBases
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
-from ..support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
+from ..support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal, values_of
 from ..support.module_names import listed, pattern_for, quoted
 
 
@@ -26,10 +28,10 @@ class Basis:
     """Directions of one side of one module."""
 
     vectors: Tensor
-    """(d, rank) float32 on the CPU, with orthonormal columns."""
+    """(d, rank) float32, with orthonormal columns."""
 
     singular_values: Tensor
-    """(rank,) float32 on the CPU."""
+    """(rank,) float32."""
 
 
 def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -83,13 +85,23 @@ def compute_bases(
     shared: weakref.WeakKeyDictionary[VectorStatistics, dict[tuple[Rank, bool], str]] = weakref.WeakKeyDictionary()
     source: dict[tuple[Side, str], str] = {}
     dimensions: dict[tuple[Side, str], int] = {}
-    energies: dict[Side, dict[str, float]] = {side: {} for side in ranks}
     names = list(statistics)
+    energies: dict[Side, dict[str, float]] = {}
+    for side in ranks:
+        tensors = [getattr(statistics[name], side).energy_tensor for name in names]
+        energies[side] = dict(zip(names, values_of(tensors), strict=True))
+    mine = names[rank::world_size]
+    decompose_together(
+        (getattr(statistics[name], side), number)
+        for side, of_names in ranks.items()
+        for name in mine
+        if not isinstance(number := of_names[name], float)
+    )
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
             vectors: VectorStatistics = getattr(entry, side)
-            dimensions[side, name], energies[side][name] = vectors.dimension, vectors.energy
+            dimensions[side, name] = vectors.dimension
             may_cut = name in defaults.get(side, ())
             source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
             if source[side, name] == name:
@@ -104,6 +116,7 @@ def compute_bases(
                             raise
                         told = f"basis_method={method_name!r} failed for {name!r}: {type(error).__name__}: {error}"
                         problems.append({"error": told})
+    problems += _defects(computed, method_name)
     _raise_for(problems, source)
     owners = {name: index % world_size for index, name in enumerate(names)}
     complete = _with_room(computed, dimensions)
@@ -182,10 +195,12 @@ def _too_few(
 def _with_room(
     computed: Mapping[tuple[Side, str], Basis | None], dimensions: Mapping[tuple[Side, str], int]
 ) -> dict[tuple[Side, str], Basis]:
-    """What this rank has computed, and room for what the other ranks have."""
+    """What this rank has computed, on the CPU, and room for what the other ranks have."""
     ranks = torch.tensor([0 if basis is None else basis.singular_values.shape[0] for basis in computed.values()])
     return {
-        key: Basis(torch.empty(dimensions[key], rank), torch.empty(rank)) if basis is None else basis
+        key: Basis(torch.empty(dimensions[key], rank), torch.empty(rank))
+        if basis is None
+        else Basis(basis.vectors.cpu(), basis.singular_values.cpu())
         for (key, basis), rank in zip(computed.items(), sum_over_ranks(ranks).tolist(), strict=True)
     }
 
@@ -236,23 +251,43 @@ def _rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
 def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: str) -> Basis:
     """
     Raises:
-        CalibrationError: A method returned something else than an orthonormal basis and its singular values.
+        CalibrationError: A method returned something else than tensors of the shapes of a basis and its values.
     """
-    told = f"basis_method={method!r} returned {{}} for {name!r}; expected a tensor of shape {(dimension, rank)} with "
-    told += f"orthonormal columns and one of shape {(rank,)}, their singular values."
+    told = partial(_not_a_basis, dimension=dimension, rank=rank, name=name, method=method)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-        raise CalibrationError(told.format(f"a {type(result).__name__}{size}"))
+        raise CalibrationError(told(f"a {type(result).__name__}{size}"))
     if kinds := [type(part).__name__ for part in result if not isinstance(part, Tensor)]:
-        raise CalibrationError(told.format(" and ".join(f"a {kind}" for kind in kinds)))
+        raise CalibrationError(told(" and ".join(f"a {kind}" for kind in kinds)))
     basis, values = result
     if (basis.shape, values.shape) != ((dimension, rank), (rank,)):
-        raise CalibrationError(told.format(f"shapes {tuple(basis.shape)} and {tuple(values.shape)}"))
+        raise CalibrationError(told(f"shapes {tuple(basis.shape)} and {tuple(values.shape)}"))
     if not (basis.is_floating_point() and values.is_floating_point()):
-        raise CalibrationError(told.format(f"{basis.dtype} and {values.dtype}"))
-    basis, values = basis.detach().float().cpu().contiguous(), values.detach().float().cpu().contiguous()
-    if not (basis.isfinite().all() and values.isfinite().all()):
-        raise CalibrationError(told.format("NaN or infinity"))
-    if (deviation := deviation_from_orthonormal(basis)) > MOST_DEVIATION:
-        raise CalibrationError(told.format(f"columns that are not orthonormal (deviation {deviation:.1e})"))
-    return Basis(basis, values)
+        raise CalibrationError(told(f"{basis.dtype} and {values.dtype}"))
+    if basis.device.type == "mps":
+        basis, values = basis.cpu(), values.cpu()  # no float64 there
+    return Basis(basis.detach().float().contiguous(), values.detach().float().contiguous())
+
+
+def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> list[_Problem]:
+    """What is wrong with bases that are none. All are looked at before a device is waited for."""
+    bases = {key: basis for key, basis in computed.items() if basis is not None}
+    # An infinite or undefined singular value makes the sum undefined.
+    deviations = values_of(
+        [deviation_from_orthonormal(basis.vectors) + 0 * basis.singular_values.sum() for basis in bases.values()]
+    )
+    problems: list[_Problem] = []
+    for ((_, name), basis), deviation in zip(bases.items(), deviations, strict=True):
+        if not math.isfinite(deviation):
+            problems.append({"error": _not_a_basis("NaN or infinity", *basis.vectors.shape, name, method)})
+        elif deviation > MOST_DEVIATION:
+            found = f"columns that are not orthonormal (deviation {deviation:.1e})"
+            problems.append({"error": _not_a_basis(found, *basis.vectors.shape, name, method)})
+    return problems
+
+
+def _not_a_basis(found: str, dimension: int, rank: int, name: str, method: str) -> str:
+    return (
+        f"basis_method={method!r} returned {found} for {name!r}; expected a tensor of shape {(dimension, rank)} with "
+        f"orthonormal columns and one of shape {(rank,)}, their singular values."
+    )

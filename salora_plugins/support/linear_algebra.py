@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ _said: set[tuple[str, str]] = set()
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Eigenvalues, ascending, and orthonormal eigenvectors of a symmetric positive semidefinite matrix, (d,) and (d, d).
+    Eigenvalues, ascending, and orthonormal eigenvectors of symmetric positive semidefinite matrices (..., d, d), as
+    (..., d) and (..., d, d).
 
     cuSOLVER gives up on some Gram matrices, of low rank or with many equal eigenvalues; then LAPACK computes them on
     the CPU, and where that gives up, too, they are taken from a singular value decomposition.
@@ -187,9 +188,8 @@ def top_eigenpairs(
         decay so slowly that 12 cycles do not suffice.
     """
     block = rank + _KRYLOV_OVERSAMPLING
-    if dimension <= max(_SMALL_GRAM, 2 * (1 + _KRYLOV_STEPS) * block):
-        values, vectors = eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device)))
-        return values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    if _is_small(dimension, rank):
+        return _leading(eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device))), rank)
     vectors = torch.linalg.qr(_gaussian(dimension, block, seed, device, torch.float64)).Q
     previous = torch.zeros(rank, dtype=torch.float64, device=device)
     for _ in range(_KRYLOV_CYCLES):
@@ -222,34 +222,71 @@ def top_eigenpairs(
 
 def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
-    The top right singular vectors of a matrix that has few rows.
+    The top right singular vectors of a matrix that has few rows, or of several of one shape at once.
 
     Args:
-        rows: (n, d), any floating dtype.
+        rows: (..., n, d), any floating dtype.
         rank: At most min(n, d).
         seed: Seed of the iteration where n is large.
 
     Returns:
-        Basis (d, rank) with orthonormal columns and singular values (rank,), descending, both float64.
+        Basis (..., d, rank) with orthonormal columns and singular values (..., rank), descending, both float64.
     """
     rows = rows.double()
-    inner = rows @ rows.T
-    squares, left = top_eigenpairs(lambda block: inner @ block, rows.shape[0], rank, device=rows.device, seed=seed)
+    inner = rows @ rows.mT
+    if _is_small(rows.shape[-2], rank):
+        squares, left = _leading(eigh(inner), rank)
+    else:
+        pairs = [
+            top_eigenpairs(lambda block, one=one: one @ block, rows.shape[-2], rank, device=rows.device, seed=seed)
+            for one in inner.reshape(-1, *inner.shape[-2:])
+        ]
+        values, vectors = zip(*pairs, strict=True)
+        squares = torch.stack(values).reshape(*rows.shape[:-2], rank)
+        left = torch.stack(vectors).reshape(*rows.shape[:-1], rank)
     # QR restores the orthogonality that the squared singular values' rounding costs.
-    basis, r = torch.linalg.qr(rows.T @ left)
-    return basis * torch.where(r.diagonal() < 0, -1.0, 1.0), squares.clamp(min=0).sqrt()
+    basis, r = torch.linalg.qr(rows.mT @ left)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return basis * signs[..., None, :], squares.clamp(min=0).sqrt()
 
 
-def deviation_from_orthonormal(basis: Tensor) -> float:
-    """The largest element of |Q^T Q - I| of a matrix Q (d, rank); float32 decompositions leave 1e-6."""
+def _is_small(dimension: int, rank: int) -> bool:
+    """Whether decomposing a matrix takes less than iterating for a few of its eigenpairs."""
+    return dimension <= max(_SMALL_GRAM, 2 * (1 + _KRYLOV_STEPS) * (rank + _KRYLOV_OVERSAMPLING))
+
+
+def _leading(pairs: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Of eigenvalues in ascending order and their vectors the largest, in descending order."""
+    values, vectors = pairs
+    return values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
+
+
+def deviation_from_orthonormal(basis: Tensor) -> Tensor:
+    """
+    The largest element of |Q^T Q - I| of a matrix Q (d, rank), a float64 scalar, NaN where Q is not finite; float32
+    decompositions leave 1e-6.
+    """
     gram = basis.T.double() @ basis.double()
-    return (gram - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)).abs().max().item()
+    return (gram - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)).abs().max()
+
+
+def values_of(scalars: Sequence[Tensor]) -> list[float]:
+    """The numbers of tensors with one element, waiting for every device once."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        by_device.setdefault(scalar.device, []).append(index)
+    values = [0.0] * len(scalars)
+    for indices in by_device.values():
+        of_device = torch.stack([scalars[i].double().reshape(()) for i in indices]).tolist()
+        for i, value in zip(indices, of_device, strict=True):
+            values[i] = value
+    return values
 
 
 def fix_signs(basis: Tensor) -> Tensor:
-    """Singular vectors are unique up to sign; make the largest element of each column positive."""
-    largest = basis.abs().argmax(dim=0)
-    signs = basis.gather(0, largest[None]).sign()
+    """Singular vectors (..., d, k) are unique up to sign; make the largest element of each column positive."""
+    largest = basis.abs().argmax(dim=-2, keepdim=True)
+    signs = basis.gather(-2, largest).sign()
     return basis * torch.where(signs == 0, 1.0, signs)
 
 
