@@ -433,8 +433,29 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     factor._registered = True
     own_class: Any = type(linear)  # that of this one module, which torch made for its parametrization
     own_class.__setattr__ = _assign
+    own_class.weight = property(_getter(own_class.weight.fget), own_class.weight.fset)
     weight_holder(linear).register_load_state_dict_pre_hook(_check_loaded)
     linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _getter(compute: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """
+    What reads the weight: within a forward pass it has been computed together with others, and is handed out without
+    the calls of two modules that torch's parametrization makes, which on a small model cost more than the numbers.
+    """
+
+    def weight(linear: nn.Module) -> Tensor:
+        if not torch.compiler.is_compiling():
+            holder = linear._modules["parametrizations"]._modules["weight"]
+            factor = holder._modules["0"]
+            # DeepSpeed's ZeRO-3 puts a dictionary of its own there.
+            if factor.batch is not None and type(holder._parameters) is dict:
+                found = factor.batch.weight_of(factor.index, holder._parameters["original"])
+                if found is not None:
+                    return found
+        return compute(linear)
+
+    return weight
 
 
 def _assign(linear: nn.Module, name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("support",),
     ("ranks", "initialization", "provenance"),
+    ("options",),
     ("safety_module",),
     ("inspection", "models"),
     ("activations",),

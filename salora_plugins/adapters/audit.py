@@ -15,19 +15,22 @@ from torch import Tensor
 
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
-from ..support.files import atomic_write
 from ..support.linear_algebra import svd_of_product
+from ..support.plotting import new_figure, save_png
 from ..support.texts import cell, one_line, visible
 from .certificate import covers, largest, norms
 from .digest import adapter_problem
 from .saved import SavedAdapter, check_plain_lora
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
 CERTIFICATE_BOUND = 1e-5
 """What an adapter that was trained with SaLoRA keeps to."""
+
+Verdict = Literal["outside", "inside", "changed"]
 
 # Directions of an update that float32 factors cannot tell from rounding.
 _NEGLIGIBLE = 1e-6
@@ -70,10 +73,11 @@ class AuditReport:
     """Of the adapter's file."""
     not_covered: tuple[str, ...]
     """Modules and tensors that the adapter changes and the safety module says nothing of."""
+    verdict: Verdict
+    """Whether every module's update stays out of the safety directions, up to `max_share`; "changed" where the
+    directions are of the safety module beside the adapter, and that was saved with other weights, wherever they lie."""
     changed: str | None = None
     """Why what lies beside the adapter is not that of its weights; None where it is, or where it names no weights."""
-    own_safety_module: bool = True
-    """Whether the directions are those of the safety module beside the adapter."""
 
     @property
     def largest_shares(self) -> dict[Side, float]:
@@ -87,17 +91,6 @@ class AuditReport:
     def is_outside(self) -> bool:
         """Whether every module's update stays out of the safety directions, up to `max_share`."""
         return self.verdict == "outside"
-
-    @property
-    def verdict(self) -> Literal["outside", "inside", "changed"]:
-        """
-        "changed" where the weights are not those that the safety module beside them was saved with, wherever they lie.
-        """
-        if self.changed is not None and self.own_safety_module:
-            return "changed"
-        # A share that is no number is not below the bound.
-        outside = all(share <= self.max_share for share in self.largest_shares.values())
-        return "outside" if outside else "inside"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -208,9 +201,17 @@ def audit(
         max_share=max_share,
         dtype=str(first.dtype).removeprefix("torch."),
         not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
+        verdict=_verdict(modules, max_share, changed if own else None),
         changed=changed,
-        own_safety_module=own,
     )
+
+
+def _verdict(modules: dict[str, ModuleAudit], max_share: float, changed: str | None) -> Verdict:
+    if changed is not None:
+        return "changed"
+    # A share that is no number is not below the bound.
+    outside = all(side.share <= max_share for module in modules.values() for side in module.sides.values())
+    return "outside" if outside else "inside"
 
 
 def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path) -> SafetyModule:
@@ -274,22 +275,27 @@ def _totals(modules: dict[str, ModuleAudit], sides: Sequence[Side]) -> dict[Side
 
 def write_heat_map(path: Path, report: AuditReport) -> None:
     """
-    Draw the shares as multiples of a random update's, layers downwards and kinds of modules across; PNG.
+    Write `heat_map` as a PNG file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
+    save_png(path, heat_map(report))
 
+
+def heat_map(report: AuditReport) -> Figure:
+    """
+    Draw the shares as multiples of a random update's, layers downwards and kinds of modules across.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     layers, kinds, cells = layer_grid(report)
     width, height = 1.6 + 0.75 * len(kinds), 2.2 + 0.24 * len(layers)
-    figure = Figure(figsize=(max(4.5, width * len(report.totals)), max(3.0, height)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.5, width * len(report.totals)), max(3.0, height))
+
+    from matplotlib.colors import LogNorm
+
     axes = figure.subplots(1, len(report.totals), squeeze=False)[0]
     for axis, side in zip(axes, report.totals, strict=True):
         values = torch.full((len(layers), len(kinds)), float("nan"), dtype=torch.float64)
@@ -304,8 +310,7 @@ def write_heat_map(path: Path, report: AuditReport) -> None:
         axis.set_ylabel("layer" if axis is axes[0] else "")
     bar = figure.colorbar(image, ax=axes, extend="both")
     bar.set_label("share in the safety directions,\ntimes a random update's", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def layer_grid(report: AuditReport) -> tuple[list[str], list[str], dict[tuple[int, int], str]]:

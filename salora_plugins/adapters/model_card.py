@@ -11,6 +11,7 @@ from typing import Any
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
+from ..support.hub import is_model_name
 from ..support.texts import markdown, markdown_code
 from .digest import card_mark
 from .saved import CARD_FILE
@@ -30,7 +31,6 @@ says whether they are still the weights that the certificate names, and measures
 
 # The part between the markers. Not from a marker that lost its end to the end of another part.
 _PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def write_card(
@@ -60,7 +60,7 @@ def write_card(
     except Exception as error:  # of several types, from the YAML parser's to the library's own
         raise ValueError(f"{path} is not a model card ({error}). Mend its first lines, or take it away.") from error
     data: Any = card.data  # ModelCardData, which the library annotates as its base class
-    nameless = base_model is None or os.path.isdir(base_model) or _HUB_NAME.fullmatch(base_model) is None
+    nameless = base_model is None or os.path.isdir(base_model) or not is_model_name(base_model)
     if nameless:
         data.base_model = None
     elif replaces or not data.base_model:

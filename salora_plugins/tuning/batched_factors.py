@@ -119,7 +119,7 @@ class FactorBatch:
         for reference in self._holders:
             holder = reference()
             if holder is not None:
-                yield holder[0]
+                yield holder._modules["0"]  # as holder[0], in a tenth of the calls
 
     def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
         """
@@ -237,6 +237,9 @@ class _Group:
     stack: Tensor | None
     """The same as one tensor, (m, d, k)."""
 
+    def __post_init__(self) -> None:
+        self._sharing = len(self.indices) // max(1, len(self.bases))  # how many factors share a basis
+
     def fits(self, safe_factors: list[SafeFactor], factors: list[Tensor]) -> bool:
         """Whether everything is still where and what it was when the factors were grouped."""
         for slot, i in enumerate(self.indices):
@@ -248,11 +251,6 @@ class _Group:
             ):
                 return False
         return True
-
-    @property
-    def _sharing(self) -> int:
-        """How many factors share a basis."""
-        return len(self.indices) // len(self.bases)
 
     def weights(self, factors: tuple[Tensor, ...]) -> Tensor:
         """(n, ...): what `SafeFactor.compute` computes of every factor."""
