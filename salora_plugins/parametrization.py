@@ -438,13 +438,13 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def _getter(compute: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+def _getter(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """
     What reads the weight: within a forward pass it has been computed together with others, and is handed out without
     the calls of two modules that torch's parametrization makes, which on a small model cost more than the numbers.
     """
 
-    def weight(linear: nn.Module) -> Tensor:
+    def weight(linear: Any) -> Tensor:  # of the class that torch made
         if not torch.compiler.is_compiling():
             # Past nn.Module's __getattr__, which is slow; `weight_holder` and `safe_factor` in other words.
             parametrizations: Any = linear._modules["parametrizations"]

@@ -194,7 +194,7 @@ class SafetyModule:
             )
         leading = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
         return SafetyModule(
-            sides={side: self.sides[side].leading(numbers) for side, numbers in leading.items()},
+            sides={side: found.leading(leading[side]) for side, found in self.sides.items() if side in leading},
             weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
             provenance=self.provenance,
         )
