@@ -68,7 +68,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
-            docs/safety-retention.md.
+            docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
         input_safety_rank (`int` or `float`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of

@@ -20,6 +20,7 @@ from .provenance import Provenance, checked_energies
 from .ranks import SIDES, Rank, Side, SideRanks, of_side, rank_for_share
 from .support.files import atomic_write
 from .support.hub import hub_file, is_hub_id
+from .support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
 from .support.module_names import advice_to_leave_out, listed
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 """Since 2, the checksum is of the description, too."""
 DEFAULT_FILE = "salora.safetensors"
-# float32 SVDs leave 1e-6; anything above means that the file does not hold orthonormal bases.
-_ORTHONORMALITY_TOLERANCE = 1e-4
 
 _METADATA_KEY = "salora_safety_module"
 _WEIGHT_SAMPLE = "weight_sample"
@@ -364,9 +363,8 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} has shape {tuple(basis.shape)}; expected (dimension, rank).")
     if not basis.is_floating_point() or not torch.isfinite(basis).all():
         raise SafetyModuleError(f"{what} is not finite.")
-    error = basis.T.double() @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
-    if error.abs().max() > _ORTHONORMALITY_TOLERANCE:
-        raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
+    if (deviation := deviation_from_orthonormal(basis)) > MOST_DEVIATION:
+        raise SafetyModuleError(f"{what} is not orthonormal (deviation {deviation:.1e}).")
 
 
 def _checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:

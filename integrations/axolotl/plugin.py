@@ -125,7 +125,7 @@ def _load_for_training(model: PreTrainedModel, cfg: DictDefault) -> PeftModel:
     """The model with a new adapter, or with the one that `lora_model_dir` names."""
     from peft import get_peft_model
 
-    from ...tuner import load_for_training
+    from ...resuming import load_for_training
 
     options = {}
     if cfg.peft_autocast_adapter_dtype is not None:

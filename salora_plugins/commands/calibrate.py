@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
 from .config_options import takes_config_options
 
@@ -47,8 +47,9 @@ def calibrate(
     from ..calibration import calibrate_with
     from ..inspection import summary
 
-    loaded = load_model(model, dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
-    config.tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    loading = LoadingOptions(dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
+    loaded = load_model(model, loading)
+    config.tokenizer = load_tokenizer(model, loading)
     safety_module = calibrate_with(loaded, config)
     safety_module.save(out)
     typer.echo(summary(safety_module))

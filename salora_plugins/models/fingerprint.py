@@ -81,16 +81,18 @@ def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable
         if name not in samples:
             continue
         ours, theirs = samples[name], safety_module.weight_samples[name]
-        if ours.shape == theirs.shape:
-            if is_quantized(module):
-                same = (ours - theirs).square().mean() <= 0.05 * theirs.square().mean()
-            else:
-                same = torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())
-        else:
-            same = False
-        if not same:
+        if not _agree(ours, theirs, is_quantized(module)):
             raise SafetyModuleError(
                 f"The safety module was computed for another model: the weight of {name!r} is not the one it was "
                 f"computed for ({safety_module.provenance.get('base_model') or 'unnamed model'}). Calibrate on this "
                 "model, or load the model that it belongs to."
             )
+
+
+def _agree(ours: Tensor, theirs: Tensor, quantized: bool) -> bool:
+    """Whether elements of a weight are those of the same checkpoint."""
+    if ours.shape != theirs.shape:
+        return False
+    if quantized:
+        return bool((ours - theirs).square().mean() <= 0.05 * theirs.square().mean())
+    return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())
