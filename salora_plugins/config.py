@@ -278,6 +278,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
 
         For a trained adapter the safety module beside it is named in `safety_module`.
         """
+        register_peft_types()  # PEFT looks the class up, and this may be the first use of SaLoRA in the process
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         values = read_side_config(folder)
         if values is None:

@@ -1,6 +1,8 @@
 """The configuration: contradictions are refused with advice, and it survives being saved."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -94,6 +96,13 @@ def test_configuration_without_a_model_round_trips(tmp_path):
     for read in (SaLoRAConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
         assert type(read) is SaLoRAConfig
         assert read.to_dict() == config.to_dict()
+
+
+def test_configuration_is_read_in_a_process_that_has_made_none(tmp_path):
+    SaLoRAConfig(seed=4).save_pretrained(tmp_path)
+    read = "import sys; from salora_plugins import SaLoRAConfig; print(SaLoRAConfig.from_pretrained(sys.argv[1]).seed)"
+    result = subprocess.run([sys.executable, "-c", read, tmp_path], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "4"
 
 
 def test_objects_are_not_written(tmp_path):

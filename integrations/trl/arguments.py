@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,16 @@ def _help(option: Option) -> str:
     return f"{option.described()}{syntax}".replace("%", "%%") + _NO_DEFAULT
 
 
-_Arguments: Any = make_dataclass("_Arguments", _arguments())
+def _read_mappings(arguments: Any) -> None:
+    for option in OPTIONS.values():
+        if option.type == RankPattern and isinstance(text := getattr(arguments, option.name), str):
+            setattr(arguments, option.name, _mapping(option.name, text))
 
 
-@dataclass
+# Any: a type checker cannot know the fields.
+_Arguments: Any = make_dataclass("_Arguments", _arguments(), namespace={"__post_init__": _read_mappings})
+
+
 class SaLoRAArguments(_Arguments):
     """
     Options of [`SaLoRAConfig`] beside TRL's `ModelConfig`, whose `--lora_*` options apply as they do to LoRA.
@@ -54,11 +60,6 @@ class SaLoRAArguments(_Arguments):
     Raises:
         ValueError: A mapping that is not given as JSON.
     """
-
-    def __post_init__(self) -> None:
-        for option in OPTIONS.values():
-            if option.type == RankPattern and isinstance(text := getattr(self, option.name), str):
-                setattr(self, option.name, _mapping(option.name, text))
 
     def given(self) -> dict[str, Any]:
         """The arguments that were given, by their names here."""
