@@ -1,11 +1,25 @@
-"""What MkDocs does not know of our docstrings: names in the form of the Hugging Face libraries, [`~peft.LoraConfig`]."""
+"""What MkDocs does not know of our pages and docstrings."""
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Any
 
+# The Hugging Face libraries' form of a name in a docstring, [`~peft.LoraConfig`].
 _NAME = re.compile(r"\[<code>~?([\w.]+)</code>\]")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Links to files outside of docs/, which work where the repository is read, are their text only."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def text_where_it_leaves(link: re.Match) -> str:
+        leaves = posixpath.normpath(posixpath.join(folder, link[2])).startswith("..")
+        return link[1] if leaves else link[0]
+
+    return _LINK.sub(text_where_it_leaves, markdown)
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
