@@ -339,6 +339,7 @@ class SaLoRAConfig(LoraConfig):
 
         For a trained adapter the safety module beside it is named in `safety_module`.
         """
+        register_peft_types()  # PEFT looks the class up by the type, in a process that has made no configuration, too
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not (folder / CONFIG_FILE).is_file():
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)

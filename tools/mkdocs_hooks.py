@@ -8,6 +8,8 @@ from typing import Any
 
 # The Hugging Face libraries' form of a name in a docstring, [`~peft.LoraConfig`].
 _NAME = re.compile(r"\[<code>~?([\w.]+)</code>\]")
+# And of a type, (`int` or `float`, defaults to 32), which is code already.
+_TYPE = re.compile(r"<code>(`[^<]*)</code>")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
@@ -24,4 +26,5 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 def on_page_content(html: str, **kwargs: Any) -> str:
     """The name alone: most are of other libraries, to whose pages there is no link without a network."""
+    html = _TYPE.sub(lambda kind: f"<code>{kind[1].replace('`', '')}</code>", html)
     return _NAME.sub(r"<code>\1</code>", html)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import tomllib
 import types
 import typing
@@ -222,6 +223,7 @@ def _option_table(rows: Iterable[_Row]) -> str:
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r"%\(\w+\)\S*s", "", text).replace("%%", "%")  # argparse's place for the default
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
