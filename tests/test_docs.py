@@ -159,9 +159,8 @@ def _texts_in_the_code() -> Iterator[str]:
 
 
 def test_contributing_names_every_room():
-    rows = re.findall(r"^\| (`.*?) \|", _text(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == {room for layer in LAYERS for room in layer} - {"__init__"}
+    named = set(re.findall(r"`(\w+)`", _text(ROOT / "CONTRIBUTING.md")))
+    assert {room for layer in LAYERS for room in layer} - {"__init__"} <= named
 
 
 @pytest.fixture
