@@ -57,6 +57,11 @@ def test_the_reference_is_what_the_code_says(name):
     assert _text(REFERENCE.REFERENCE / name) == REFERENCE.PAGES[name](), "Run `make reference`."
 
 
+def test_what_pages_repeat_of_the_readme():
+    for page in DOCS.glob("*.md"):
+        assert _text(page) == REFERENCE.with_sections_of_the_readme(_text(page)), f"{page.name}: run `make reference`."
+
+
 def test_every_page_is_in_the_navigation():
     navigation = re.findall(r"^ +- .*: (\S+\.md)$", _text(ROOT / "mkdocs.yml"), re.MULTILINE)
     assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))

@@ -1,5 +1,7 @@
 """Writes docs/reference/ from the code: the options of every host, the commands, the public functions and the hooks.
 
+It also puts the sections of README.md that other pages repeat into these, so that each is written once.
+
     python tools/write_reference.py          # or `make reference`; needs TRL and Axolotl, whose options are among them
 
 What functions and hooks say of themselves is put in by mkdocstrings when the pages are built; these pages name them.
@@ -22,6 +24,16 @@ from typing import Annotated, Any, Literal
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by tools/write_reference.py from the code: change it there, then run `make reference`. -->"
+
+
+_SECTION = re.compile(r"<!-- section: (\w+) -->\n(.*?)<!-- end of section -->", re.DOTALL)
+_REPEATED = re.compile(r"(<!-- section of README.md: (\w+) -->\n).*?(<!-- end of section -->)", re.DOTALL)
+
+
+def with_sections_of_the_readme(text: str) -> str:
+    """A page with the sections that it repeats as README.md has them now."""
+    sections = dict(_SECTION.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    return _REPEATED.sub(lambda place: place[1] + sections[place[2]] + place[3], text)
 
 
 def configuration_page() -> str:
@@ -292,6 +304,8 @@ def main() -> None:
     for name, write in PAGES.items():
         (REFERENCE / name).write_text(write(), encoding="utf-8")
         print(f"Wrote {REFERENCE.relative_to(ROOT) / name}")
+    for page in (ROOT / "docs").glob("*.md"):
+        page.write_text(with_sections_of_the_readme(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
