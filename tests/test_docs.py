@@ -154,13 +154,31 @@ def test_quoted_messages_are_said():
 
 
 def _texts_in_the_code() -> Iterator[str]:
+    for path in _files_of_the_code():
+        for node in ast.walk(ast.parse(_text(path))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def _files_of_the_code() -> Iterator[Path]:
     for folder in (ROOT / "salora_plugins", ROOT / "integrations"):
-        for path in folder.rglob("*.py"):
-            for node in ast.walk(ast.parse(_text(path))):
-                if isinstance(node, ast.JoinedStr):
-                    yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield node.value
+        yield from sorted(folder.rglob("*.py"))
+
+
+def test_the_parts_of_hosts_are_those_in_use():
+    """Names in the first column of host-internals.md are in the code, and private names that it imports are there."""
+    page = _text(DOCS / "host-internals.md")
+    code = "\n".join(_text(path) for path in _files_of_the_code())
+    parts = [part for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for part in re.findall(r"`([^`]+)`", row)]
+    names = {name for part in parts for name in re.findall(r"[A-Za-z_]{4,}", part.partition("(")[0])}
+    assert not {name for name in names if name not in code}
+    imports = re.findall(r"^ *from ([a-z][\w.]*) import (?:\(([^)]*)\)|(.*))$", code, re.MULTILINE)
+    for module, *imported in imports:
+        for name in re.findall(r"\w+", " ".join(imported).partition("#")[0]):
+            if (name.startswith("_") or "._" in module) and not module.startswith("__future__"):
+                assert f"`{name}`" in page, f"{module}.{name}"
 
 
 def test_contributing_names_every_room():
@@ -212,7 +230,7 @@ def test_what_the_readme_loads_in_a_fresh_process(tmp_path):
     """Nobody has made a configuration there, which would have told PEFT of SaLoRA."""
     model = tiny.llama()
     model.save_pretrained(tmp_path / "base")
-    get_peft_model(model, tiny.salora_config(init="zero")).save_pretrained(tmp_path / "outputs")
+    get_peft_model(model, tiny.salora_config(init="zero", task_rank=32)).save_pretrained(tmp_path / "outputs")
     code = (
         "from transformers import AutoModelForCausalLM\n"
         "from salora_plugins import load_for_training\n"
