@@ -78,7 +78,7 @@ def axolotl_page() -> str:
         "## Beside the block",
         _option_table(row for row in _of_pydantic(arguments) if row.name != "salora"),
         "## Command",
-        *_command("axolotl salora-calibrate", command, 3),
+        *_command("axolotl salora-calibrate", command.help or "", _of_click(command), 3),
     )
 
 
@@ -109,8 +109,9 @@ def commands_page() -> str:
     group = create_cli()
     parts = []
     for name in sorted(group.commands):
-        if getattr(group.commands[name].callback, "__module__", "").startswith("salora_plugins."):
-            parts += _command(f"salora {name}", group.commands[name], 2)
+        function = inspect.unwrap(group.commands[name].callback)
+        if function.__module__.startswith("salora_plugins."):
+            parts += _command(f"salora {name}", function.__doc__ or "", _of_typer(function), 2)
     return _page(
         "Commands",
         "`salora --help` lists them, `salora COMMAND --help` shows the options. An expected error (bad input, a "
@@ -183,49 +184,53 @@ def _of_pydantic(model: Any) -> list[_Row]:
     ]
 
 
-def _of_click(command: Any) -> list[_Row]:
-    rows, declared = [], _declared_help(command.callback)
-    for parameter in command.params:
-        name = parameter.metavar or parameter.name.upper()
-        if parameter.param_type_name == "option":
-            name = ", ".join(parameter.opts) + "".join(f" / {option}" for option in parameter.secondary_opts)
-        choices = getattr(parameter.type, "choices", None)
-        values = " or ".join(f"`{choice}`" for choice in choices) if choices else str(parameter.type.name)
-        if parameter.param_type_name == "option" and parameter.metavar:
-            values = f"`{parameter.metavar}`"
-        if getattr(parameter, "is_flag", False):
-            values = "flag"
-        if parameter.multiple or parameter.nargs == -1:
-            values += ", repeatable"
-        plain = isinstance(parameter.default, (str, int, float, Path)) and parameter.default is not False
-        default = "required" if parameter.required else f"`{parameter.default}`" if plain else ""
-        rows.append(_Row(name, values, default, getattr(parameter, "help", None) or declared.get(parameter.name, "")))
+def _of_typer(function: Callable) -> list[_Row]:
+    """The parameters as the signature has them: what typer makes of them differs between its versions."""
+    rows = []
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kind, info = typing.get_args(parameter.annotation)
+        is_argument = type(info).__name__ == "ArgumentInfo"
+        several = any(typing.get_origin(part) is list for part in (kind, *typing.get_args(kind)))
+        if is_argument:
+            shown = info.metavar or name.upper()
+        else:
+            # typer takes the first name for a default where the annotation has no other.
+            named = [text for text in (info.default, *(info.param_decls or ())) if str(text).startswith("-")]
+            option = name.replace("_", "-")
+            shown = ", ".join(named) or (f"--{option} / --no-{option}" if kind is bool else f"--{option}")
+        values = "flag" if kind is bool else _in_words(_type(kind).removeprefix("list of "))
+        values = f"`{info.metavar}`" if info.metavar and not is_argument else values
+        required = parameter.default is inspect.Parameter.empty
+        default = (
+            "required"
+            if required
+            else ""
+            if parameter.default is None or parameter.default is False
+            else f"`{parameter.default}`"
+        )
+        rows.append(_Row(shown, values + (", repeatable" if several else ""), default, info.help or ""))
     return rows
 
 
-def _declared_help(callback: Callable) -> dict[str, str]:
-    """The help of a command's parameters as its signature has it; click 8.3 drops that of typer's arguments."""
-    parameters = inspect.signature(callback, eval_str=True).parameters
-    metadata = {name: getattr(parameter.annotation, "__metadata__", ()) for name, parameter in parameters.items()}
-    return {
-        name: entries[0].help for name, entries in metadata.items() if entries and getattr(entries[0], "help", None)
-    }
+def _of_click(command: Any) -> list[_Row]:
+    rows = []
+    for parameter in command.params:
+        is_option = parameter.param_type_name == "option"
+        name = ", ".join(parameter.opts) if is_option else parameter.name.upper()
+        default = "required" if parameter.required else ""
+        rows.append(_Row(name, parameter.type.name, default, getattr(parameter, "help", None) or ""))
+    return rows
 
 
-def _command(title: str, command: Any, level: int) -> list[str]:
-    arguments = [
-        parameter.metavar or parameter.name.upper() + ("..." if parameter.nargs == -1 else "")
-        for parameter in command.params
-        if parameter.param_type_name == "argument"
-    ]
-    required = [
-        f"{parameter.opts[0]} {parameter.metavar or parameter.type.name.upper()}"
-        for parameter in command.params
-        if parameter.param_type_name == "option" and parameter.required
-    ]
+def _command(title: str, text: str, rows: list[_Row], level: int) -> list[str]:
+    arguments = [row.name + ("..." if "repeatable" in row.values else "") for row in rows if row.name[0] != "-"]
+    required = [f"{row.name} {row.values.upper()}" for row in rows if row.name[0] == "-" and row.default == "required"]
     usage = " ".join([title, *arguments, *required, "[OPTIONS]"])
-    text = inspect.cleandoc(command.help or command.callback.__doc__ or "")
-    return [f"{'#' * level} {title}", text, f"    {usage}", _option_table(_of_click(command))]
+    return [f"{'#' * level} {title}", inspect.cleandoc(text), f"    {usage}", _option_table(rows)]
+
+
+def _in_words(kind: str) -> str:
+    return {"str": "text", "int": "integer", "Path": "path"}.get(kind, kind)
 
 
 def _option_table(rows: Iterable[_Row]) -> str:
