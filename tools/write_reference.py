@@ -199,7 +199,8 @@ def _of_typer(function: Callable) -> list[_Row]:
             option = name.replace("_", "-")
             shown = ", ".join(named) or (f"--{option} / --no-{option}" if kind is bool else f"--{option}")
         values = "flag" if kind is bool else _in_words(_type(kind).removeprefix("list of "))
-        values = f"`{info.metavar}`" if info.metavar and not is_argument else values
+        if info.metavar and not is_argument:  # "RANK", or "[auto|exact]"
+            values = " or ".join(f"`{choice}`" for choice in _choices(info.metavar))
         required = parameter.default is inspect.Parameter.empty
         default = (
             "required"
@@ -227,6 +228,10 @@ def _command(title: str, text: str, rows: list[_Row], level: int) -> list[str]:
     required = [f"{row.name} {row.values.upper()}" for row in rows if row.name[0] == "-" and row.default == "required"]
     usage = " ".join([title, *arguments, *required, "[OPTIONS]"])
     return [f"{'#' * level} {title}", inspect.cleandoc(text), f"    {usage}", _option_table(rows)]
+
+
+def _choices(metavar: str) -> list[str]:
+    return metavar.strip("[]").split("|") if "|" in metavar else [metavar]
 
 
 def _in_words(kind: str) -> str:
