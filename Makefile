@@ -6,7 +6,7 @@ OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 PYTEST ?=
 
-.PHONY: demo test test-newest compatibility lint clean
+.PHONY: demo test test-newest compatibility reference docs lint clean
 
 demo: $(VENV)/.with-demo
 	$(OFFLINE) $(VENV)/bin/salora demo
@@ -22,6 +22,14 @@ test-newest: $(NEWEST_VENV)/.with-test
 compatibility: $(VENV)/.with-axolotl
 	$(call RUN_TESTS,$(VENV)) -m compatibility --compatibility-table write
 
+# Writes docs/reference/ from the code.
+reference: $(VENV)/.with-axolotl
+	$(VENV)/bin/python tools/write_reference.py
+
+# Builds the pages into build/docs, without a network; Material's notice about MkDocs' next version is not shown.
+docs: $(VENV)/.with-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 # Style, format, types, and which module may import which.
 lint: $(VENV)/.with-axolotl
 	$(VENV)/bin/ruff check .
@@ -36,6 +44,10 @@ $(VENV)/.with-demo: pyproject.toml tools/setup_environment.sh
 
 $(VENV)/.with-axolotl: pyproject.toml tools/setup_environment.sh
 	tools/setup_environment.sh $(VENV) axolotl,test
+	@touch $@
+
+$(VENV)/.with-docs: $(VENV)/.with-axolotl
+	tools/setup_environment.sh $(VENV) docs
 	@touch $@
 
 $(NEWEST_VENV)/.with-test: pyproject.toml tools/setup_environment.sh
