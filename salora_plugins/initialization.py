@@ -34,7 +34,7 @@ def pissa_factors(weights: Tensor, rank: int, scaling: float, seed: int = 0) -> 
 
 def restrict_to_task(factor: Tensor, task_basis: Tensor) -> Tensor:
     """
-    B_0 = U_T U_T^T U sqrt(S) from U sqrt(S) (SaLoRA, section 4.2).
+    B_0 = U_T U_T^T U sqrt(S) from U sqrt(S) (the paper, section 4.2).
 
     Args:
         factor: (d_out, r).

@@ -27,7 +27,7 @@ _SAME_SUBSPACE = 1e-2
 def project_out(matrix: Tensor, basis: Tensor, side: Side) -> Tensor:
     """
     Remove a subspace from a factor: (I - U U^T) M on the output side, M (I - V V^T) on the input side, without
-    forming the d x d projector (SaLoRA, section 4.1; the input side goes beyond the paper).
+    forming the d x d projector (the paper, section 4.1; the input side goes beyond the paper).
 
     Args:
         matrix: (d, k) for the output side, (k, d) for the input side.

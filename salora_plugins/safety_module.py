@@ -82,7 +82,7 @@ class SideBases:
 @dataclass(frozen=True)
 class SafetyModule:
     """
-    The fixed safety module of SaLoRA (section 4.1 of the paper) for a set of linear layers.
+    The fixed safety module (section 4.1 of the paper) for a set of linear layers.
 
     Modules are named as in the base model, for example "model.layers.0.self_attn.q_proj".
     """

@@ -113,7 +113,7 @@ class SaLoRAModel(LoraModel):
 
     def initialize_from_task_data(self, rows: Any, adapter_name: str = "default") -> None:
         """
-        Set the task initialization (SaLoRA, section 4.2) from training rows, before the first optimizer step.
+        Set the task initialization (the paper, section 4.2) from training rows, before the first optimizer step.
 
         Without this call, and without `task_data` in the configuration, it comes from the first training batch.
 

@@ -36,7 +36,7 @@ class Basis:
 
 def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
     """
-    U_C: the top left singular vectors of W X_h (SaLoRA, section 4.1); for the input side those of X_h.
+    U_C: the top left singular vectors of W X_h (the paper, section 4.1); for the input side those of X_h.
 
     Args:
         statistics: Of one layer over the safety data.

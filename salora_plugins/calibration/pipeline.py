@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> SafetyModule:
     """
-    Compute the safety module of a model: U_C per target layer (SaLoRA, section 4.1), and V_C with an input side.
+    Compute the safety module of a model: U_C per target layer (the paper, section 4.1), and V_C with an input side.
 
     Args:
         model: The aligned model; a [`~peft.PeftModel`] is calibrated with its adapters disabled. It is put back as it

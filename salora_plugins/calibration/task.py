@@ -18,7 +18,7 @@ from .settings import task_settings
 
 def task_bases(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> dict[str, Tensor]:
     """
-    U_T of every target layer: the top left singular vectors of W X_t on task data (SaLoRA, section 4.2).
+    U_T of every target layer: the top left singular vectors of W X_t on task data (the paper, section 4.2).
 
     Args:
         model: The base model, with or without adapters.
