@@ -10,12 +10,14 @@ import typer
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
 from .config_options import takes_config_options
+from .loading_options import takes_loading_options
 
 # The command's result, and what is for the start of a training.
 _LEFT_OUT = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
 
 
 @takes_config_options([option for name, option in OPTIONS.items() if name not in _LEFT_OUT])
+@takes_loading_options
 def calibrate(
     model: Annotated[str, typer.Option(help="The aligned model: a folder or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The safety module to write (.safetensors).")],
@@ -25,20 +27,13 @@ def calibrate(
     ] = None,
     *,
     options: dict[str, Any],
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights, or 'auto': as they are stored.")] = "auto",
-    device_map: Annotated[
-        str | None, typer.Option(help="'auto' splits a large model over GPUs and CPU (see accelerate).")
-    ] = None,
-    load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights as QLoRA does (bitsandbytes).")] = False,
-    load_in_8bit: Annotated[bool, typer.Option(help="Quantize the weights to 8 bits (bitsandbytes).")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the repository's own model code.")] = False,
+    loading: LoadingOptions,
 ) -> None:
     """Compute the safety module of a model, to be used by any number of training runs."""
     from ..config import SaLoRAConfig
 
     config = SaLoRAConfig(target_modules=_target_modules(target_modules), **options)
-    if load_in_4bit and load_in_8bit:
+    if loading.load_in_4bit and loading.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit are both given. Choose one.")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Name the file to write, such as {out / 'salora.safetensors'}.")
@@ -47,7 +42,6 @@ def calibrate(
     from ..calibration import calibrate_with
     from ..inspection import summary
 
-    loading = LoadingOptions(dtype, device_map, load_in_4bit, load_in_8bit, revision, trust_remote_code)
     loaded = load_model(model, loading)
     config.tokenizer = load_tokenizer(model, loading)
     safety_module = calibrate_with(loaded, config)
