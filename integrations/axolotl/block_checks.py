@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from ...config import SaLoRAConfig
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def check_files(options: Mapping[str, Any]) -> None:
@@ -41,7 +39,7 @@ def check_files(options: Mapping[str, Any]) -> None:
 
 def _is_missing(key: str, value: str) -> bool:
     """Whether a value can only be meant as a file or folder, and there is none."""
-    from ...support.hub import is_hub_id
+    from ...support.hub import is_dataset_id, is_hub_id
 
     path = Path(value).expanduser()
     if key == "safety_module":
@@ -50,7 +48,7 @@ def _is_missing(key: str, value: str) -> bool:
 
     if path.exists() or value in data_sources():
         return False
-    return path.suffix.lower() in _DATA_SUFFIXES or not _HUB_ID.fullmatch(value)
+    return path.suffix.lower() in _DATA_SUFFIXES or not is_dataset_id(value)
 
 
 def check_basis_method(options: Mapping[str, Any]) -> None:

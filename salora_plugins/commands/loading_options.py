@@ -13,7 +13,7 @@ from .parameters import CommandFunction, in_place_of
 
 
 def takes_loading_options(command: CommandFunction) -> CommandFunction:
-    """A decorator that gives a command an option for each of `LoadingOptions`, in the place of its `loading`."""
+    """A decorator that gives a command a parameter for each of `LoadingOptions`, in the place of its `loading`."""
     types = get_type_hints(LoadingOptions)
     parameters = [
         inspect.Parameter(
