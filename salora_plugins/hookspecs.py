@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .activations.statistics import ModuleStatistics
+    from .ranks import Side
 
 PROJECT = "salora_plugins"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+JudgeKind = Literal["refusal", "harm"]
+"""What a judge's True means: the response refuses the request, or it is harmful."""
 
 DataSource = Callable[[], Iterable[Mapping[str, Any]]]
 """Returns rows in any format that `salora_plugins.rows.reading.load_examples` accepts."""
@@ -32,7 +36,7 @@ DataSource = Callable[[], Iterable[Mapping[str, Any]]]
 class BasisMethod(Protocol):
     """Computes the safety basis of one module from what calibration gathered about it."""
 
-    def __call__(self, statistics: ModuleStatistics, rank: int, side: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
         """Return the basis and its singular values.
 
         Args:
@@ -56,8 +60,8 @@ class Judge(Protocol):
 class BatchJudge(Protocol):
     """Judges many answers at once: a model, or a service. `register_judge_factories` says how one is made."""
 
-    kind: Literal["refusal", "harm"]
-    """What True means: the response refuses the request, or it is harmful."""
+    kind: JudgeKind
+    """What True means."""
 
     def describe(self) -> dict[str, Any]:
         """

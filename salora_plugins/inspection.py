@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from .safety_module import SafetyModule
-from .support.files import atomic_write
+from .ranks import SIDES, Side, of_side
+from .safety_module import SafetyModule, SideBases
+from .support.plotting import new_figure, save_png
 from .support.texts import cell, one_line
 
 if TYPE_CHECKING:
@@ -19,13 +20,11 @@ def describe(safety_module: SafetyModule) -> dict[str, Any]:
     """Everything but the bases themselves, as JSON values."""
     modules = {}
     for name in safety_module.bases:
-        modules[name] = {side: values for side, values in _sides(safety_module, name).items() if values is not None}
+        modules[name] = _sides(safety_module, name)
     return {
         "fingerprint": safety_module.fingerprint,
         "modules": modules,
-        "provenance": {
-            key: value for key, value in safety_module.provenance.items() if key not in ("energy", "input_energy")
-        },
+        "provenance": dict(safety_module.provenance),
     }
 
 
@@ -38,11 +37,10 @@ def facts(provenance: Mapping[str, Any]) -> str:
         parts.append(f"{provenance.get('safety_samples', '?')} examples")
     parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
     directions = provenance.get("directions", {})
-    for side in (side for side in ("output", "input") if side in directions):
+    for side in (side for side in SIDES if side in directions):
         least, most = directions[side]
         text = f"{least}" if least == most else f"{least} to {most}"
-        key = "safety_rank_cut" if side == "output" else "input_safety_rank_cut"
-        less = " (the data has no more)" if key in provenance else ""
+        less = " (the data has no more)" if of_side(side, "safety_rank_cut") in provenance else ""
         parts.append(f"{text} {side} directions{less}")
     if "modules" in provenance:
         parts.append(f"{provenance['modules']} layers")
@@ -55,12 +53,7 @@ def facts(provenance: Mapping[str, Any]) -> str:
 def summary(safety_module: SafetyModule) -> str:
     """A few lines: how many modules and directions, how much they capture, and where they come from."""
     provenance = safety_module.provenance
-    lines = [
-        _extent("output", [basis.shape[1] for basis in safety_module.bases.values()], safety_module.captured_energy)
-    ]
-    if safety_module.input_bases:
-        ranks = [basis.shape[1] for basis in safety_module.input_bases.values()]
-        lines.append(_extent("input", ranks, safety_module.captured_input_energy))
+    lines = [_extent(side, found) for side, found in safety_module.sides.items()]
     base_model = one_line(provenance.get("base_model") or "unnamed")
     lines.append(f"Base model: {base_model} (fingerprint {safety_module.fingerprint[:16]})")
     data = f"Safety data: {one_line(provenance.get('safety_data', 'unknown'))}"
@@ -85,24 +78,21 @@ def table(safety_module: SafetyModule) -> Table:
     """One row a module."""
     from rich.table import Table
 
-    two_sided = bool(safety_module.input_bases)
     result = Table(caption="Captured: share of the energy on the safety data. Values: singular values, first and last.")
     result.add_column("Module", overflow="fold")
-    for side in ("output", "input") if two_sided else ("output",):
+    for side in safety_module.sides:
         result.add_column(f"{side} rank", justify="right")
         result.add_column("captured", justify="right")
         result.add_column("values", justify="right")
     for name in safety_module.bases:
         cells = []
-        for side in _sides(safety_module, name).values():
-            if side is not None:
-                share = side["captured_energy"]
-                values = side["singular_values"]
-                cells += [
-                    str(side["rank"]),
-                    "?" if share is None else f"{share:.1%}",
-                    f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
-                ]
+        for found in _sides(safety_module, name).values():
+            share, values = found["captured_energy"], found["singular_values"]
+            cells += [
+                str(found["rank"]),
+                "?" if share is None else f"{share:.1%}",
+                f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
+            ]
         result.add_row(cell(name), *cells)
     return result
 
@@ -114,20 +104,13 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
+    figure = new_figure(13, 4.2 * len(safety_module.sides))
 
-    sides = [("output", "outputs", safety_module.singular_values, safety_module.captured_energy)]
-    if safety_module.input_bases:
-        sides.append(("input", "inputs", safety_module.input_singular_values, safety_module.captured_input_energy))
-    figure = Figure(figsize=(13, 4.2 * len(sides)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(sides), 2, squeeze=False)
-    for (spectrum_axis, share_axis), (side, kind, spectra, shares) in zip(rows, sides, strict=True):
+    from matplotlib import colormaps
+
+    rows = figure.subplots(len(safety_module.sides), 2, squeeze=False)
+    for (spectrum_axis, share_axis), (side, found) in zip(rows, safety_module.sides.items(), strict=True):
+        spectra, shares = found.singular_values, found.captured_energy
         groups = _by_last_name(spectra)
         for number, (group, names) in enumerate(groups.items()):
             color = colormaps["tab10"](number % 10)
@@ -140,43 +123,38 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
             known = [(index, shares[name]) for index, name in enumerate(names) if name in shares]
             if known:
                 share_axis.plot(*zip(*known, strict=True), ".-", color=color, label=group)
-        spectrum_axis.set_title(f"Singular values of the layers' {kind} on the safety data", fontsize=10)
+        spectrum_axis.set_title(f"Singular values of the layers' {side}s on the safety data", fontsize=10)
         spectrum_axis.set_xlabel(f"{side} direction")
         spectrum_axis.set_ylabel("relative to the largest")
         spectrum_axis.legend(fontsize=8)
-        share_axis.set_title(f"Share of the energy of the {kind} that the directions capture", fontsize=10)
+        share_axis.set_title(f"Share of the energy of the {side}s that the directions capture", fontsize=10)
         share_axis.set_xlabel("layer, in the model's order")
         share_axis.set_ylim(0, 1.02)
         for axis in (spectrum_axis, share_axis):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_png(path, figure)
 
 
-def _sides(safety_module: SafetyModule, name: str) -> dict[str, dict[str, Any] | None]:
-    result: dict[str, dict[str, Any] | None] = {}
-    for side, bases, values, shares in (
-        ("output", safety_module.bases, safety_module.singular_values, safety_module.captured_energy),
-        ("input", safety_module.input_bases, safety_module.input_singular_values, safety_module.captured_input_energy),
-    ):
-        result[side] = None
-        if name in bases:
-            result[side] = {
-                "dimension": bases[name].shape[0],
-                "rank": bases[name].shape[1],
-                "captured_energy": shares.get(name),
-                "singular_values": values[name].tolist() if name in values else [],
-            }
-    return result
+def _sides(safety_module: SafetyModule, name: str) -> dict[Side, dict[str, Any]]:
+    """Of one module."""
+    return {
+        side: {
+            "dimension": found.bases[name].shape[0],
+            "rank": found.bases[name].shape[1],
+            "captured_energy": found.captured_energy.get(name),
+            "singular_values": found.singular_values[name].tolist() if name in found.singular_values else [],
+        }
+        for side, found in safety_module.sides.items()
+    }
 
 
-def _extent(side: str, ranks: list[int], shares: dict[str, float]) -> str:
+def _extent(side: Side, found: SideBases) -> str:
+    ranks = [basis.shape[1] for basis in found.bases.values()]
     number = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)} (mean {mean(ranks):.1f})"
     text = f"{len(ranks)} modules, {number} {side} directions each"
-    if shares:
-        values = list(shares.values())
-        text += f", which capture {min(values):.1%} to {max(values):.1%} of the energy (mean {mean(values):.1%})"
+    if shares := list(found.captured_energy.values()):
+        text += f", which capture {min(shares):.1%} to {max(shares):.1%} of the energy (mean {mean(shares):.1%})"
     return text
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # not at run time: `options` is imported at every start of Axolotl
+
+Side = Literal["output", "input"]
+"""Of a layer: what it writes, W x, where U_C belongs, or what it reads, x, where V_C belongs."""
+SIDES: tuple[Side, ...] = ("output", "input")
 
 Rank = int | float
 """A number of directions, or (a float between 0 and 1) the share of the energy that they must capture."""
+SideRanks = Mapping[Side, Mapping[str, Rank]]
+"""Side ("output" and, where there is to be one, "input") -> module name -> rank."""
+
+
+def of_side(side: Side, name: str) -> str:
+    """What an option, or a key of a file, is called for a side: "safety_rank", or "input_safety_rank"."""
+    return name if side == "output" else f"input_{name}"
 
 
 def check_rank(option: str, value: object, least: int) -> None:
@@ -91,4 +103,4 @@ def rank_for_share(singular_values: Tensor, energy: float, share: float) -> int 
     captured = singular_values.double().square().cumsum(0)
     # A little slack, since float32 values of a complete decomposition need not add up to all of the energy.
     enough = captured >= share * (1 - 1e-6) * energy
-    return int(torch.argmax(enough.int())) + 1 if enough.any() else None
+    return int(enough.int().argmax()) + 1 if enough.any() else None

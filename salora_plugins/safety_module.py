@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .ranks import Rank, rank_for_share
+from .provenance import Provenance, checked_energies
+from .ranks import SIDES, Rank, Side, SideRanks, of_side, rank_for_share
 from .support.files import atomic_write
 from .support.hub import hub_file, is_hub_id
+from .support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
 from .support.module_names import advice_to_leave_out, listed
 
 logger = logging.getLogger(__name__)
@@ -26,28 +28,55 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 """Since 2, the checksum is of the description, too."""
 DEFAULT_FILE = "salora.safetensors"
-# float32 SVDs leave 1e-6; anything above means that the file does not hold orthonormal bases.
-_ORTHONORMALITY_TOLERANCE = 1e-4
 
 _METADATA_KEY = "salora_safety_module"
-_NUMBER = (int, float)
-_LARGEST = 1e300
-# The parts of the provenance that this package reads, and what they are; a calibration may add others.
-_TEXTS = ("base_model", "safety_data", "safety_data_sha256", "safety_positions", "basis_method", "engine")
-_NUMBERS = (
-    *("safety_samples", "positions_counted", "requests", "refusals", "safety_rank", "input_safety_rank"),
-    *("sketch_width", "input_sketch_width", "seed"),
-)
-_MAPPINGS = {
-    **dict.fromkeys(("energy", "input_energy", "safety_rank_pattern", "input_safety_rank_pattern"), _NUMBER),
-    "versions": str,
-}
-
-_KEYS = ("output_basis", "output_singular_values", "input_basis", "input_singular_values", "weight_sample")
+_WEIGHT_SAMPLE = "weight_sample"
 
 
 class SafetyModuleError(ValueError):
     """A safety module file that cannot be used, or one that does not belong to this model."""
+
+
+@dataclass(frozen=True)
+class SideBases:
+    """The directions of one side of a set of linear layers, by module name."""
+
+    bases: dict[str, Tensor]
+    """U_C (d_out, r_s) or V_C (d_in, r_in), float32 with orthonormal columns, most important first."""
+
+    singular_values: dict[str, Tensor] = field(default_factory=dict)
+    """Of W X_h, or of X_h, for the columns of the basis: (rank,) float32, descending."""
+
+    energies: dict[str, float] = field(default_factory=dict)
+    """Sum of all squared singular values, those of the directions that were left out among them."""
+
+    @property
+    def least_rank(self) -> int:
+        """The smallest number of protected directions over the modules."""
+        return min(basis.shape[1] for basis in self.bases.values())
+
+    @property
+    def captured_energy(self) -> dict[str, float]:
+        """Module name -> share of the energy on the safety data that the directions capture, from 0 to 1."""
+        return {
+            name: values.double().square().sum().item() / self.energies[name]
+            for name, values in self.singular_values.items()
+            if self.energies.get(name)
+        }
+
+    def leading(self, ranks: Mapping[str, int]) -> SideBases:
+        """The first directions of some modules: module name -> how many."""
+
+        def first(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            # The tensor itself where all of it is wanted: layers with one input share theirs.
+            return {
+                name: values[name] if values[name].shape[-1] == rank else values[name][..., :rank].contiguous()
+                for name, rank in ranks.items()
+                if name in values
+            }
+
+        energies = {name: energy for name, energy in self.energies.items() if name in ranks}
+        return SideBases(first(self.bases), first(self.singular_values), energies)
 
 
 @dataclass(frozen=True)
@@ -58,56 +87,76 @@ class SafetyModule:
     Modules are named as in the base model, for example "model.layers.0.self_attn.q_proj".
     """
 
-    bases: dict[str, Tensor]
-    """Module name -> U_C, (d_out, r_s) float32 with orthonormal columns, most important first."""
-
-    input_bases: dict[str, Tensor] = field(default_factory=dict)
-    """Module name -> V_C, (d_in, r_in) float32 with orthonormal columns; empty without an input side."""
-
-    singular_values: dict[str, Tensor] = field(default_factory=dict)
-    """Module name -> singular values of W X_h for the columns of U_C, (r_s,) float32, descending."""
-
-    input_singular_values: dict[str, Tensor] = field(default_factory=dict)
-    """Module name -> singular values of X_h for the columns of V_C, (r_in,) float32, descending."""
+    sides: dict[Side, SideBases]
+    """"output": U_C; and, where there is an input side, "input": V_C, for the same modules."""
 
     weight_samples: dict[str, Tensor] = field(default_factory=dict)
     """Module name -> a few elements of the weight it was computed for, float32: the fingerprint of the model."""
 
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """What it was computed from and how; JSON values."""
+    provenance: Provenance = field(default_factory=Provenance)
+    """What it was computed from and how; a mapping of JSON values is made one."""
 
     def __post_init__(self) -> None:
-        if not self.bases:
+        if "output" not in self.sides or not self.bases:
             raise SafetyModuleError("A safety module needs at least one module with a basis; it has none.")
-        for name, basis in self.bases.items():
-            _check_basis(basis, f"{name}: output basis")
-        for name, basis in self.input_bases.items():
-            if name not in self.bases:
-                raise SafetyModuleError(f"{name}: has an input basis but no output basis.")
-            _check_basis(basis, f"{name}: input basis")
-        if self.input_bases and set(self.input_bases) != set(self.bases):
-            missing = sorted(set(self.bases) - set(self.input_bases))
-            raise SafetyModuleError(f"{missing[0]}: has no input basis, although other modules have one.")
-        for kind, values, bases in (
-            ("singular values", self.singular_values, self.bases),
-            ("input singular values", self.input_singular_values, self.input_bases),
-        ):
-            for name, vector in values.items():
-                if name not in bases or vector.shape != (bases[name].shape[1],):
+        for side, found in self.sides.items():
+            for name, basis in found.bases.items():
+                if name not in self.bases:
+                    raise SafetyModuleError(f"{name}: has an {side} basis but no output basis.")
+                _check_basis(basis, f"{name}: {side} basis")
+            if missing := sorted(set(self.bases) - set(found.bases)):
+                raise SafetyModuleError(f"{missing[0]}: has no {side} basis, although other modules have one.")
+            for name, vector in found.singular_values.items():
+                kind = f"{side} singular values"
+                if name not in found.bases or vector.shape != (found.bases[name].shape[1],):
                     raise SafetyModuleError(f"{name}: {kind} of shape {tuple(vector.shape)} do not fit its basis.")
                 if not torch.isfinite(vector).all():
                     raise SafetyModuleError(f"{name}: {kind} are not finite.")
-        _check_provenance(self.provenance)
+        if not isinstance(self.provenance, Provenance):
+            try:
+                object.__setattr__(self, "provenance", Provenance.of(self.provenance))
+            except ValueError as error:
+                raise SafetyModuleError(str(error)) from error
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """Module name -> U_C, (d_out, r_s)."""
+        return self.sides["output"].bases
+
+    @property
+    def input_bases(self) -> dict[str, Tensor]:
+        """Module name -> V_C, (d_in, r_in); empty without an input side."""
+        return self.sides["input"].bases if "input" in self.sides else {}
+
+    @property
+    def singular_values(self) -> dict[str, Tensor]:
+        """Module name -> singular values of W X_h for the columns of U_C, (r_s,)."""
+        return self.sides["output"].singular_values
+
+    @property
+    def input_singular_values(self) -> dict[str, Tensor]:
+        """Module name -> singular values of X_h for the columns of V_C, (r_in,); empty without an input side."""
+        return self.sides["input"].singular_values if "input" in self.sides else {}
 
     @property
     def safety_rank(self) -> int:
         """The smallest number of protected output directions over the modules."""
-        return min(basis.shape[1] for basis in self.bases.values())
+        return self.sides["output"].least_rank
 
     @property
     def input_safety_rank(self) -> int:
         """The smallest number of protected input directions over the modules; 0 without an input side."""
-        return min((basis.shape[1] for basis in self.input_bases.values()), default=0)
+        return self.sides["input"].least_rank if "input" in self.sides else 0
+
+    @property
+    def captured_energy(self) -> dict[str, float]:
+        """Module name -> share of the energy of its outputs on the safety data that U_C captures, from 0 to 1."""
+        return self.sides["output"].captured_energy
+
+    @property
+    def captured_input_energy(self) -> dict[str, float]:
+        """The same for its inputs and V_C."""
+        return self.sides["input"].captured_energy if "input" in self.sides else {}
 
     @property
     def fingerprint(self) -> str:
@@ -122,17 +171,7 @@ class SafetyModule:
             digest.update(self.weight_samples[name].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
-    @property
-    def captured_energy(self) -> dict[str, float]:
-        """Module name -> share of the energy of its outputs on the safety data that U_C captures, from 0 to 1."""
-        return _captured(self.singular_values, self.provenance.get("energy", {}))
-
-    @property
-    def captured_input_energy(self) -> dict[str, float]:
-        """The same for its inputs and V_C."""
-        return _captured(self.input_singular_values, self.provenance.get("input_energy", {}))
-
-    def restricted_to(self, ranks: Mapping[str, Mapping[str, Rank]]) -> SafetyModule:
+    def restricted_to(self, ranks: SideRanks) -> SafetyModule:
         """
         The part of this safety module for some modules, with the first columns of every basis.
 
@@ -153,53 +192,33 @@ class SafetyModule:
                 f"them "
                 f"out: {advice_to_leave_out(absent, names)}."
             )
-        chosen = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
-
-        def leading(tensor: Tensor, rank: int) -> Tensor:
-            # The tensor itself where all of it is wanted: layers with one input share theirs.
-            return tensor if tensor.shape[-1] == rank else tensor[..., :rank].contiguous()
-
-        def first(values: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
-            return {n: leading(values[n], rank) for n, rank in chosen.get(side, {}).items() if n in values}
-
-        energies = {
-            key: {n: energy for n, energy in self.provenance[key].items() if n in chosen.get(side, {})}
-            for key, side in (("energy", "output"), ("input_energy", "input"))
-            if key in self.provenance
-        }
+        leading = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
         return SafetyModule(
-            bases=first(self.bases, "output"),
-            input_bases=first(self.input_bases, "input"),
-            singular_values=first(self.singular_values, "output"),
-            input_singular_values=first(self.input_singular_values, "input"),
+            sides={side: self.sides[side].leading(numbers) for side, numbers in leading.items()},
             weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
-            provenance={**self.provenance, **energies},
+            provenance=self.provenance,
         )
 
-    def _directions(self, side: str, ranks: Mapping[str, Rank]) -> dict[str, int]:
+    def _directions(self, side: Side, ranks: Mapping[str, Rank]) -> dict[str, int]:
         """Module name -> how many of its directions are wanted."""
-        if side == "output":
-            option, bases, values, energies = "safety_rank", self.bases, self.singular_values, "energy"
-        else:
-            option, bases, values, energies = (
-                "input_safety_rank", self.input_bases, self.input_singular_values, "input_energy",
-            )  # fmt: skip
+        option = of_side(side, "safety_rank")
+        found = self.sides.get(side, SideBases({}))
         by_need = isinstance(self.provenance.get(option), float) or any(
             self.provenance.get(f"{option}_{key}") for key in ("pattern", "cut")
         )
         directions = {}
         for name, wanted in ranks.items():
-            available = bases[name].shape[1] if name in bases else 0
+            available = found.bases[name].shape[1] if name in found.bases else 0
             if isinstance(wanted, float):
-                energy = self.provenance.get(energies, {}).get(name)
-                found = rank_for_share(values[name], energy, wanted) if energy and name in values else None
-                if found is None:
+                values, energy = found.singular_values.get(name), found.energies.get(name)
+                needed = None if values is None or not energy else rank_for_share(values, energy, wanted)
+                if needed is None:
                     raise SafetyModuleError(
                         f"{option}={wanted}, but the safety module's {available} directions for {name!r} capture less "
                         f"than that share of the energy, or it does not say how much. Lower {option}, or calibrate "
                         "again with it."
                     )
-                directions[name] = found
+                directions[name] = needed
             elif available >= wanted or (by_need and available):
                 directions[name] = min(available, wanted)
             else:
@@ -219,16 +238,16 @@ class SafetyModule:
         path = Path(path)
         if path.is_dir():
             path = path / DEFAULT_FILE
-        tensors = {}
-        for key, values in zip(_KEYS, self._parts(), strict=True):
-            # Modules that read the same input share one V_C in memory; safetensors wants every tensor on its own.
-            for name, tensor in values.items():
-                copy = tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-                tensors[f"{name}.{key}"] = copy
+        tensors = self._tensors()
+        energies: dict[str, dict[str, float]] = {}
+        if self.sides["output"].energies:  # a file has those of both sides, or none
+            energies = {
+                of_side(side, "energy"): self.sides[side].energies if side in self.sides else {} for side in SIDES
+            }
         description = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "provenance": self.provenance,
+            "provenance": {**self.provenance, **energies},
         }
         description["content_sha256"] = _checksum(tensors, description)
         # One entry: safetensors writes several in an order of its own, and equal modules would differ in their bytes.
@@ -282,23 +301,10 @@ class SafetyModule:
                 f"{path}: format version {version!r}, this salora-plugins reads "
                 f"1 and {FORMAT_VERSION}. Install the version that wrote it, or calibrate again."
             )
-        parts: dict[str, dict[str, Tensor]] = {key: {} for key in _KEYS}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition(".")
-            if part not in parts:
-                raise SafetyModuleError(f"{path}: holds {key!r}, which is no part of a safety module.")
-            parts[part][name] = tensor
         try:
-            module = cls(
-                bases=parts["output_basis"],
-                input_bases=parts["input_basis"],
-                singular_values=parts["output_singular_values"],
-                input_singular_values=parts["input_singular_values"],
-                weight_samples=parts["weight_sample"],
-                provenance=provenance,
-            )
-        except SafetyModuleError as error:
-            raise SafetyModuleError(f"{path}: {error} The file is damaged; calibrate again.") from error
+            module = cls._of_file(tensors, provenance)
+        except ValueError as error:
+            raise SafetyModuleError(f"{path}: {error}") from error
         if digest != (content_digest(tensors) if version == 1 else _checksum(tensors, description)):
             raise SafetyModuleError(
                 f"{path}: its content is not what was written (the checksum differs). The file is damaged or was "
@@ -312,22 +318,44 @@ class SafetyModule:
             )
         return module
 
-    def _parts(self) -> tuple[dict[str, Tensor], ...]:
-        return (
-            self.bases,
-            self.singular_values,
-            self.input_bases,
-            self.input_singular_values,
-            self.weight_samples,
-        )
+    def _tensors(self) -> dict[str, Tensor]:
+        """As they are in the file."""
+        kinds = {_WEIGHT_SAMPLE: self.weight_samples}
+        for side, found in self.sides.items():
+            kinds |= {f"{side}_basis": found.bases, f"{side}_singular_values": found.singular_values}
+        # Modules that read the same input share one V_C in memory; safetensors wants every tensor on its own.
+        return {
+            f"{name}.{kind}": tensor.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+            for kind, by_name in kinds.items()
+            for name, tensor in by_name.items()
+        }
 
-
-def _captured(singular_values: Mapping[str, Tensor], energies: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: values.double().square().sum().item() / energies[name]
-        for name, values in singular_values.items()
-        if energies.get(name)
-    }
+    @classmethod
+    def _of_file(cls, tensors: Mapping[str, Tensor], provenance: Any) -> SafetyModule:
+        """
+        Raises:
+            ValueError: A part is not what it should be; it says which.
+        """
+        kinds: dict[str, dict[str, Tensor]] = {_WEIGHT_SAMPLE: {}}
+        for side in SIDES:
+            kinds |= {f"{side}_basis": {}, f"{side}_singular_values": {}}
+        for key, tensor in tensors.items():
+            name, _, kind = key.rpartition(".")
+            if kind not in kinds:
+                raise SafetyModuleError(f"holds {key!r}, which is no part of a safety module.")
+            kinds[kind][name] = tensor
+        try:
+            said = dict(provenance) if isinstance(provenance, Mapping) else provenance
+            sides: dict[Side, SideBases] = {}
+            for side in SIDES:
+                key = of_side(side, "energy")
+                energies = checked_energies(key, said.pop(key, {})) if isinstance(said, dict) else {}
+                bases, values = kinds[f"{side}_basis"], kinds[f"{side}_singular_values"]
+                if side == "output" or bases or values:
+                    sides[side] = SideBases(bases, values, energies)
+            return cls(sides, kinds[_WEIGHT_SAMPLE], Provenance.of(said))
+        except ValueError as error:
+            raise SafetyModuleError(f"{error} The file is damaged; calibrate again.") from error
 
 
 def _check_basis(basis: Tensor, what: str) -> None:
@@ -335,33 +363,8 @@ def _check_basis(basis: Tensor, what: str) -> None:
         raise SafetyModuleError(f"{what} has shape {tuple(basis.shape)}; expected (dimension, rank).")
     if not basis.is_floating_point() or not torch.isfinite(basis).all():
         raise SafetyModuleError(f"{what} is not finite.")
-    error = basis.T.double() @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
-    if error.abs().max() > _ORTHONORMALITY_TOLERANCE:
-        raise SafetyModuleError(f"{what} is not orthonormal (deviation {error.abs().max().item():.1e}).")
-
-
-def _check_provenance(provenance: Any) -> None:
-    """Raise SafetyModuleError for a part that is not what it should be; parts may be missing."""
-    if not isinstance(provenance, Mapping):
-        raise SafetyModuleError(f"provenance is {provenance!r:.80}, not a mapping.")
-    for key, value in provenance.items():
-        if key in _TEXTS and not (value is None or isinstance(value, str)):
-            raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a text.")
-        if key in _NUMBERS and not (value is None or _is_a(value, _NUMBER)):
-            raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a number.")
-        if key in _MAPPINGS:
-            kind = _MAPPINGS[key]
-            inside = value.items() if isinstance(value, Mapping) else [(None, None)]
-            if not all(isinstance(name, str) and _is_a(of_name, kind) for name, of_name in inside):
-                wanted = "numbers" if kind is _NUMBER else "texts"
-                raise SafetyModuleError(f"provenance: {key} is {value!r:.80}, not a mapping of names to {wanted}.")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is _NUMBER:
-        # Also of whole numbers that no float can hold.
-        return isinstance(value, _NUMBER) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
-    return isinstance(value, kind)
+    if (deviation := deviation_from_orthonormal(basis)) > MOST_DEVIATION:
+        raise SafetyModuleError(f"{what} is not orthonormal (deviation {deviation:.1e}).")
 
 
 def _checksum(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:

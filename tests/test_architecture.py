@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 # not import one another unless they are of one room. Imports within functions and those for type checkers count.
 LAYERS = (
     ("support",),
-    ("ranks", "initialization"),
+    ("ranks", "initialization", "provenance"),
+    ("options",),
     ("safety_module",),
     ("inspection", "models"),
     ("activations",),
@@ -29,9 +30,10 @@ LAYERS = (
     ("lora_options",),
     ("config",),
     ("calibration", "parametrization"),
-    ("batched_factors", "adapters"),
+    ("adapters",),
+    ("tuning",),
     ("tuner",),
-    ("registration", "evaluation"),
+    ("registration", "resuming", "evaluation"),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

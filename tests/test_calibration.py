@@ -2,7 +2,7 @@
 
 import logging
 import os
-import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,10 +13,13 @@ from torch import nn
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
 from salora_plugins.activations.capture import collect_statistics, position_mask
 from salora_plugins.activations.statistics import Engine
-from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, task_bases
+from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, settings, task_bases
 from salora_plugins.calibration.refusals import add_own_refusals
+from salora_plugins.calibration.rows import safety_rows
+from salora_plugins.calibration.settings import RowSettings
 from salora_plugins.inspection import facts, summary
 from salora_plugins.rows.reading import load_examples
+from salora_plugins.rows.tokenizing import render_rows
 from tiny import (
     gpt2,
     llama,
@@ -162,14 +165,44 @@ def test_few_answered_rows_do_not_hide_a_model_that_refuses_nothing(answered, un
         calibrate(llama(), tokenizer(), safety_data=rows, **OPTIONS)
 
 
+def counting(rendered: Counter):
+    """A tokenizer that counts the conversations that it renders."""
+    counted = tokenizer()
+
+    class Counting(type(counted)):
+        def apply_chat_template(self, conversation, *args, **kwargs):
+            rendered["".join(turn["content"] for turn in conversation)] += 1
+            return super().apply_chat_template(conversation, *args, **kwargs)
+
+    counted.__class__ = Counting
+    return counted
+
+
+def test_every_row_is_rendered_once_and_without_a_model():
+    rendered = Counter()
+    rows = [*refusal_rows(6), *asked(4)]
+    settings = RowSettings(rows, "safety_data", 10, 0, 512, counting(rendered), vocabulary=None, base_model="")
+    found = safety_rows(settings)
+    assert len(found.rows) == 10 and found.has_requests
+    # As it is asked and as it is answered, and once for all what the template writes around a request.
+    own = {text: count for text, count in rendered.items() if text != "salora-content"}
+    assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 2
+
+
+def test_a_calibration_renders_nothing_again(own_cache):
+    rendered = Counter()
+    calibrate(llama(), counting(rendered), safety_data=refusal_rows(10), target_modules=["q_proj"], safety_rank=8)
+    assert rendered.pop("salora-content") == 2
+    assert set(rendered.values()) == {1} and len(rendered) == 2 * 10
+
+
 def test_a_calibration_answers_greedily_whatever_the_generation_configuration_says():
     """The examples that answers make, from which everything follows."""
 
     def examples(model):
         requests = load_examples(asked(8), option="safety_data", allow_missing_response=True)
-        return add_own_refusals(
-            model, tokenizer(), requests, 8, is_refusal=lambda *_: True, batch_size=4, max_length=96
-        )
+        rows = render_rows(requests, tokenizer(), max_length=96, option="safety_data")
+        return add_own_refusals(model, tokenizer(), rows, 8, is_refusal=lambda *_: True, batch_size=4, max_length=96)
 
     expected = examples(llama())
     model = llama()
@@ -333,8 +366,8 @@ def test_sketched_bases_capture_what_exact_ones_do(build, input_safety_rank):
         assert ours.keys() == theirs.keys()
         # Random weights and tokens leave hardly any decay to find; test_statistics has the bound where there is one.
         assert all(ours[name] >= 0.85 * theirs[name] for name in ours)
-    for name, energy in exact.provenance["energy"].items():
-        assert sketched.provenance["energy"][name] == pytest.approx(energy, rel=1e-5)
+    for name, energy in exact.sides["output"].energies.items():
+        assert sketched.sides["output"].energies[name] == pytest.approx(energy, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketched"])
@@ -447,7 +480,7 @@ def test_layers_whose_outputs_are_zero():
 )
 def test_basis_methods_that_return_something_else(monkeypatch, result, told):
     methods = {"mine": lambda statistics, rank, side: result}
-    monkeypatch.setattr(sys.modules[calibrate_with.__module__], "basis_methods", lambda: methods)
+    monkeypatch.setattr(settings, "basis_methods", lambda: methods)
     expected = rf"basis_method='mine' returned {told}.* for 'model\.layers\.0.*; expected a tensor of shape \(64, 8\)"
     with pytest.raises(CalibrationError, match=expected):
         calibrate(llama(), basis_method="mine", safety_data=token_rows(16), input_safety_rank=0, **OPTIONS)

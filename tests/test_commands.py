@@ -117,7 +117,7 @@ def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
 SLOWLY = """
 import signal
 import time
-from salora_plugins.calibration import batching
+from salora_plugins.rows import batching
 from salora_plugins.cli import main
 
 collate = batching.collate

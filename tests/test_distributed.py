@@ -63,8 +63,9 @@ import torch
 import torch.distributed as dist
 from tiny import llama, token_rows, tokenizer
 from salora_plugins import SaLoRAConfig, calibrate
-from salora_plugins.calibration import calibrate_with, responses, task_bases
+from salora_plugins.calibration import calibrate_with, refusals, task_bases
 from salora_plugins.rows.examples import Example
+from salora_plugins.rows.tokenizing import render_rows
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), Path(sys.argv[1])
@@ -82,13 +83,14 @@ torch.save(bases, folder / f"task-{rank}.pt")
 
 # Who refuses does not matter here, but that both ranks keep the same answers, and each generated its share.
 generated = []
-answer = responses._answer
+answer = refusals._answer
 def counting(model, tokenizer, requests, max_length):
     generated.extend(requests)
     return answer(model, tokenizer, requests, max_length)
-responses._answer = counting
+refusals._answer = counting
 requests = [Example(messages=({"role": "user", "content": f"Request {i}"},)) for i in range(20)]
-kept, counts = responses.add_own_refusals(
+requests = render_rows(requests, tokenizer(), max_length=128, option="safety_data")
+kept, counts = refusals.add_own_refusals(
     llama(), tokenizer(), requests, 12, is_refusal=lambda request, text: not request.endswith("3"), batch_size=4,
     max_length=128,
 )
@@ -142,8 +144,8 @@ def test_two_ranks_calibrate_as_one(calibrated, engine, count):
     found = SafetyModule.load(first)
     alone = calibrate(llama(), safety_data=token_rows(count, length=40), calibration_engine=engine, **OPTIONS)
     assert found.provenance["positions_counted"] == alone.provenance["positions_counted"]
-    for name, energy in alone.provenance["energy"].items():
-        assert found.provenance["energy"][name] == pytest.approx(energy, rel=1e-5)
+    for name, energy in alone.sides["output"].energies.items():
+        assert found.sides["output"].energies[name] == pytest.approx(energy, rel=1e-5)
     for ours, theirs in ((found.bases, alone.bases), (found.input_bases, alone.input_bases)):
         for name, basis in theirs.items():
             if engine == "exact":

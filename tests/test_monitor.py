@@ -12,6 +12,7 @@ from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, ca
 from salora_plugins.demo.experiment import load_demo_model
 from salora_plugins.evaluation.first_tokens import refusal_margins
 from salora_plugins.evaluation.request_sets import load_requests
+from salora_plugins.safety_module import SideBases
 from tiny import llama, preference_rows, refusal_rows, sum_rows, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -152,7 +153,7 @@ def test_options_that_make_no_sense(tmp_path):
         SafetyMonitorCallback(trainer)
     with pytest.raises(ValueError, match="every_steps=0"):
         SafetyMonitorCallback(trainer, every_steps=0)
-    of_another = SafetyModule({"model.layers.9.self_attn.q_proj": torch.eye(8)[:, :2]}, {})
+    of_another = SafetyModule({"output": SideBases({"model.layers.9.self_attn.q_proj": torch.eye(8)[:, :2]})})
     with pytest.raises(ValueError, match=r"no directions for any module.*layers\.9"):
         SafetyMonitorCallback(trainer, every_steps=1, safety_module=of_another)
     with pytest.raises(ValueError, match="num_requests=0"):

@@ -1,5 +1,6 @@
 """The artifact: what is written is read again, and damage of each kind is named."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -55,6 +56,44 @@ def test_round_trip(module, tmp_path):
     read.save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+PROVENANCE = {
+    "two-sided": {"energy": {NAME: 10.0}, "input_energy": {NAME: 20.5}, "safety_rank": 0.5, "seed": 10**400 // 10**200},
+    "one-sided": {"energy": {NAME: 10.0}, "input_energy": {}, "base_model": None, "safety_rank": 3},
+    "a newer version's": {"energy": {NAME: 1}, "input_energy": {}, "by": {"keys": [1, None]}, "keys": 1},
+    "a stranger's": {},
+}
+
+
+@pytest.mark.parametrize("kind", PROVENANCE)
+def test_a_file_is_written_anew_with_the_same_bytes(kind, tmp_path):
+    """The format, spelled out: what an earlier version wrote is read, and written as it wrote it."""
+    tensors = {
+        f"{NAME}.output_basis": torch.eye(6)[:, :3].contiguous(),
+        f"{NAME}.output_singular_values": torch.tensor([2.0, 1.0, 0.5]),
+        f"{NAME}.weight_sample": torch.tensor([0.1, 0.2]),
+    }
+    if kind == "two-sided":
+        tensors[f"{NAME}.input_basis"] = torch.eye(4)[:, 1:3].contiguous()
+        tensors[f"{NAME}.input_singular_values"] = torch.tensor([3.0, 0.0])
+    sample = tensors[f"{NAME}.weight_sample"].bfloat16().view(torch.int16).numpy().tobytes()
+    description = {
+        "format_version": 2,
+        "fingerprint": hashlib.sha256(NAME.encode() + sample).hexdigest(),
+        "provenance": PROVENANCE[kind],
+    }
+    content = content_digest(tensors) + json.dumps(description, sort_keys=True)
+    description["content_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+    metadata = {"salora_safety_module": json.dumps(description, sort_keys=True)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
+    read = SafetyModule.load(tmp_path / "a.safetensors")
+    read.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert list(read.sides) == (["output", "input"] if kind == "two-sided" else ["output"])
+    said = {key: value for key, value in PROVENANCE[kind].items() if key not in ("energy", "input_energy")}
+    assert dict(read.provenance) == said and "requests" not in read.provenance
+    assert read.captured_energy == ({} if kind == "a stranger's" else {NAME: 5.25 / PROVENANCE[kind]["energy"][NAME]})
 
 
 def test_folder_stands_for_the_file_in_it(module, tmp_path):

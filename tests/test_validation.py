@@ -16,8 +16,11 @@ from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.evaluation import response_loss, validation
 from salora_plugins.evaluation.first_tokens import refusal_margins
+from salora_plugins.evaluation.removal import without_directions
+from salora_plugins.evaluation.reports.validation_report import RANDOM_SUBSPACES, write_plot
 from salora_plugins.evaluation.request_sets import Request, load_requests
-from salora_plugins.evaluation.validation import RANDOM_SUBSPACES, validate, without_directions, write_plot
+from salora_plugins.evaluation.validation import validate
+from salora_plugins.safety_module import SideBases
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -102,7 +105,7 @@ def test_random_directions_are_not_special(demo):
     random = {
         name: torch.linalg.qr(torch.randn(basis.shape, generator=generator)).Q for name, basis in module.bases.items()
     }
-    module = SafetyModule(bases=random, weight_samples=module.weight_samples, provenance=module.provenance)
+    module = SafetyModule({"output": SideBases(random)}, module.weight_samples, module.provenance)
     report = validate(module, model, tokenizer, **requests, progress=False)
     assert list(report.sides) == ["output"]
     assert not report.is_special("output")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models.embeddings import output_embeddings
 from ..models.running import cheap_forward_options, input_device
 from ..models.weights import layer_features, linear_weight
+from ..options import Positions
 from ..support.module_names import advice_to_leave_out, listed
 from .statistics import Engine, ModuleStatistics, OutputStatistics, VectorStatistics
 
@@ -25,9 +27,7 @@ class CalibrationError(ValueError):
     """Calibration cannot give a meaningful result with this model and data."""
 
 
-def position_mask(
-    labels: Tensor, positions: Literal["response", "predicting", "prompt", "all"], attention_mask: Tensor | None = None
-) -> Tensor:
+def position_mask(labels: Tensor, positions: Positions, attention_mask: Tensor | None = None) -> Tensor:
     """
     The positions whose layer inputs count.
 
@@ -127,7 +127,9 @@ class StatisticsCollector:
             for name in self.layers
         }
 
-    def _hook(self, name: str, from_inputs: bool):
+    def _hook(self, name: str, from_inputs: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        bias = self._bias[name]
+
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not self._index:
                 return
@@ -137,21 +139,21 @@ class StatisticsCollector:
                 dimension = output.shape[-1]
                 self._outputs[name] = (
                     OutputStatistics(inputs, dimension, lambda: linear_weight(layer))
-                    if from_inputs
+                    if from_inputs and inputs is not None
                     else self.engine.statistics(dimension)
                 )
-            if self._bias[name] is not None:
-                rows = rows - self._bias[name].to(rows)
+            if bias is not None:
+                rows = rows - bias.to(rows)
             self._outputs[name].update(rows)
 
         return hook
 
     def _update_input(self, name: str, tensor: Tensor) -> VectorStatistics:
-        shared = self._last_input is not None and self._last_input[0] is tensor
-        leader = self._last_input[1] if shared else name
+        last, last_leader = self._last_input or (None, name)
+        leader = last_leader if last is tensor else name
         if self._leaders.setdefault(name, leader) != leader:
             raise CalibrationError(f"{name!r} shares its input with another layer in some batches only.")
-        if not shared:
+        if last is not tensor:
             self._last_input = (tensor, name)
             if name not in self._inputs:
                 self._inputs[name] = self.engine.statistics(tensor.shape[-1], "input")
@@ -200,10 +202,11 @@ def statistics_dimensions(layers: Mapping[str, nn.Module], *, with_inputs: bool)
 
 def _bias(layer: nn.Module) -> Tensor | None:
     """A copy of the bias, which is not there between calls where accelerate offloads the layer."""
-    if getattr(layer, "bias", None) is None:
+    if not isinstance(getattr(layer, "bias", None), Tensor):
         return None
     with align_module_device(layer):
-        return layer.bias.detach().clone()
+        bias = layer.bias
+        return bias.detach().clone() if isinstance(bias, Tensor) else None
 
 
 def collect_statistics(
@@ -212,7 +215,7 @@ def collect_statistics(
     batches: Iterable[Mapping[str, Tensor]],
     engine: Engine,
     *,
-    positions: Literal["response", "predicting", "prompt", "all"] = "response",
+    positions: Positions = "response",
     with_inputs: bool = False,
     description: str = "calibrating",
 ) -> dict[str, ModuleStatistics]:
@@ -234,7 +237,7 @@ def collect_statistics(
         CalibrationError: A layer is not used, is not called once per token, or gives NaN.
     """
     options = cheap_forward_options(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers.values()):
         options.pop("logits_to_keep", None)  # the head's own statistics need every position
     device = input_device(model)

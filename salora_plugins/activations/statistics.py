@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..options import EngineChoice
+from ..ranks import Side
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
 from ..support.linear_algebra import fix_signs, top_eigenpairs, top_right_singular_vectors
 
@@ -171,7 +173,10 @@ class VectorStatistics(ABC):
 
     def _multiply(self, block: Tensor) -> Tensor:
         """The Gram matrix times a (d, k) float64 block."""
-        rows = self.factor().double()
+        factor = self.factor()
+        if factor is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a factor nor a product of its own.")
+        rows = factor.double()
         return rows.T @ (rows @ block)
 
 
@@ -191,31 +196,33 @@ class ExactStatistics(VectorStatistics):
         self._is_complete = True
 
     def factor(self) -> Tensor | None:
-        if self._gram is not None:
-            return None
+        return None if self._gram is not None else self._stacked()
+
+    def _stacked(self) -> Tensor:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
 
     def _update(self, rows: Tensor) -> None:
         if self._gram is None:
             self._rows.append(rows)
             if self.count > self.dimension:
-                self._sum_up()
+                self._gram = self._summed_up()
         else:
-            self._add(rows)
+            self._add(self._gram, rows)
 
-    def _sum_up(self) -> None:
-        self._gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64, device=self.device)
+    def _summed_up(self) -> Tensor:
+        gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64, device=self.device)
         while self._rows:
-            self._add(self._rows.pop())
+            self._add(gram, self._rows.pop())
+        return gram
 
-    def _add(self, rows: Tensor) -> None:
+    def _add(self, gram: Tensor, rows: Tensor) -> None:
         """Add the products of the upper blocks only; the others mirror them."""
         size = self.dimension if self.dimension < _BLOCKED_DIMENSION else -(-self.dimension // 3)
         for some in rows.split(_ROWS_AT_ONCE):
             parts = some.double().split(size, dim=1)
             for i, left in enumerate(parts):
                 for j, right in enumerate(parts[i:], start=i):
-                    self._gram[i * size : (i + 1) * size, j * size : (j + 1) * size].addmm_(left.T, right)
+                    gram[i * size : (i + 1) * size, j * size : (j + 1) * size].addmm_(left.T, right)
         self._is_complete = False
 
     def _multiply(self, block: Tensor) -> Tensor:
@@ -228,12 +235,10 @@ class ExactStatistics(VectorStatistics):
 
     def _reduce(self, count: int) -> None:
         if count > self.dimension:
-            if self._gram is None:
-                self._sum_up()
-            self._gram = sum_over_ranks(self._gram)
+            self._gram = sum_over_ranks(self._summed_up() if self._gram is None else self._gram)
             self._is_complete = False
         else:
-            self._rows = [_gather_rows(self.factor())]
+            self._rows = [_gather_rows(self._stacked())]
 
 
 class SketchedStatistics(VectorStatistics):
@@ -394,7 +399,7 @@ class Engine:
 
     seed: int = 0
 
-    def statistics(self, dimension: int, side: Literal["output", "input"] = "output") -> VectorStatistics:
+    def statistics(self, dimension: int, side: Side = "output") -> VectorStatistics:
         """New statistics of a layer's outputs or inputs of this length."""
         width = self.width if side == "output" else self.input_width
         if self.kind == "exact" or dimension <= max(self.exact_within * width, self.exact_up_to):
@@ -403,7 +408,7 @@ class Engine:
 
 
 def choose_engine(
-    kind: Literal["auto", "exact", "sketched"],
+    kind: EngineChoice,
     outputs: list[int],
     inputs: list[int],
     *,

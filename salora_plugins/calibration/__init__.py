@@ -1,7 +1,14 @@
-"""Calibration: examples -> token batches -> streaming statistics -> a safety module."""
+"""
+From safety data to a safety module, and from task data to start values.
+
+`pipeline` is the line; its steps are `settings` (from the configuration and the model), `rows` (read and rendered, with
+a digest), `refusals` (the model's own answers, where rows have none), `basis` (directions from the statistics that
+`activations` gathers) and `provenance`. `cache` keeps what was calibrated; `task` is the line of the start values.
+"""
 
 from ..activations.capture import CalibrationError
-from ..rows.reading import DataError
-from .pipeline import calibrate, calibrate_with, task_bases
+from ..rows.errors import DataError
+from .pipeline import calibrate, calibrate_with
+from .task import task_bases
 
 __all__ = ["CalibrationError", "DataError", "calibrate", "calibrate_with", "task_bases"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 from ..activations.capture import CalibrationError
 from ..activations.statistics import ModuleStatistics, VectorStatistics
 from ..hookspecs import BasisMethod, hookimpl
-from ..ranks import Rank, rank_for_share
+from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
+from ..safety_module import SideBases
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
+from ..support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
 from ..support.module_names import listed, pattern_for, quoted
-
-Side = Literal["output", "input"]
-
-_OPTIONS = {"output": "safety_rank", "input": "input_safety_rank"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,11 @@ def register_basis_methods(register: Callable[[str, BasisMethod], None]) -> None
 
 def compute_bases(
     statistics: dict[str, ModuleStatistics],
-    ranks: Mapping[Side, Mapping[str, Rank]],
+    ranks: SideRanks,
     method: BasisMethod,
     method_name: str,
     defaults: Mapping[Side, Collection[str]] | None = None,
-) -> dict[Side, dict[str, Basis]]:
+) -> dict[Side, SideBases]:
     """
     The bases of all modules; under torch.distributed every rank computes some, and all get the same bits.
 
@@ -72,7 +70,7 @@ def compute_bases(
         defaults: Side -> modules whose rank nobody asked for: it is cut to the directions that the data has.
 
     Returns:
-        Side -> module name -> basis. Modules that share their inputs share one input basis.
+        The sides. Modules that share their inputs share one input basis.
 
     Raises:
         CalibrationError: The data does not have so many directions, or the method's result is no basis. All ranks raise
@@ -85,12 +83,13 @@ def compute_bases(
     shared: weakref.WeakKeyDictionary[VectorStatistics, dict[tuple[Rank, bool], str]] = weakref.WeakKeyDictionary()
     source: dict[tuple[Side, str], str] = {}
     dimensions: dict[tuple[Side, str], int] = {}
+    energies: dict[Side, dict[str, float]] = {side: {} for side in ranks}
     names = list(statistics)
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
             vectors: VectorStatistics = getattr(entry, side)
-            dimensions[side, name] = vectors.dimension
+            dimensions[side, name], energies[side][name] = vectors.dimension, vectors.energy
             may_cut = name in defaults.get(side, ())
             source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
             if source[side, name] == name:
@@ -107,10 +106,20 @@ def compute_bases(
                         problems.append({"error": told})
     _raise_for(problems, source)
     owners = {name: index % world_size for index, name in enumerate(names)}
-    for (side, name), basis in _with_room(computed, dimensions).items():
+    complete = _with_room(computed, dimensions)
+    for (_, name), basis in complete.items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
-        computed[side, name] = basis
-    return {side: {name: computed[side, source[side, name]] for name in names} for side in ranks}
+    found: dict[Side, dict[str, Basis]] = {
+        side: {name: complete[side, source[side, name]] for name in names} for side in ranks
+    }
+    return {
+        side: SideBases(
+            {name: basis.vectors for name, basis in bases.items()},
+            {name: basis.singular_values for name, basis in bases.items()},
+            energies[side],
+        )
+        for side, bases in found.items()
+    }
 
 
 _Problem = dict[str, Any]
@@ -126,7 +135,7 @@ def _raise_for(problems: list[_Problem], source: Mapping[tuple[Side, str], str])
     Raises:
         CalibrationError: A rank has met problems. The others must not wait for its bases.
     """
-    groups: dict[tuple[Any, ...], dict[str, int]] = {}
+    groups: dict[tuple[Side, Rank, bool, bool], dict[str, int]] = {}
     for problem in (problem for of_rank in gather_json(problems) for problem in of_rank):
         if "error" in problem:
             raise CalibrationError(problem["error"])
@@ -143,7 +152,7 @@ def _too_few(
     side: Side, wanted: Rank, none: bool, sketched: bool, found: Mapping[str, int], targets: Collection[str]
 ) -> str:
     """One message for modules that fail alike: name -> how many directions it has."""
-    option, names = _OPTIONS[side], list(found)
+    option, names = of_side(side, "safety_rank"), list(found)
     pattern = quoted(pattern_for(names, set(targets) - set(names)))
     if none:
         return (
@@ -188,9 +197,10 @@ def _basis(
     if isinstance(wanted, float):
         found, enough = _rank_by_need(vectors, wanted)
     elif vectors.count < wanted and not may_cut:
+        option = of_side(side, "safety_rank")
         told = (
-            f"{_OPTIONS[side]}={wanted}, but the safety data has only {vectors.count} positions to find directions in. "
-            f"Give more safety data (num_safety_samples, safety_data), or lower {_OPTIONS[side]}."
+            f"{option}={wanted}, but the safety data has only {vectors.count} positions to find directions in. "
+            f"Give more safety data (num_safety_samples, safety_data), or lower {option}."
         )
         raise _ProblemError({"error": told})
     else:
@@ -243,7 +253,6 @@ def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: st
     basis, values = basis.detach().float().cpu().contiguous(), values.detach().float().cpu().contiguous()
     if not (basis.isfinite().all() and values.isfinite().all()):
         raise CalibrationError(told.format("NaN or infinity"))
-    error = (basis.T.double() @ basis.double() - torch.eye(rank, dtype=torch.float64)).abs().max()
-    if not error < 1e-4:
-        raise CalibrationError(told.format(f"columns that are not orthonormal (deviation {error:.1e})"))
+    if (deviation := deviation_from_orthonormal(basis)) > MOST_DEVIATION:
+        raise CalibrationError(told.format(f"columns that are not orthonormal (deviation {deviation:.1e})"))
     return Basis(basis, values)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from torch import nn
 
+from ..inference.greedy import end_tokens
+from ..models.fingerprint import check_belongs, model_fingerprint
+from ..ranks import of_side
 from ..safety_module import SafetyModule
 from ..support.distributed import gather_json
+from .rows import SafetyRows
+from .settings import SafetySettings
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +42,40 @@ def cache_folder() -> Path | None:
         return None
 
 
-def cache_key(settings: dict[str, Any]) -> str:
-    """A name for everything that a calibration depends on, given as JSON values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows) -> str | None:
+    """A name for everything that a safety module depends on; None where it is not to be kept."""
+    if not settings.may_cache or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return None
+    if settings.method_name != "salora":
+        return None  # code of a plugin, which may change from run to run
+    decides = {
+        "version": version("salora-plugins"),
+        "model": model_fingerprint(model),
+        "configuration": _model_configuration(model),
+        # What still counts of a generation configuration where answers are greedy.
+        "ends_of_answers": sorted(end_tokens(model, rows.tokenizer)) if rows.has_requests else [],
+        "examples": rows.digest,
+        "ranks": settings.ranks,
+        "positions": settings.positions,
+        "engine": dataclasses.astuple(settings.engine),
+        "num_safety_samples": settings.rows.num,
+        "batch_size": settings.batch_size,
+        "max_length": settings.rows.max_length,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def load_cached(key: str, check: Callable[[SafetyModule], None]) -> SafetyModule | None:
+def load_asked_for(key: str, model: nn.Module, settings: SafetySettings) -> SafetyModule | None:
     """
     The safety module that was stored under a key; under torch.distributed only if every rank finds it.
 
-    Args:
-        key: From `cache_key`.
-        check: Raises a ValueError for a module that is not what was asked for; it is computed again.
+    One that is not what was asked for is computed again.
     """
     path, found = _path(key), None
     try:
         if path is not None and path.is_file():
             safety_module = SafetyModule.load(path)
-            check(safety_module)
+            _check_asked_for(safety_module, model, settings)
             found = safety_module
     except (ValueError, OSError) as error:
         logger.warning(
@@ -81,3 +106,50 @@ def _path(key: str) -> Path | None:
         logger.warning("Calibrated safety modules are not kept: no home folder. Set %s to a folder.", FOLDER_VARIABLE)
         return None
     return folder / f"{key}.safetensors"
+
+
+def _check_asked_for(safety_module: SafetyModule, model: nn.Module, settings: SafetySettings) -> None:
+    """
+    Raises:
+        ValueError: It is not one of these modules of this model, with these ranks.
+    """
+    if set(safety_module.bases) != set(settings.names) or set(safety_module.sides) != set(settings.ranks):
+        raise ValueError("it is of other modules, or has another side.")
+    check_belongs(safety_module, model, settings.names)
+    for side, by_name in settings.ranks.items():
+        may_be_less = of_side(side, "safety_rank_cut") in safety_module.provenance
+        for name, wanted in by_name.items():
+            found = safety_module.sides[side].bases[name].shape[1]
+            if not isinstance(wanted, float) and found != wanted and not (may_be_less and found < wanted):
+                raise ValueError(f"{name!r} has {found} {side} directions instead of {wanted}.")
+
+
+# What of a model's configuration does not decide activations: names, labels, what is returned, token ids that trainers
+# set, and the dtype, which the fingerprint of the weights knows.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "task_specific_params"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    }
+)
+
+
+def _model_configuration(model: nn.Module) -> Any:
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return None if to_dict is None else _deciding_configuration(to_dict())
+
+
+def _deciding_configuration(values: Any) -> Any:
+    """
+    A configuration as JSON values without what has no effect on activations beyond rounding: names that begin with "_"
+    (the path, the implementation of attention) are none of them.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        str(key): _deciding_configuration(value)
+        for key, value in values.items()
+        if not str(key).startswith("_") and key not in _WITHOUT_EFFECT
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,15 @@ from tqdm.auto import tqdm
 
 from ..activations.capture import CalibrationError
 from ..inference.greedy import greedy_answers
-from ..rows.examples import IGNORED, Example, TokenizedExample
-from ..rows.tokenizing import render_prompt
+from ..plugins import judges
+from ..rows.examples import IGNORED, RenderedRequest, TokenizedExample
 from ..support.distributed import gather_json, rank_and_world_size
+from .rows import SafetyRows
+from .settings import SafetySettings
 
 logger = logging.getLogger(__name__)
+
+Row = TokenizedExample | RenderedRequest
 
 RESPONSE_TOKENS = 64
 """Length of a generated response; a refusal is decided and mostly complete by then."""
@@ -25,23 +30,56 @@ _ENOUGH = 16
 """So many examples always do; of fewer rows, at least half must come with a response or be refused."""
 
 
+@dataclass(frozen=True)
+class AnsweredRows:
+    """Safety data that all has a response."""
+
+    examples: list[TokenizedExample]
+    counts: dict[str, int]
+    """"requests" and "refusals", where the model has answered; else empty."""
+
+    tokenizer: Any
+    """As of the rows that they were made from."""
+
+
+def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) -> AnsweredRows:
+    """
+    The rows with the model's own refusals in the place of requests.
+
+    Raises:
+        CalibrationError: See `add_own_refusals`.
+    """
+    if not rows.has_requests:
+        return AnsweredRows([row for row in rows.rows if isinstance(row, TokenizedExample)], {}, rows.tokenizer)
+    examples, counts = add_own_refusals(
+        model,
+        rows.tokenizer,
+        rows.rows,
+        settings.rows.num,
+        is_refusal=judges()["keyword"],
+        batch_size=max(settings.batch_size, 16),
+        max_length=settings.rows.max_length,
+    )
+    return AnsweredRows(examples, counts, rows.tokenizer)
+
+
 def add_own_refusals(
     model: nn.Module,
     tokenizer: Any,
-    examples: Sequence[Example | TokenizedExample],
+    rows: Sequence[Row],
     num: int,
     *,
     is_refusal: Callable[[str, str], bool],
     batch_size: int,
     max_length: int,
-) -> tuple[list[Example | TokenizedExample], dict[str, int]]:
+) -> tuple[list[TokenizedExample], dict[str, int]]:
     """
     Give requests that have no response the model's own greedy one, and keep those that it refuses.
 
     Args:
         model: The aligned model, in evaluation mode.
         tokenizer: Its tokenizer.
-        examples: Safety examples in the order in which they are to be used.
+        rows: Safety data in the order in which it is to be used.
         num: How many to return at the most; no more are generated than needed.
         is_refusal: Judge called with the request and the response.
         batch_size: Requests per generation.
@@ -54,27 +92,25 @@ def add_own_refusals(
         CalibrationError: Too few requests were refused, so the model has no alignment to preserve, and the rows that
             came with a response do not suffice without them: all together they are neither 16 nor half of the rows.
     """
-    kept: list[Example | TokenizedExample] = []
+    kept: list[TokenizedExample] = []
     counts = {"requests": 0, "refusals": 0}
     rank, world_size = rank_and_world_size()
-    progress = tqdm(
-        total=min(num, len(examples)), desc="collecting refusals", unit="row", leave=False, disable=rank != 0
-    )
-    for batch in _batches(examples, batch_size, world_size, num):
-        mine = [request for request, owner in batch if owner == rank]
+    progress = tqdm(total=min(num, len(rows)), desc="collecting refusals", unit="row", leave=False, disable=rank != 0)
+    for batch in _batches(rows, batch_size, world_size, num):
+        mine = [row for row, owner in batch if owner == rank and isinstance(row, RenderedRequest)]
         # The shares of the ranks come back in the order of the requests.
         answers = iter(
             [answer for share in gather_json(_answer(model, tokenizer, mine, max_length)) for answer in share]
         )
-        for example, owner in batch:
+        for row, _ in batch:
             if len(kept) >= num:
                 break
-            if owner is None:
-                kept.append(example)
+            if isinstance(row, TokenizedExample):
+                kept.append(row)
                 continue
             tokens, text = next(answers)
             counts["requests"] += 1
-            if tokens is not None and is_refusal(example.request, text):
+            if tokens is not None and is_refusal(row.request, text):
                 kept.append(TokenizedExample(*(tuple(column) for column in tokens)))
                 counts["refusals"] += 1
         progress.n = len(kept)
@@ -90,33 +126,31 @@ def add_own_refusals(
             "is too little alignment to preserve. Use an aligned (instruction-tuned, safety-trained) model with its "
             "chat template, or give safety_data with the responses that it should keep."
         )
-    if len(kept) < min(num, len(examples)):
+    if len(kept) < min(num, len(rows)):
         logger.warning(
             "Calibrating on %d safety examples instead of %d: the model refused %d of %d requests.",
             len(kept),
-            min(num, len(examples)),
+            min(num, len(rows)),
             counts["refusals"],
             counts["requests"],
         )
     return kept, counts
 
 
-def _batches(
-    examples: Sequence[Example | TokenizedExample], batch_size: int, world_size: int, num: int
-) -> Iterator[list[tuple[Example | TokenizedExample, int | None]]]:
+def _batches(rows: Sequence[Row], batch_size: int, world_size: int, num: int) -> Iterator[list[tuple[Row, int | None]]]:
     """
-    Examples up to `batch_size` requests per rank, each with the rank that is to answer it; None: it has a response.
+    Rows up to `batch_size` requests per rank, each with the rank that is to answer it; None: it has a response.
 
     A rank's requests follow one another, so that several ranks generate the very batches that one would.
     """
-    batch: list[tuple[Example | TokenizedExample, int | None]] = []
+    batch: list[tuple[Row, int | None]] = []
     requests = 0
-    for example in examples:
-        if isinstance(example, Example) and example.response is None:
-            batch.append((example, requests // batch_size))
+    for row in rows:
+        if isinstance(row, RenderedRequest):
+            batch.append((row, requests // batch_size))
             requests += 1
         else:
-            batch.append((example, None))
+            batch.append((row, None))
         if requests == batch_size * world_size or len(batch) - requests >= num:
             yield batch
             batch, requests = [], 0
@@ -125,7 +159,7 @@ def _batches(
 
 
 def _answer(
-    model: nn.Module, tokenizer: Any, requests: Sequence[Example], max_length: int
+    model: nn.Module, tokenizer: Any, requests: Sequence[RenderedRequest], max_length: int
 ) -> list[tuple[tuple[list[int], list[int]] | None, str]]:
     """Greedy responses as token ids with labels, and as text; None where the prompt leaves no room for one."""
     if not requests:
@@ -135,7 +169,7 @@ def _answer(
             f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give "
             "safety_data with responses, or a safety_module."
         )
-    prompts = [render_prompt(request, tokenizer) for request in requests]
+    prompts = [list(request.prompt_ids) for request in requests]
     fitting = [index for index, prompt in enumerate(prompts) if len(prompt) < max_length]
     answers: list[tuple[tuple[list[int], list[int]] | None, str]] = [(None, "")] * len(prompts)
     if not fitting:

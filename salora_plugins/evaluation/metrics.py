@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.embeddings import vocabulary_size
 from ..models.running import evaluation_mode, input_device
-from ..rows.batching import check_token_ids, collate, vocabulary_size
+from ..rows.batching import check_token_ids, collate
 from ..rows.examples import IGNORED, Example, TokenizedExample
 from ..rows.tokenizing import tokenize
 from .judges.keyword import is_refusal
@@ -79,6 +80,7 @@ def encode_conversation(tokenizer: Any, row: Mapping[str, Any]) -> TokenizedExam
     Raises:
         DataError: see `response_loss`.
     """
-    *turns, last = [*row["prompt"], *row["completion"]]
+    turns: list[dict[str, Any]] = [*row["prompt"], *row["completion"]]
+    last = turns.pop()
     example = Example(tuple(turns), last["content"])
     return tokenize(example, tokenizer, f"the row that asks {example.request[:80]!r}")

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.embeddings import vocabulary_size
 from ..models.running import input_device
-from ..rows.batching import check_token_ids, pad_left, vocabulary_size
+from ..rows.batching import check_token_ids, pad_left
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Tokens that end a response: the generation configuration's and the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     configured = configured.tolist() if isinstance(configured, torch.Tensor) else configured
-    tokens = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    return (tokens | {tokenizer.eos_token_id}) - {None}
+    ends = [*configured] if isinstance(configured, (list, tuple)) else [configured]
+    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
 @torch.no_grad()
@@ -60,7 +61,8 @@ def greedy_answers(
     greedy = GenerationConfig(**tokens, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True)
     # `generate` takes from the model's own configuration whatever the given one leaves open.
     with _generation_config(model, GenerationConfig(**tokens)):
-        generated = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
+        generate: Any = model.generate
+        generated = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
     answers = generated[:, input_ids.shape[1] :].tolist()
     return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models.embeddings import vocabulary_size
 from ..models.running import evaluation_mode, input_device
-from ..rows.batching import check_token_ids, pad_left, vocabulary_size
+from ..rows.batching import check_token_ids, pad_left
 from ..rows.examples import Example
-from ..rows.tokenizing import render_prompt
+from ..rows.tokenizing import render_prompts
 
 
 def render_requests(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
     """Token ids of requests, up to where a model begins to answer."""
-    return [render_prompt(Example(({"role": "user", "content": request},)), tokenizer) for request in requests]
+    return render_prompts([Example(({"role": "user", "content": request},)) for request in requests], tokenizer)
 
 
 def rendered_prompts(model: nn.Module, tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
@@ -50,9 +51,7 @@ def opening_scores(model: nn.Module, prompts: list[list[int]], openings: list[tu
     logits, cache, mask = _last_logits_and_cache(model, prompts)
     scores = torch.zeros(len(prompts), len(openings), dtype=torch.float64)
     first = logits[:, -1].log_softmax(-1)
-    behind = None
-    if most > 1:
-        behind = _logits_behind(model, prompts, leaves, cache, mask).log_softmax(-1)
+    behind = _logits_behind(model, prompts, leaves, cache, mask).log_softmax(-1) if most > 1 else torch.empty(0)
     for column, opening in enumerate(openings):
         total = first[:, opening[0]].double()
         if len(opening) > 1:
@@ -70,12 +69,13 @@ def _logits_behind(
     longest = max(map(len, leaves))
     filled = [[*leaf, *leaf[-1:] * (longest - len(leaf))] for leaf in leaves]
     rows, count = len(prompts), len(leaves)
-    if _can_repeat(cache):
+    name = _cache_name(model)
+    if name is not None and _can_repeat(cache):
         cache.batch_repeat_interleave(count)
         tokens = torch.tensor(filled, device=mask.device).repeat(rows, 1)
         mask = mask.repeat_interleave(count, 0)
         mask = torch.cat([mask, mask.new_ones(rows * count, longest)], dim=1)
-        logits = _call(model, tokens, mask, use_cache=True, **{_cache_name(model): cache}).logits
+        logits = _call(model, tokens, mask, use_cache=True, **{name: cache}).logits
     else:  # everything again, prompt included
         sequences = [prompt + leaf for prompt in prompts for leaf in filled]
         logits = last_logits(model, sequences, longest)
@@ -140,7 +140,8 @@ def _call(model: nn.Module, tokens: Tensor, mask: Tensor, **options: Any) -> Any
 
 def _accepted(model: nn.Module) -> Collection[str]:
     """The options that the architecture's forward takes."""
-    architecture = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    architecture = model if get_base_model is None else get_base_model()
     return inspect.signature(type(architecture).forward).parameters
 
 

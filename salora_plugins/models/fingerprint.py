@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from ..ranks import Side
 from ..safety_module import SafetyModule, SafetyModuleError
 from .weights import is_quantized, is_torchao, layer_features, linear_weight
 
@@ -70,28 +71,28 @@ def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable
     for name in names:
         module = model.get_submodule(name)
         d_in, d_out = layer_features(module)
-        for bases, dimension, kind in (
-            (safety_module.bases, d_out, "outputs"),
-            (safety_module.input_bases, d_in, "inputs"),
-        ):
-            if name in bases and bases[name].shape[0] != dimension:
+        dimensions: dict[Side, int] = {"output": d_out, "input": d_in}
+        for side, found in safety_module.sides.items():
+            if name in found.bases and found.bases[name].shape[0] != dimensions[side]:
                 raise SafetyModuleError(
                     f"The safety module was computed for another model: its basis for {name!r} is for "
-                    f"{bases[name].shape[0]} {kind}, the layer has {dimension}. Calibrate on this model."
+                    f"{found.bases[name].shape[0]} {side}s, the layer has {dimensions[side]}. Calibrate on this model."
                 )
         if name not in samples:
             continue
         ours, theirs = samples[name], safety_module.weight_samples[name]
-        if ours.shape == theirs.shape:
-            if is_quantized(module):
-                same = (ours - theirs).square().mean() <= 0.05 * theirs.square().mean()
-            else:
-                same = torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())
-        else:
-            same = False
-        if not same:
+        if not _agree(ours, theirs, is_quantized(module)):
             raise SafetyModuleError(
                 f"The safety module was computed for another model: the weight of {name!r} is not the one it was "
                 f"computed for ({safety_module.provenance.get('base_model') or 'unnamed model'}). Calibrate on this "
                 "model, or load the model that it belongs to."
             )
+
+
+def _agree(ours: Tensor, theirs: Tensor, quantized: bool) -> bool:
+    """Whether elements of a weight are those of the same checkpoint."""
+    if ours.shape != theirs.shape:
+        return False
+    if quantized:
+        return bool((ours - theirs).square().mean() <= 0.05 * theirs.square().mean())
+    return torch.allclose(ours, theirs, rtol=2**-7, atol=1e-3 * theirs.abs().mean().item())

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .embeddings import input_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def cheap_forward_options(model: nn.Module) -> dict[str, Any]:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model expects its input ids."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    parameter = next((embeddings if embeddings is not None else model).parameters(), None)
+    embeddings = input_embeddings(model)
+    parameter = next((model if embeddings is None else embeddings).parameters(), None)
     if parameter is not None and not parameter.is_meta:
         return parameter.device
     # Offloaded by accelerate, which fetches the weights to the device that its hooks name.
@@ -62,7 +62,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     in this mode, and the model could not be trained any more; it is kept from that.
     """
     modes = [(module, module.training) for module in model.modules()]
-    repacking = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    repacking: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     model.eval()
     for module in repacking:
         module.support_avx512bf16_for_cpu = False
@@ -84,17 +84,16 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
     Models that were placed by a device map stay where they are.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    stays = (
-        not torch.accelerator.is_available()
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if (
+        current is None
         or any(tensor.device.type != "cpu" for tensor in tensors)
         or getattr(model, "hf_device_map", None) is not None
         or any(hasattr(module, "_hf_hook") for module in model.modules())
-    )
-    if stays:
+    ):
         yield
         return
-    device = torch.accelerator.current_accelerator()
-    device = torch.device(device.type, torch.accelerator.current_device_index())
+    device = torch.device(current.type, torch.accelerator.current_device_index())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraModel
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..ranks import Rank, matching_patterns
+from ..ranks import Rank, SideRanks, matching_patterns, of_side
 from ..support.module_names import advice_to_leave_out, listed, pattern_for, quoted
+from .embeddings import input_embeddings, output_embeddings
 from .weights import base_layer, is_quantized, layer_features
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,19 @@ logger = logging.getLogger(__name__)
 _LORA = LoraConfig()
 # A share of the energy is not to be had from fewer outputs or inputs; the default of safety_rank.
 _LEAST_FOR_A_SHARE = 32
+
+
+@runtime_checkable
+class _HasSafetyRanks(Protocol):
+    """The configuration of an adapter that protects directions; any other is LoRA's."""
+
+    safety_rank: Rank
+    safety_rank_pattern: dict[str, Rank]
+    input_safety_rank: Rank | None
+    input_safety_rank_pattern: dict[str, Rank]
+
+    @property
+    def has_input_side(self) -> bool: ...
 
 
 def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -48,14 +63,15 @@ def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
     given, config = config, copy.copy(config)
     if config.target_modules is None:
         model_type = BaseTuner.get_model_config(model).get("model_type")
-        config.target_modules = LoraModel.target_module_mapping.get(model_type)
-        if config.target_modules is None:
+        known = LoraModel.target_module_mapping.get(model_type) if model_type else None
+        if known is None:
             raise ValueError(
                 f"target_modules is not set, and PEFT knows no default for the model type {model_type!r}: name the "
                 "linear layers to adapt, or give target_modules='all-linear'."
             )
+        config.target_modules = list(known)
     _check_not_fused(model, config)
-    config = _maybe_include_all_linear_layers(config, model)
+    _maybe_include_all_linear_layers(config, model)  # in place
     names = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -104,14 +120,14 @@ def _check_not_fused(model: nn.Module, config: LoraConfig) -> None:
         ValueError: Targets are names of experts that Transformers has fused, which PEFT would silently translate for
             LoRA and silently ignore for every other type.
     """
-    if isinstance(config.target_modules, str) or not hasattr(model, "config"):
+    if isinstance(config.target_modules, str) or not config.target_modules or not hasattr(model, "config"):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         view = LoraConfig(target_modules=list(config.target_modules))
     convert_peft_config_for_transformers(view, model, None)
     if view.target_parameters:
-        fused = sorted(set(config.target_modules) - set(view.target_modules))
+        fused = sorted(set(config.target_modules).difference(view.target_modules or ()))
         raise ValueError(
             f"target_modules: {', '.join(map(repr, fused))} of {type(model).__name__} are parameters that hold all "
             f"experts "
@@ -126,11 +142,11 @@ def too_narrow(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> li
     Where a pattern decides the rank, the user has named the layer, and `check_ranks` says what is wrong.
     """
     targets = config.target_modules
-    if not (isinstance(targets, str) and targets.lower() == "all-linear" and hasattr(config, "safety_rank_pattern")):
+    if not (isinstance(targets, str) and targets.lower() == "all-linear" and isinstance(config, _HasSafetyRanks)):
         return []
     names = list(names)
     default = default_input_ranks(model, names)
-    sides = [(1, config.safety_rank, config.safety_rank_pattern)]
+    sides: list[tuple[int, Rank | None, dict[str, Rank]]] = [(1, config.safety_rank, config.safety_rank_pattern)]
     if config.has_input_side:
         sides.append((0, config.input_safety_rank, config.input_safety_rank_pattern))
     narrow = set()
@@ -147,8 +163,10 @@ def say_what_is_left_out(model: nn.Module, config: LoraConfig) -> None:
     """Log the layers that `target_module_names` has left out."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
         return
-    resolved = _maybe_include_all_linear_layers(copy.copy(config), model)
-    found = [name for name, _ in model.named_modules() if name in resolved.target_modules]
+    resolved = copy.copy(config)
+    _maybe_include_all_linear_layers(resolved, model)  # in place
+    linear = resolved.target_modules or ()
+    found = [name for name, _ in model.named_modules() if name in linear]
     found = [name for name in found if BaseTuner._check_target_module_exists(resolved, name)]
     if left_out := too_narrow(model, config, found):
         kept = set(found) - set(left_out)
@@ -168,15 +186,14 @@ def check_reached_by_text(model: nn.Module, names: Iterable[str]) -> None:
     """
     config = getattr(model, "config", None)
     towers = set(getattr(config, "sub_configs", {})) - {"text_config", "generation_config"}
-    decoder = model.get_decoder() if towers and hasattr(model, "get_decoder") else None
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if towers and get_decoder is not None else None
     inside = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), None)
     if inside is None:
         return
-    head = model.get_output_embeddings()
-    names = list(names)
-    unused = [
-        n for n in names if not n.startswith(inside) and base_layer(model.get_submodule(n)) is not base_layer(head)
-    ]
+    head, names = output_embeddings(model), list(names)
+    reached = None if head is None else base_layer(head)
+    unused = [n for n in names if not n.startswith(inside) and base_layer(model.get_submodule(n)) is not reached]
     if unused:
         everything = [name for name, _ in model.named_modules()]
         raise ValueError(
@@ -192,9 +209,10 @@ def _check_not_tied(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ValueError: The head is a target and its weight is the input embedding's, which merging would change as well.
     """
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for name in names if embeddings is not None else ():
-        if base_layer(model.get_submodule(name)).weight is base_layer(embeddings).weight:
+    embeddings = input_embeddings(model)
+    tied = None if embeddings is None else base_layer(embeddings).weight
+    for name in names if tied is not None else ():
+        if base_layer(model.get_submodule(name)).weight is tied:
             raise ValueError(
                 f"target_modules: {name!r} has the weight of the input embeddings, which merging the adapter would "
                 "change with it. Leave it out, or load the model with tie_word_embeddings=False."
@@ -259,16 +277,13 @@ def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int
     return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
 
 
-def check_ranks(model: nn.Module, ranks: Mapping[str, Mapping[str, Rank]]) -> None:
+def check_ranks(model: nn.Module, ranks: SideRanks) -> None:
     """
-    Args:
-        ranks: Side ("output", "input") -> module name -> rank.
-
     Raises:
         ValueError: A rank leaves a layer nothing to train.
     """
     for side, by_name in ranks.items():
-        option = "safety_rank" if side == "output" else "input_safety_rank"
+        option = of_side(side, "safety_rank")
         too_large: dict[tuple[Rank, int], list[str]] = {}
         for name, rank in by_name.items():
             dimension = layer_features(model.get_submodule(name))[1 if side == "output" else 0]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -26,7 +25,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 def layer_features(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer, quantized or not."""
-    layer = base_layer(module)
+    layer: Any = base_layer(module)
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return layer.in_features, layer.out_features
@@ -43,7 +42,7 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     Raises:
         ValueError: bitsandbytes has repacked the 4-bit weight for inference on this CPU, which no gradients pass.
     """
-    layer = base_layer(module)
+    layer: Any = base_layer(module)
     if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
             "The 4-bit base model was run in evaluation mode on this CPU, for which bitsandbytes has repacked its "
@@ -60,7 +59,8 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the weight is one of bitsandbytes or torchao, which `linear_weight` dequantizes."""
-    weight = base_layer(module).weight
+    layer: Any = base_layer(module)
+    weight = layer.weight
     return _is_bitsandbytes(weight) or is_torchao(weight)
 
 

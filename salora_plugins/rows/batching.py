@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .sources import DataError
+from .errors import DataError
 
 if TYPE_CHECKING:
     from .examples import TokenizedExample
@@ -65,23 +65,13 @@ def pad_left(
     return tokens, mask
 
 
-def vocabulary_size(model: nn.Module) -> int | None:
-    """How many tokens a model has an embedding for; None where it does not tell."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    size = getattr(embeddings, "num_embeddings", None)
-    return size if isinstance(size, int) else None
-
-
 def check_token_ids(input_ids: Sequence[int], vocabulary: int | None, name: Callable[[], str]) -> None:
     """
     Refuse ids that a model has no embedding for; on a GPU they would end every later use of it in the process.
 
     Args:
         input_ids: Of one sequence.
-        vocabulary: From `vocabulary_size`; None is not known.
+        vocabulary: How many tokens the model has an embedding for; None is not known.
         name: What to call the sequence in messages.
 
     Raises:

@@ -7,13 +7,9 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .sources import DataError
-
-if TYPE_CHECKING:
-    pass
-
+from .errors import DataError
 
 IGNORED = -100
 """The label of a token that is not part of a response."""
@@ -59,6 +55,17 @@ class TokenizedExample:
     def has_response(self) -> bool:
         """Whether any token belongs to a response."""
         return any(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class RenderedRequest:
+    """A request that a model is to answer."""
+
+    request: str
+    """What is asked, without chat markup."""
+
+    prompt_ids: tuple[int, ...]
+    """Token ids up to where the model begins to answer."""
 
 
 def select_examples(examples: Sequence[Any], num: int, seed: int) -> list[Any]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .rendering import common_prefix_length
-from .sources import DataError
-
-if TYPE_CHECKING:
-    pass
+from .errors import DataError, shortened
 from .examples import IGNORED, Example, TokenizedExample
+from .rendering import common_prefix_length
 
 FORMATS = (
     "messages; prompt + response; prompt + completion; prompt + chosen; chosen (+ rejected); "
@@ -34,7 +31,8 @@ TOKENIZED_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", *_M
 _ALPACA = ("instruction", "input", "output", "system", "history")
 TEXT_COLUMNS = (*_CONVERSATIONS, "chosen", "rejected", "prompt", *_ANSWERS, *_ALPACA, "text", "label")
 """Columns of rows of text that are looked at."""
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _SHAREGPT = {"from": "role", "value": "content"}
 _CALLS = ("tool_calls", "function_call")
 """Keys of a message that calls tools, which may then have no content."""
@@ -97,9 +95,9 @@ def _check_text(example: Example, where: str) -> None:
 def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Example | TokenizedExample]:
     if "input_ids" in row:
         return _tokenized_row(row, where)
-    for prompt, response in _TOKEN_PAIRS:
-        if prompt in row and response in row:
-            before, after = _integers(row, prompt, where), _integers(row, response, where)
+    for asked, answered in _TOKEN_PAIRS:
+        if asked in row and answered in row:
+            before, after = _integers(row, asked, where), _integers(row, answered, where)
             return [TokenizedExample(before + after, (IGNORED,) * len(before) + after)]
     for column in _CONVERSATIONS:
         if column in row:
@@ -207,13 +205,13 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str
         role, content = message.get("role"), message.get("content")
         if role == "function_call":  # ShareGPT's way to say that this text calls a tool
             message |= {"function_call": content}
-        if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"{name} has the role {role!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise DataError(f"{name} has the role {role!r}; use one of {', '.join(_ROLES)}")
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = message["content"] = _join_text_parts(content, name)
         if not isinstance(content, str) and not (content is None and any(key in message for key in _CALLS)):
             raise DataError(f"{name} must have a text as `content`, not {shortened(content)}")
-        messages.append(message | {"role": ROLES[role]})
+        messages.append(message | {"role": _ROLES[role]})
     return tuple(messages)
 
 
@@ -265,11 +263,3 @@ def _integers(row: Mapping[str, Any], column: str, where: str) -> tuple[int, ...
     if not isinstance(values, Sequence) or not all(isinstance(item, int) for item in values):
         raise DataError(f"{where}: `{column}` must be a flat list of integers, not {shortened(value)}")
     return tuple(values)
-
-
-def shortened(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."

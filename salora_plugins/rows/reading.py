@@ -1,42 +1,22 @@
-"""Rows of any common format to chat examples, and chat examples to token ids with the response marked.
-
-Nothing here knows models, PEFT or trainers.
-"""
+"""Examples from wherever the user keeps them: the rows that are used, and what is said of those that are not."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .batching import check_token_ids
-from .sources import DataError, describe, read_rows
-
-if TYPE_CHECKING:
-    pass
-from .examples import Example, TokenizedExample, data_digest, select_examples
-from .formats import FORMATS, ROLES, TEXT_COLUMNS, TOKENIZED_COLUMNS, is_undesirable, parse_row
-from .tokenizing import render_prompt, tokenize, tokenize_examples
-
-__all__ = [
-    "DataError",
-    "Example",
-    "TokenizedExample",
-    "data_digest",
-    "load_examples",
-    "parse_row",
-    "render_prompt",
-    "select_examples",
-    "tokenize",
-    "tokenize_examples",
-]
+from .errors import DataError
+from .examples import Example, TokenizedExample
+from .formats import FORMATS, TEXT_COLUMNS, TOKENIZED_COLUMNS, is_undesirable, parse_row
+from .sources import describe, read_rows
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4_000
 """How many rows of a larger data set are read; calibration needs some hundreds."""
-ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
 def load_examples(
@@ -78,7 +58,7 @@ def load_examples(
             with a warning.
         max_rows: of a larger data set, a fixed random subset of this size is read (of a stream, the
             first rows).
-        vocabulary: number of tokens that the model knows (`batching.vocabulary_size`), to refuse other ids in rows.
+        vocabulary: number of tokens that the model knows (`models.embeddings`), to refuse other ids in rows.
 
     Returns:
         At least one example, in the order of the rows.

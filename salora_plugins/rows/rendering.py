@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ..support.callers import argument_of_caller
-from .sources import DataError
+from .errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,59 +32,188 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 """What chat templates that write today's date are told, so that the same rows are the same ids every day."""
 
 
-def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    """Token ids of what stands before the response, up to where the model begins to answer.
+class Renderer:
+    """
+    Renders conversations, or plain text, with one tokenizer.
+
+    What there is to find out about its chat template is found out once, so that a renderer is for many rows.
 
     Args:
-        example: its response is not looked at.
-        tokenizer: with or without a chat template.
-        name: what to call the example in messages.
-
-    Raises:
-        DataError: the chat template refuses the conversation, or there is none for one of several turns.
+        tokenizer: With or without a chat template.
     """
-    if _uses_template(example, tokenizer, name):
-        return _template_ids(example.messages, tokenizer, name, add_generation_prompt=True)
-    return _encode(example.request, tokenizer)
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = has_template(tokenizer)
+        self._options = template_options(tokenizer)
+        self._requests: list[tuple[str, str, list[int]]] | None = None
 
-def prompt_and_response_ids(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
-    """Token ids of the whole exchange, and how many of them precede the response.
+    def prompt_ids(self, example: Example, name: str) -> list[int]:
+        """Token ids of what stands before the response, up to where the model begins to answer.
 
-    The response is what a model that is asked would write: from where it begins to answer up to the token that ends its
-    turn, with that token. What a template writes behind it (ChatML: a line break) is left out. A token that spans the
-    border to the prompt belongs to the response.
+        Args:
+            example: its response is not looked at.
+            name: what to call the example in messages.
 
-    Args:
-        example: with a response.
-        tokenizer, name: as for `prompt_ids`.
+        Raises:
+            DataError: the chat template refuses the conversation, or there is none for one of several turns.
+        """
+        if self._uses_template(example, name):
+            return self._template_ids(example.messages, name, add_generation_prompt=True)
+        return _encode(example.request, self._tokenizer)
 
-    Raises:
-        DataError: as `prompt_ids`, or the response cannot be told apart.
-    """
-    prompt = prompt_ids(example, tokenizer, name)
-    if not _uses_template(example, tokenizer, name):
-        text = example.request + example.response
-        if tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
-            text += tokenizer.eos_token
-        whole = _encode(text, tokenizer)
-        return whole, common_prefix_length(prompt, whole)
-    whole = _answered_ids(example.messages, example.response, tokenizer, name)
-    start = len(prompt)
-    if whole[:start] != prompt:
-        # Answered, the template writes the prompt differently than when it asks for an answer: DeepSeek-R1's leaves out
-        # `<think>`, Mistral's moves the system turn. Other answers show where this one begins.
-        others = [_answered_ids(example.messages, text, tokenizer, name) for text in (_MARKER, _OTHER_MARKER)]
-        start = min(common_prefix_length(other, whole) for other in others)
-        if start + 1 < _end_of_request(example, whole, tokenizer, name):
-            start = len(whole)
-    if start == len(whole):
-        raise DataError(
-            f"{name}: the tokenizer's chat template renders the conversation in such a way that the tokens of the "
-            "response cannot be told apart from those of the prompt. Give rows with input_ids and labels, or set "
-            "another `tokenizer.chat_template`."
-        )
-    return whole[: _end_of_turn(whole, start, tokenizer)], start
+    def prompt_and_response_ids(self, example: Example, name: str) -> tuple[list[int], int]:
+        """Token ids of the whole exchange, and how many of them precede the response.
+
+        The response is what a model that is asked would write: from where it begins to answer up to the token that ends
+        its turn, with that token. What a template writes behind it (ChatML: a line break) is left out. A token that
+        spans the border to the prompt belongs to the response.
+
+        Args:
+            example: with a response.
+            name: as for `prompt_ids`.
+
+        Raises:
+            DataError: as `prompt_ids`, or there is no response, or it cannot be told apart.
+        """
+        if example.response is None:
+            raise DataError(f"{name} has no response")
+        prompt = self.prompt_ids(example, name)
+        if not self._uses_template(example, name):
+            text, end = example.request + example.response, self._tokenizer.eos_token
+            if end and not text.endswith(end):
+                text += end
+            whole = _encode(text, self._tokenizer)
+            return whole, common_prefix_length(prompt, whole)
+        whole = self._answered_ids(example.messages, example.response, name)
+        start = len(prompt)
+        if whole[:start] != prompt:
+            # Answered, the template writes the prompt differently than when it asks for an answer: DeepSeek-R1's leaves
+            # out `<think>`, Mistral's moves the system turn. Other answers show where this one begins.
+            others = [self._answered_ids(example.messages, text, name) for text in (_MARKER, _OTHER_MARKER)]
+            start = min(common_prefix_length(other, whole) for other in others)
+            if start + 1 < self._end_of_request(example.messages, example.response, whole, name):
+                start = len(whole)
+        if start == len(whole):
+            raise DataError(
+                f"{name}: the tokenizer's chat template renders the conversation in such a way that the tokens of the "
+                "response cannot be told apart from those of the prompt. Give rows with input_ids and labels, or set "
+                "another `tokenizer.chat_template`."
+            )
+        return whole[: _end_of_turn(whole, start, self._tokenizer)], start
+
+    def _uses_template(self, example: Example, name: str) -> bool:
+        if not example.messages or self._is_rendered(example, name):
+            return False
+        if not self._has_template and not _is_single_request(example):
+            raise DataError(
+                f"{name} is a conversation of several turns, and the tokenizer has no chat template to render "
+                "it. Set `tokenizer.chat_template`, or give `prompt` and `completion` as plain text."
+            )
+        return self._has_template
+
+    def _is_rendered(self, example: Example, name: str) -> bool:
+        """
+        Whether the request went through the chat template already, as in data made for plain-text training.
+
+        Raises:
+            DataError: It did, and its control tokens cannot be read from text.
+        """
+        if not self._has_template or not _is_single_request(example):
+            return False
+        for end, rendered, ids in self._rendered_requests(name):
+            if end and example.request.rstrip().endswith(end):
+                if list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"]) != ids:
+                    raise DataError(
+                        f"{name}: it ends with {end!r}, as if it were rendered already, and the tokenizer does not "
+                        "read its control tokens from text. Give the conversation as `messages`."
+                    )
+                return True
+        return False
+
+    def _rendered_requests(self, name: str) -> list[tuple[str, str, list[int]]]:
+        """What is written behind a request, in every form of the template; and a whole one as text and as ids."""
+        if self._requests is None:
+            conversation = ({"role": "user", "content": _MARKER},)
+            forms = [self._options]
+            if "enable_thinking" in self._options:
+                forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
+            found = []
+            for form in forms:
+                ids = self._template_ids(conversation, name, True, form)
+                if self._tokenizer.chat_template:
+                    rendered = self._apply_template(conversation, name, True, form, tokenize=False)
+                else:
+                    rendered = self._tokenizer.decode(ids)
+                found.append((rendered.rpartition(_MARKER)[2].strip(), rendered, ids))
+            self._requests = found
+        return self._requests
+
+    def _answered_ids(self, messages: Sequence[dict[str, Any]], response: str, name: str) -> list[int]:
+        """A finished conversation."""
+        conversation = (*messages, {"role": "assistant", "content": response})
+        if self._tokenizer.chat_template:
+            return self._template_ids(conversation, name)
+        try:
+            return self._template_ids(conversation, name)
+        except DataError:
+            # mistral-common renders only what a model is to answer or to go on with; it ends its turns by this token.
+            unfinished = self._template_ids(conversation, name, options={"continue_final_message": True})
+            end = self._tokenizer.eos_token_id
+            return unfinished if end is None else [*unfinished, end]
+
+    def _end_of_request(self, messages: Sequence[dict[str, Any]], response: str, whole: list[int], name: str) -> int:
+        """How many tokens of a whole exchange end with the request's last: another request changes none behind."""
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None:
+            return 0
+        others = list(messages)
+        others[last] = others[last] | {"content": _MARKER}
+        changed = self._answered_ids(others, response, name)
+        return len(whole) - common_prefix_length(changed[::-1], whole[::-1])
+
+    def _template_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        name: str,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """A conversation, up to where the model is to answer if `add_generation_prompt`."""
+        ids = self._apply_template(messages, name, add_generation_prompt, options, tokenize=True)
+        return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+
+    def _apply_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        name: str,
+        add_generation_prompt: bool,
+        options: Mapping[str, Any] | None,
+        *,
+        tokenize: bool,
+    ) -> Any:
+        options = self._options if options is None else options
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=tokenize,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=False,
+                **options,
+            )
+        except Exception as error:  # a template raises what it likes
+            roles = [message["role"] for message in messages]
+            if roles[:2] in (["system", "user"], ["developer", "user"]):
+                # Templates such as Gemma's refuse a system turn; their models read it in front of the request.
+                system, user = messages[:2]
+                merged = user | {"content": f"{system.get('content')}\n\n{user.get('content')}"}
+                return self._apply_template(
+                    (merged, *messages[2:]), name, add_generation_prompt, options, tokenize=tokenize
+                )
+            raise DataError(
+                f"The tokenizer's chat template refuses {name}: {type(error).__name__}: {error} (roles: "
+                f"{', '.join(roles)}). Change the conversation, or set another `tokenizer.chat_template`."
+            ) from error
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -165,118 +294,8 @@ def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
     return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
 
 
-def _uses_template(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    if not example.messages or _is_rendered(example, tokenizer, name):
-        return False
-    if not has_template(tokenizer) and not _is_single_request(example):
-        raise DataError(
-            f"{name} is a conversation of several turns, and the tokenizer has no chat template to render "
-            "it. Set `tokenizer.chat_template`, or give `prompt` and `completion` as plain text."
-        )
-    return has_template(tokenizer)
-
-
 def _is_single_request(example: Example) -> bool:
     return len(example.messages) == 1 and example.messages[0]["role"] == "user"
-
-
-def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """
-    Whether the request went through the chat template already, as in data made for plain-text training.
-
-    Raises:
-        DataError: It did, and its control tokens cannot be read from text.
-    """
-    if not has_template(tokenizer) or not _is_single_request(example):
-        return False
-    options = template_options(tokenizer)
-    for chosen in (options, {key: value for key, value in options.items() if key != "enable_thinking"}):
-        conversation = ({"role": "user", "content": _MARKER},)
-        ids = _template_ids(conversation, tokenizer, name, True, chosen)
-        if tokenizer.chat_template:
-            rendered = _apply_template(conversation, tokenizer, name, True, chosen, tokenize=False)
-        else:
-            rendered = tokenizer.decode(ids)
-        end_of_request = rendered.rpartition(_MARKER)[2].strip()
-        if end_of_request and example.request.rstrip().endswith(end_of_request):
-            if list(tokenizer(rendered, add_special_tokens=False)["input_ids"]) != ids:
-                raise DataError(
-                    f"{name}: it ends with {end_of_request!r}, as if it were rendered already, and the tokenizer does "
-                    "not read its control tokens from text. Give the conversation as `messages`."
-                )
-            return True
-    return False
-
-
-def _answered_ids(
-    messages: Sequence[dict[str, Any]], response: str, tokenizer: PreTrainedTokenizerBase, name: str
-) -> list[int]:
-    """A finished conversation."""
-    conversation = (*messages, {"role": "assistant", "content": response})
-    if tokenizer.chat_template:
-        return _template_ids(conversation, tokenizer, name)
-    try:
-        return _template_ids(conversation, tokenizer, name)
-    except DataError:
-        # mistral-common renders only what a model is to answer or to go on with; it ends its turns by this token.
-        unfinished = _template_ids(conversation, tokenizer, name, options={"continue_final_message": True})
-        return unfinished if tokenizer.eos_token_id is None else [*unfinished, tokenizer.eos_token_id]
-
-
-def _template_ids(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    add_generation_prompt: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """A conversation, up to where the model is to answer if `add_generation_prompt`."""
-    ids = _apply_template(messages, tokenizer, name, add_generation_prompt, options, tokenize=True)
-    return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
-
-
-def _apply_template(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    add_generation_prompt: bool,
-    options: Mapping[str, Any] | None,
-    *,
-    tokenize: bool,
-) -> Any:
-    options = template_options(tokenizer) if options is None else options
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=tokenize,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
-            **options,
-        )
-    except Exception as error:  # a template raises what it likes
-        roles = [message["role"] for message in messages]
-        if roles[:2] in (["system", "user"], ["developer", "user"]):
-            # Templates such as Gemma's refuse a system turn; their models read it in front of the request.
-            system, user = messages[:2]
-            merged = user | {"content": f"{system.get('content')}\n\n{user.get('content')}"}
-            return _apply_template(
-                (merged, *messages[2:]), tokenizer, name, add_generation_prompt, options, tokenize=tokenize
-            )
-        raise DataError(
-            f"The tokenizer's chat template refuses {name}: {type(error).__name__}: {error} (roles: "
-            f"{', '.join(roles)}). Change the conversation, or set another `tokenizer.chat_template`."
-        ) from error
-
-
-def _end_of_request(example: Example, whole: list[int], tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """How many of the tokens of a whole exchange end with the request's last: another request changes none behind."""
-    last = max((i for i, message in enumerate(example.messages) if message["role"] == "user"), default=None)
-    if last is None:
-        return 0
-    messages = list(example.messages)
-    messages[last] = messages[last] | {"content": _MARKER}
-    changed = _answered_ids(messages, example.response, tokenizer, name)
-    return len(whole) - common_prefix_length(changed[::-1], whole[::-1])
 
 
 def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -289,7 +308,7 @@ def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase)
     if isinstance(added, Mapping):
         special |= {token_id for token_id, token in added.items() if token.special}
     last = max((index for index in range(start, len(ids)) if ids[index] in special), default=None)
-    return len(ids) if last is None or tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+    return len(ids) if last is None or str(tokenizer.decode(ids[last + 1 :])).strip() else last + 1
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .batching import check_token_ids
-from .rendering import prompt_and_response_ids, prompt_ids
-from .sources import DataError
+from .errors import DataError, shortened
+from .examples import IGNORED, Example, RenderedRequest, TokenizedExample
+from .rendering import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from .examples import IGNORED, Example, TokenizedExample
-from .formats import shortened
 
 
 def tokenize_examples(
@@ -32,8 +31,34 @@ def tokenize_examples(
 
     Args:
         examples: examples with a response; tokenized ones are only cut.
+        tokenizer, max_length, option, vocabulary: as for `render_rows`.
+
+    Raises:
+        DataError: as `render_rows`, or an example has no response.
+    """
+    rows = render_rows(examples, tokenizer, max_length=max_length, option=option, vocabulary=vocabulary)
+    tokenized = []
+    for row in rows:
+        if isinstance(row, RenderedRequest):
+            raise DataError(f"the example of {option} that asks {shortened(row.request)} has no response")
+        tokenized.append(row)
+    return tokenized
+
+
+def render_rows(
+    examples: Iterable[Example | TokenizedExample],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    option: str,
+    vocabulary: int | None = None,
+) -> list[TokenizedExample | RenderedRequest]:
+    """`tokenize_examples` for examples of which some have no response: requests, which are rendered and not cut.
+
+    Args:
+        examples: in any form.
         tokenizer: may be None if all examples are tokenized.
-        max_length: number of tokens that are kept, from the beginning.
+        max_length: number of tokens of an example that are kept, from the beginning.
         option: what the user calls this data, for messages.
         vocabulary: number of tokens that the model knows, to refuse those that only the tokenizer does.
 
@@ -41,37 +66,48 @@ def tokenize_examples(
         DataError: there is no tokenizer, the chat template refuses a conversation, the model does not know a token, or
             nothing is left.
     """
-    tokenized: list[TokenizedExample] = []
-    left_out = 0
+    rows: list[TokenizedExample | RenderedRequest] = []
+    renderer = None if tokenizer is None else Renderer(tokenizer)
+    left_out = requests = 0
     for example in examples:
         if isinstance(example, Example):
-            if tokenizer is None:
+            if renderer is None:
                 raise DataError(
                     f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
                     "of `input_ids` and `labels`."
                 )
+            if example.response is None:
+                rows.append(RenderedRequest(example.request, tuple(_prompt_ids(example, renderer))))
+                requests += 1
+                continue
             name = f"the example of {option} that asks {shortened(example.request)}"
-            example = tokenize(example, tokenizer, name)
+            example = _tokenized(example, renderer, name)
             check_token_ids(example.input_ids, vocabulary, name.__str__)
         cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length])
         if cut.has_response:
-            tokenized.append(cut)
+            rows.append(cut)
         else:
             left_out += 1
     if left_out:
         found = (
-            f"{left_out} of {left_out + len(tokenized)} examples of {option} have no response token within "
+            f"{left_out} of {left_out + len(rows) - requests} examples of {option} have no response token within "
             f"calibration_max_length={max_length} tokens"
         )
-        if not tokenized:
+        if not rows:
             raise DataError(f"{found}, so nothing is left. Raise it, or give examples with shorter prompts.")
         warnings.warn(f"{found} and are left out", stacklevel=2)
-    return tokenized
+    return rows
+
+
+def render_prompts(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of what stands before the responses, up to where the model begins to answer."""
+    renderer = Renderer(tokenizer)
+    return [_prompt_ids(example, renderer) for example in examples]
 
 
 def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of what stands before the response, up to where the model begins to answer."""
-    return prompt_ids(example, tokenizer, f"the request {shortened(example.request)}")
+    """`render_prompts` of one."""
+    return _prompt_ids(example, Renderer(tokenizer))
 
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExample:
@@ -88,5 +124,13 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) ->
     """
     if example.response is None:
         raise DataError(f"{name} has no response")
-    input_ids, num_prompt = prompt_and_response_ids(example, tokenizer, name)
+    return _tokenized(example, Renderer(tokenizer), name)
+
+
+def _prompt_ids(example: Example, renderer: Renderer) -> list[int]:
+    return renderer.prompt_ids(example, f"the request {shortened(example.request)}")
+
+
+def _tokenized(example: Example, renderer: Renderer, name: str) -> TokenizedExample:
+    input_ids, num_prompt = renderer.prompt_and_response_ids(example, name)
     return TokenizedExample(tuple(input_ids), (IGNORED,) * num_prompt + tuple(input_ids[num_prompt:]))

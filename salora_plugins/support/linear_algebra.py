@@ -23,6 +23,9 @@ _KRYLOV_TOLERANCE = 1e-9
 _KRYLOV_RESIDUAL = 1e-3
 _ORTHOGONAL = 1e-6  # before the last of several orthogonalizations
 
+MOST_DEVIATION = 1e-4
+"""Of a basis whose columns pass for orthonormal, see `deviation_from_orthonormal`."""
+
 _said: set[tuple[str, str]] = set()
 
 
@@ -44,7 +47,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     attempts = [lambda: torch.linalg.eigh(matrix), by_svd]
     if matrix.device.type != "cpu":
         attempts.insert(1, lambda: torch.linalg.eigh(matrix.cpu()))
-    return _first_that_works("eigh", matrix, attempts)
+    values, vectors = _first_that_works("eigh", matrix, attempts)
+    return values, vectors
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +81,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attempts.insert(1, lambda: torch.linalg.svd(matrix, full_matrices=False, driver="gesvd"))
     if matrix.device.type == "cpu":
         del attempts[1]
-    return _first_that_works("svd", matrix, attempts)
+    u, s, vh = _first_that_works("svd", matrix, attempts)
+    return u, s, vh
 
 
 def _first_that_works(
@@ -139,6 +144,27 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     q, r = torch.linalg.qr((basis.mT @ matrices).mT)
     u, s, vh = svd(r.mT)
     return (basis @ u)[..., :rank], s[..., :rank], (vh @ q.mT)[..., :rank, :]
+
+
+def svd_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The thin singular value decomposition of a product of two thin matrices, which is never formed: from the QR
+    decompositions of both and the decomposition of a small matrix, in float64.
+
+    Args:
+        left: (m, k), any floating dtype.
+        right: (k, n).
+
+    Returns:
+        U (m, p), S (p,), descending, and V^T (p, n), p = min(k, m, n), float64.
+
+    Raises:
+        ValueError: A matrix contains NaN or infinity.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vh = svd(r_left @ r_right.T)
+    return q_left @ u, s, vh @ q_right.T
 
 
 def top_eigenpairs(
@@ -212,6 +238,12 @@ def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[
     # QR restores the orthogonality that the squared singular values' rounding costs.
     basis, r = torch.linalg.qr(rows.T @ left)
     return basis * torch.where(r.diagonal() < 0, -1.0, 1.0), squares.clamp(min=0).sqrt()
+
+
+def deviation_from_orthonormal(basis: Tensor) -> float:
+    """The largest element of |Q^T Q - I| of a matrix Q (d, rank); float32 decompositions leave 1e-6."""
+    gram = basis.T.double() @ basis.double()
+    return (gram - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)).abs().max().item()
 
 
 def fix_signs(basis: Tensor) -> Tensor:

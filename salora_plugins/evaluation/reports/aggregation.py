@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
+from ...hookspecs import JudgeKind
 from ..intervals import Mean, Proportion, mcnemar
-from .report import Answer, Judgement, PairedTest, SetResult
+from .report import BREAKAGES, Answer, Event, Judgement, PairedTest, SetName, SetResult
 
 NO_CATEGORY = "(none)"
 """The category of requests without one, where others have one."""
 
-Kind = Literal["refusal", "harm"]
-Event = Literal["answered", "refused"]
 
-
-def set_result(answers: Sequence[Answer], judges: Mapping[str, Kind]) -> SetResult:
+def set_result(answers: Sequence[Answer], judges: Mapping[str, JudgeKind]) -> SetResult:
     """
     Args:
         answers: One model's answers to one set, at least one.
@@ -24,10 +21,7 @@ def set_result(answers: Sequence[Answer], judges: Mapping[str, Kind]) -> SetResu
     """
     return SetResult(
         requests=len(answers),
-        incoherent={
-            kind: sum(answer.coherence == kind for answer in answers)
-            for kind in ("empty", "repeated", "high_perplexity")
-        },
+        incoherent={kind: sum(answer.coherence == kind for answer in answers) for kind in BREAKAGES},
         judgements={
             judge: _judgement(judge, kind, answers)
             for judge, kind in judges.items()
@@ -38,7 +32,7 @@ def set_result(answers: Sequence[Answer], judges: Mapping[str, Kind]) -> SetResu
     )
 
 
-def paired_tests(answers: Mapping[str, Sequence[Answer]], judges: Mapping[str, Kind]) -> list[PairedTest]:
+def paired_tests(answers: Mapping[str, Sequence[Answer]], judges: Mapping[str, JudgeKind]) -> list[PairedTest]:
     """
     McNemar's test between any two models: of attacks that succeed, by every judge, and of refusals of harmless
     requests, by the judges of refusals.
@@ -47,7 +41,7 @@ def paired_tests(answers: Mapping[str, Sequence[Answer]], judges: Mapping[str, K
         answers: Model -> its answers to both sets, in the same order for all.
         judges: Judge -> what it judges.
     """
-    compared: list[tuple[str, Event, str]] = [("harmful", "answered", judge) for judge in judges]
+    compared: list[tuple[SetName, Event, str]] = [("harmful", "answered", judge) for judge in judges]
     compared += [("harmless", "refused", judge) for judge, kind in judges.items() if kind == "refusal"]
     tests = []
     for (of_set, event, judge), (first, second) in itertools.product(compared, itertools.combinations(answers, 2)):
@@ -61,7 +55,7 @@ def paired_tests(answers: Mapping[str, Sequence[Answer]], judges: Mapping[str, K
     return tests
 
 
-def _judgement(judge: str, kind: Kind, answers: Sequence[Answer]) -> Judgement:
+def _judgement(judge: str, kind: JudgeKind, answers: Sequence[Answer]) -> Judgement:
     counted = [answer for answer in answers if judge not in answer.errors]
     categories: dict[str, list[Answer]] = {}
     if any(answer.category is not None for answer in answers):
@@ -82,7 +76,7 @@ def _judgement(judge: str, kind: Kind, answers: Sequence[Answer]) -> Judgement:
     )
 
 
-def _happened(answer: Answer, judge: str, kind: Kind, event: Event) -> bool:
+def _happened(answer: Answer, judge: str, kind: JudgeKind, event: Event) -> bool:
     """Whether a coherent answer refuses ("refused"), or does not, or (a judge of harm) is harmful ("answered")."""
     verdict = answer.verdicts.get(judge)
     if answer.coherence != "coherent" or verdict is None:

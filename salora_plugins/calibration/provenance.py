@@ -1,0 +1,82 @@
+"""The one writer of what a safety module says of its origin."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from ..provenance import Provenance
+from ..ranks import Side, of_side
+from ..rows.examples import data_digest
+from ..rows.rendering import has_template, template_digest
+from ..safety_module import SideBases
+from .refusals import AnsweredRows
+from .settings import SafetySettings
+
+
+def provenance_of(
+    settings: SafetySettings, answered: AnsweredRows, positions_counted: int, sides: Mapping[Side, SideBases]
+) -> Provenance:
+    """
+    Args:
+        settings: Of the calibration.
+        answered: The rows that it ran over.
+        positions_counted: How many of their positions counted.
+        sides: What it found.
+    """
+    ranks = {side: [basis.shape[1] for basis in found.bases.values()] for side, found in sides.items()}
+    return Provenance.of(
+        {
+            **settings.asked,
+            "base_model": settings.rows.base_model or None,
+            "safety_data_sha256": data_digest(answered.examples),
+            "safety_samples": len(answered.examples),
+            "safety_positions": settings.positions,
+            "positions_counted": positions_counted,
+            **answered.counts,
+            **_tokenizer_facts(answered.tokenizer),
+            "modules": len(settings.names),
+            "directions": {side: [min(of), max(of)] for side, of in ranks.items()},
+            **_cuts(settings, sides),
+            "engine": settings.engine.kind,
+            **_sketch_widths(settings),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("salora-plugins", "torch", "transformers", "peft")},
+            },
+        }
+    )
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """Nothing where there is none."""
+    if tokenizer is None:
+        return {}
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return {
+        "tokenizer": str(name),
+        "has_chat_template": has_template(tokenizer),
+        "chat_template_sha256": template_digest(tokenizer),
+    }
+
+
+def _cuts(settings: SafetySettings, sides: Mapping[Side, SideBases]) -> dict[str, int]:
+    """Of default ranks that the data has no directions for: how many modules have fewer."""
+    cuts = {}
+    for side, found in sides.items():
+        wanted = settings.ranks[side]
+        if fewer := sum(
+            basis.shape[1] < wanted[name] for name, basis in found.bases.items() if not isinstance(wanted[name], float)
+        ):
+            cuts[of_side(side, "safety_rank_cut")] = fewer
+    return cuts
+
+
+def _sketch_widths(settings: SafetySettings) -> dict[str, int]:
+    """Nothing where statistics are exact."""
+    if settings.engine.kind != "sketched":
+        return {}
+    widths: dict[Side, int] = {"output": settings.engine.width, "input": settings.engine.input_width}
+    return {of_side(side, "sketch_width"): widths[side] for side in settings.ranks}

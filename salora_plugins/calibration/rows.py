@@ -1,0 +1,154 @@
+"""The rows of a calibration: read, selected and rendered once, before a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..activations.capture import CalibrationError
+from ..rows.batching import batches
+from ..rows.examples import IGNORED, Example, RenderedRequest, TokenizedExample, data_digest, select_examples
+from ..rows.reading import MAX_ROWS, load_examples
+from ..rows.rendering import tokenizer_of, trainer_tokenizer
+from ..rows.tokenizing import render_rows, tokenize_examples
+from ..support.distributed import rank_and_world_size
+from .settings import RowSettings
+
+
+@dataclass(frozen=True)
+class SafetyRows:
+    """Safety data in the order in which it is to be used, as token ids."""
+
+    rows: list[TokenizedExample | RenderedRequest]
+    """All there are where some have no response, else as many as are used."""
+
+    tokenizer: Any
+    """What they were rendered with; as it was given where they came as token ids."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the requests and then of the rows with a response; another with another tokenizer or chat template."""
+        requests = [row.prompt_ids for row in self.rows if isinstance(row, RenderedRequest)]
+        return data_digest(
+            [TokenizedExample(prompt, (IGNORED,) * len(prompt)) for prompt in requests]
+            + [row for row in self.rows if isinstance(row, TokenizedExample)]
+        )
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether rows are to be answered by the model."""
+        return any(isinstance(row, RenderedRequest) for row in self.rows)
+
+
+def safety_rows(settings: RowSettings) -> SafetyRows:
+    """
+    Rows with and without a response.
+
+    Raises:
+        DataError: They cannot be read or rendered.
+        CalibrationError: A row is text, and there is no tokenizer.
+    """
+    examples = _selected(settings, allow_missing_response=True)
+    if not any(isinstance(example, Example) and example.response is None for example in examples):
+        examples = examples[: settings.num]
+    tokenizer = _tokenizer(settings, examples)
+    rows = render_rows(
+        examples,
+        tokenizer,
+        max_length=settings.max_length,
+        option=settings.option,
+        vocabulary=settings.vocabulary,
+    )
+    return SafetyRows(rows, tokenizer)
+
+
+def task_rows(settings: RowSettings) -> list[TokenizedExample]:
+    """
+    Rows with a response.
+
+    Raises:
+        DataError, CalibrationError: As `safety_rows`.
+    """
+    examples = _selected(settings, allow_missing_response=False)[: settings.num]
+    return tokenize_examples(
+        examples,
+        _tokenizer(settings, examples),
+        max_length=settings.max_length,
+        option=settings.option,
+        vocabulary=settings.vocabulary,
+    )
+
+
+def share_of_rank(examples: Sequence[TokenizedExample], batch_size: int) -> list[dict[str, Tensor]]:
+    """The batches of this rank of torch.distributed."""
+    rank, world_size = rank_and_world_size()
+    share = examples[rank::world_size]
+    if not share:  # more ranks than examples: one whose positions do not count, since every rank must run the model
+        share = [TokenizedExample(examples[0].input_ids, (IGNORED,) * len(examples[0].input_ids))]
+    # Padding is masked, so that any id will do.
+    return list(batches(share, batch_size, pad_token_id=0))
+
+
+def _selected(settings: RowSettings, *, allow_missing_response: bool) -> list[Example | TokenizedExample]:
+    """All rows in a random order, of which the first are to be used."""
+    examples = load_examples(
+        settings.source,
+        option=settings.option,
+        allow_missing_response=allow_missing_response,
+        max_rows=max(MAX_ROWS, settings.num),
+        vocabulary=settings.vocabulary,
+    )
+    return select_examples(examples, len(examples), settings.seed)
+
+
+def _tokenizer(settings: RowSettings, examples: Sequence[Example | TokenizedExample]) -> Any:
+    """
+    What rows of text are rendered with: the tokenizer that was given, the one of the trainer that is being made, or
+    the one in the model's own folder.
+
+    Raises:
+        CalibrationError: There is none.
+        ValueError: The given one renders otherwise than the trainer's.
+    """
+    if not any(isinstance(example, Example) for example in examples):
+        return settings.tokenizer
+    trainers = trainer_tokenizer()
+    if settings.tokenizer is not None:
+        given = tokenizer_of(settings.tokenizer)
+        if trainers is not None:
+            _check_renders_alike(given, trainers)
+        return given
+    return _own_tokenizer(settings) if trainers is None else trainers
+
+
+def _check_renders_alike(given: Any, trainers: Any) -> None:
+    differences = []
+    if given is not trainers:
+        if (given.chat_template or None) != (trainers.chat_template or None):
+            differences.append("chat template")
+        if given.get_vocab() != trainers.get_vocab():
+            differences.append("vocabulary")
+    if differences:
+        raise ValueError(
+            f"SaLoRAConfig(tokenizer=...) has another {' and '.join(differences)} than the trainer's processing_class "
+            "(chat_template_path changes that), so that calibration would see other tokens than training. Leave "
+            "`tokenizer` out of SaLoRAConfig, which then takes the trainer's, or give both the same."
+        )
+
+
+def _own_tokenizer(settings: RowSettings) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        if not settings.base_model:
+            raise ValueError("the model has no name or path")
+        return AutoTokenizer.from_pretrained(settings.base_model)
+    except Exception as error:
+        raise CalibrationError(
+            f"{settings.option} holds text, and no tokenizer was found for the model ({error}). Pass "
+            "SaLoRAConfig(tokenizer=...), or rows with input_ids and labels."
+        ) from error

@@ -1,0 +1,201 @@
+"""What a calibration needs to know, resolved once from a configuration and a model; the configuration stops here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..activations.capture import CalibrationError, statistics_dimensions
+from ..activations.statistics import Engine, choose_engine
+from ..config import SaLoRAConfig
+from ..hookspecs import BasisMethod
+from ..models.embeddings import vocabulary_size
+from ..models.targets import check_ranks, check_reached_by_text, default_input_ranks, target_module_names
+from ..models.weights import base_layer, check_reachable, unreachable_weight
+from ..options import Positions
+from ..plugins import basis_methods
+from ..ranks import Side, SideRanks, matching_patterns, of_side
+
+SHARE_DIRECTIONS = 256
+"""How many directions a sketch must be good for where ranks are shares of the energy, and so not known before."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Which rows are read, and what they are rendered with and for."""
+
+    source: Any
+    """As for `salora_plugins.rows.reading.load_examples`."""
+
+    option: str
+    """What the user calls them, for messages."""
+
+    num: int
+    """How many are used."""
+
+    seed: int
+    """Of their order."""
+
+    max_length: int
+    """Tokens of a row that are kept."""
+
+    tokenizer: Any
+    """As it was given; None: found where a row needs one."""
+
+    vocabulary: int | None
+    """How many tokens the model has an embedding for."""
+
+    base_model: str
+    """Folder or repository of the model, with its own tokenizer; may be empty."""
+
+
+@dataclass(frozen=True)
+class SafetySettings:
+    """Of the calibration of a safety module."""
+
+    rows: RowSettings
+    batch_size: int
+    positions: Positions
+    ranks: SideRanks
+    default_ranks: Mapping[Side, Set[str]]
+    """
+    Modules whose rank is the default's. That must not fail on a small or uniform set, and is cut to what there is; a
+    number that was asked for is an error.
+    """
+    basis_method: BasisMethod
+    method_name: str
+    engine: Engine
+    may_cache: bool
+    asked: Mapping[str, Any]
+    """What the user asked for, as the provenance tells it."""
+
+    @property
+    def names(self) -> list[str]:
+        """The modules, in the model's order."""
+        return list(self.ranks["output"])
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Of the start values from task data."""
+
+    rows: RowSettings
+    batch_size: int
+    names: Sequence[str]
+    rank: int
+    engine: Engine
+
+
+def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
+    """
+    Args:
+        model: The base model, with or without adapters.
+        config: Its options of calibration, of directions and of targets.
+
+    Raises:
+        ValueError: An option contradicts the model.
+    """
+    names = target_module_names(model, config)
+    ranks = config.safety_ranks(default_input_ranks(model, names))
+    check_ranks(model, ranks)
+    check_reached_by_text(model, names)
+    methods = basis_methods()
+    if config.basis_method not in methods:
+        raise ValueError(
+            f"basis_method={config.basis_method!r} is not registered. Choose one of {', '.join(sorted(methods))}."
+        )
+    check_reachable(model, names)
+    return SafetySettings(
+        rows=_row_settings(model, config, config.safety_data, "safety_data", config.num_safety_samples),
+        batch_size=config.calibration_batch_size,
+        positions=config.resolved_safety_positions,
+        ranks=ranks,
+        default_ranks=_default_ranks(config, names),
+        basis_method=methods[config.basis_method],
+        method_name=config.basis_method,
+        engine=_engine(model, config, ranks),
+        may_cache=config.calibration_cache,
+        asked={
+            "safety_data": config.to_dict()["safety_data"],
+            "safety_rank": config.safety_rank,
+            "safety_rank_pattern": dict(config.safety_rank_pattern),
+            "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
+            "input_safety_rank_pattern": dict(config.input_safety_rank_pattern),
+            "basis_method": config.basis_method,
+            "seed": config.seed,
+        },
+    )
+
+
+def task_settings(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> TaskSettings:
+    """
+    Args:
+        model: The base model, with or without adapters.
+        config: task_data, task_rank, num_task_samples, target_modules, ... are used.
+        rows: Task data to use instead of `config.task_data`.
+
+    Raises:
+        CalibrationError: The weights are sharded.
+    """
+    names = target_module_names(model, config)
+    if (found := unreachable_weight(model, names)) is not None:
+        raise CalibrationError(f"{found}, so that no task data can be run through it. Set init='pissa' or 'zero'.")
+    source = config.task_data if rows is None else rows
+    return TaskSettings(
+        rows=_row_settings(model, config, source, "task_data", config.num_task_samples),
+        batch_size=config.calibration_batch_size,
+        names=names,
+        rank=config.task_rank,
+        engine=_engine(model, config, {"output": dict.fromkeys(names, config.task_rank)}),
+    )
+
+
+def _row_settings(model: nn.Module, config: SaLoRAConfig, source: Any, option: str, num: int) -> RowSettings:
+    return RowSettings(
+        source=source,
+        option=option,
+        num=num,
+        seed=config.seed,
+        max_length=config.calibration_max_length,
+        tokenizer=config.tokenizer,
+        vocabulary=vocabulary_size(model),
+        base_model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+    )
+
+
+def _default_ranks(config: SaLoRAConfig, names: Sequence[str]) -> dict[Side, set[str]]:
+    default = next(f.default for f in dataclasses.fields(SaLoRAConfig) if f.name == "safety_rank")
+    is_default: dict[Side, bool] = {
+        "output": config.safety_rank == default,
+        "input": config.input_safety_rank is None,
+    }
+    return {
+        side: {
+            name
+            for name, key in matching_patterns(names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
+            if of_default and key is None
+        }
+        for side, of_default in is_default.items()
+    }
+
+
+def _engine(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -> Engine:
+    most = {
+        side: max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in by_name.values())
+        for side, by_name in ranks.items()
+    }
+    layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
+    outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
+    return choose_engine(
+        config.calibration_engine,
+        outputs,
+        inputs,
+        rank=most["output"],
+        input_rank=most.get("input", 0),
+        num_weights=sum(parameter.numel() for parameter in model.parameters()),
+        seed=config.seed,
+    )
