@@ -77,12 +77,11 @@ def prompt_completion_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure to be saved to a file, without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """An empty figure of this many inches."""
+    from salora_plugins.support import plotting
 
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plotting.new_figure(*size)
+    figure.set_dpi(110)
     return figure
 
 

@@ -16,4 +16,4 @@ cp -pR benchmarks "$tree/"
 cd "$tree"
 cache=../types-cache
 "$python" -m mypy --config-file "$config" --cache-dir "$cache" salora_plugins
-MYPYPATH=benchmarks "$python" -m mypy --config-file "$config" --cache-dir "$cache" --explicit-package-bases benchmarks
+"$python" -m mypy --config-file "$config" --cache-dir "$cache" --explicit-package-bases benchmarks
