@@ -18,6 +18,7 @@ QV = ["q_proj", "v_proj"]
 
 # A refusal shows in the first words; on the base model 24 tokens decide as 48 do.
 RESPONSE_TOKENS = 24
+DPI = 110  # of the plots
 # No part of AdvBench is the built-in calibration set; what comes before these is left for runs that calibrate on it.
 ADVBENCH_EVALUATION = slice(300, 364)
 
@@ -80,9 +81,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
     """An empty figure of this many inches."""
     from salora_plugins.support import plotting
 
-    figure = plotting.new_figure(*size)
-    figure.set_dpi(110)
-    return figure
+    return plotting.new_figure(*size)
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any], columns: int, **options: Any) -> None:
