@@ -18,6 +18,7 @@ QV = ["q_proj", "v_proj"]
 
 # A refusal shows in the first words; on the base model 24 tokens decide as 48 do.
 RESPONSE_TOKENS = 24
+DPI = 110  # of the plots
 # No part of AdvBench is the built-in calibration set; what comes before these is left for runs that calibrate on it.
 ADVBENCH_EVALUATION = slice(300, 364)
 
@@ -77,13 +78,10 @@ def prompt_completion_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure to be saved to a file, without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """An empty figure of this many inches."""
+    from salora_plugins.support import plotting
 
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return plotting.new_figure(*size)
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any], columns: int, **options: Any) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from . import tables
 from .runs import EVIDENCE, MERGED, Run, read_json, read_runs, versions, write_json, write_runs
 from .small_model import (
+    DPI,
     MAX_LENGTH,
     QV,
     RANK,
@@ -442,7 +443,7 @@ def draw(runs: list[Run], path: Path) -> None:
     axes[0].set_ylabel("refusal rate, 95 % Wilson interval")
     handles, labels = axes[0].get_legend_handles_labels()
     legend_below(figure, dict(zip(labels, handles, strict=True)), columns=4, frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=DPI)
     print(f"wrote {path}")
 
 

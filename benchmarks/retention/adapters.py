@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from salora_plugins.models.targets import target_module_names
 from salora_plugins.parametrization import project_out
+from salora_plugins.ranks import Side
 
 from ..small_model import load, lora_options
 from .directions import input_grams, registered
@@ -101,8 +102,8 @@ def changed_afterwards(experiment: Experiment, model: nn.Module, method: Method)
             on_input = ".lora_A." in f".{name}"
             if module is not None:
                 base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
-                basis = (module.input_bases if on_input else module.bases)[base_name].to(weight.device)
-                weight.copy_(project_out(weight, basis, "input" if on_input else "output"))
+                side: Side = "input" if on_input else "output"
+                weight.copy_(project_out(weight, module.sides[side].bases[base_name].to(weight.device), side))
             elif method.scale is not None and not on_input:
                 weight *= method.scale
         yield

@@ -13,10 +13,10 @@ from salora_plugins import plugins
 from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
 from salora_plugins.hookspecs import BasisMethod, hookimpl
+from salora_plugins.options import Positions
 from salora_plugins.rows.batching import batches
 from salora_plugins.rows.examples import TokenizedExample
 
-from .methods import Positions
 from .tasks import TokenRow
 
 Grams = dict[str, Tensor]

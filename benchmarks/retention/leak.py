@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salora_plugins.options import Positions
 from salora_plugins.prompts.builtin import builtin_prompts
 
 from ..small_model import RANK, load, request_sets
 from .directions import DIRECTIONS, Grams, input_grams, strongest
 from .experiment import Experiment
-from .methods import Positions
 from .tasks import TokenRow, assistant, harmful_rows, harmless_rows, task_rows, tokenized, user
 
 POSITIONS: tuple[Positions, ...] = ("response", "predicting", "all", "prompt")

@@ -18,11 +18,10 @@ from salora_plugins.evaluation.request_sets import load_requests
 from ..runs import Run, read_json, write_json
 from ..small_model import RESPONSE_TOKENS, load, request_sets
 from .adapters import changed_afterwards
-from .experiment import Experiment, Results
+from .experiment import SAME_LOSS, Experiment, Results
 from .methods import METHODS
 from .tasks import task_rows
 
-SAME_LOSS = 2e-3  # held-out losses of the same model and rows on two machines
 MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
 
 
@@ -81,9 +80,10 @@ def measure_requests(experiment: Experiment, results: Results, files: dict[str, 
     measure_base(experiment, results, [])
     base = results.base()
     if missing := _not_asked("base", base, sets):
-        _add(base, refusals(experiment, load(experiment.model), _answers(experiment, "base"), missing))
+        found = refusals(experiment, load(experiment.model), _answers(experiment, "base"), missing)
+        _add(base, found)
         write_json(results.base_path, base)
-        print(f"base: {base['refused']}", flush=True)
+        print(f"base: {found['refused']}", flush=True)
     for name, run in results.runs().items():
         if missing := _not_asked(name, run["points"][-1], sets):
             _measure_kept_adapter(experiment, results, name, run, missing)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from salora_plugins.options import Positions
+
 from ..small_model import QV
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = {"qv": QV, "attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 """Name -> names of the layers with adapters."""
-
-Positions = Literal["response", "predicting", "prompt", "all"]
 
 
 @dataclass(frozen=True)

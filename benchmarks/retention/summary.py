@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import tables
 from ..runs import EVIDENCE, Run
-from ..small_model import legend_below, new_figure
+from ..small_model import DPI, legend_below, new_figure
 from .experiment import PUBLISHED, Results
 from .methods import METHODS
 
@@ -240,7 +240,7 @@ def draw(measured: dict[Key, Row], base: Run, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     legend_below(figure, handles, columns=6, fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, dpi=DPI)
     print(f"\nwrote {path}")
 
 

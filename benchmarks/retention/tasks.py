@@ -80,7 +80,7 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
         from salora_plugins.evaluation.judges.keyword import keyword_judge
         from salora_plugins.rows.examples import select_examples
         from salora_plugins.rows.reading import load_examples
-        from salora_plugins.rows.tokenizing import tokenize_examples
+        from salora_plugins.rows.tokenizing import render_rows
 
         if data == "both":
             halves = [harmful_rows(experiment, source)[:64] for source in ("builtin", "advbench")]
@@ -89,16 +89,16 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
         if data == "advbench":
             source = [{"prompt": request} for request in advbench(experiment.data)[: ADVBENCH_EVALUATION.start]]
         examples = load_examples(source, option="safety_data", allow_missing_response=True)
-        refused, _ = add_own_refusals(
+        examples = select_examples(examples, len(examples), 0)
+        rows, _ = add_own_refusals(
             load(experiment.model).eval(),
             experiment.tokenizer,
-            select_examples(examples, len(examples), 0),
+            render_rows(examples, experiment.tokenizer, max_length=MAX_LENGTH, option="safety_data"),
             128,
             is_refusal=keyword_judge,
             batch_size=32,
             max_length=MAX_LENGTH,
         )
-        rows = tokenize_examples(refused, experiment.tokenizer, max_length=MAX_LENGTH, option="safety_data")
         return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in rows]
 
     return made_once(experiment.out / "tasks" / f"refusals-{data}.json", make)
