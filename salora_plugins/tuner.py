@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from .activations.capture import position_mask
-from .activations.statistics import ExactStatistics
+from .activations.positions import position_mask
+from .activations.vectors import ExactStatistics
 from .adapters.adapter_config import AdapterConfig
 from .adapters.certificate import lies_inside
 from .adapters.digest import check_saved_together

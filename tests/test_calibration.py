@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
-from salora_plugins.activations.capture import collect_statistics, position_mask
+from salora_plugins.activations.capture import collect_statistics
+from salora_plugins.activations.positions import position_mask
 from salora_plugins.activations.statistics import Engine
 from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, settings, task_bases
 from salora_plugins.calibration.refusals import add_own_refusals

@@ -7,13 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salora_plugins.activations.statistics import (
-    Engine,
-    ExactStatistics,
-    OutputStatistics,
-    SketchedStatistics,
-    choose_engine,
-)
+from salora_plugins.activations.statistics import Engine, choose_engine
+from salora_plugins.activations.vectors import ExactStatistics, OutputStatistics, SketchedStatistics
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.ranks import rank_for_share, ranks_of
 from salora_plugins.support import linear_algebra

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.capture import CalibrationError
-from ..activations.statistics import ModuleStatistics, VectorStatistics
+from ..activations.errors import CalibrationError
+from ..activations.statistics import ModuleStatistics
+from ..activations.vectors import VectorStatistics
 from ..hookspecs import BasisMethod, hookimpl
 from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
 from ..safety_module import SideBases

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..activations.capture import CalibrationError
+from ..activations.errors import CalibrationError
 from ..inference.greedy import greedy_answers
 from ..plugins import judges
 from ..rows.examples import IGNORED, RenderedRequest, TokenizedExample

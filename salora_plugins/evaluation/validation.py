@@ -349,7 +349,7 @@ def _ordinary_directions(
     model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], safety_module: SafetyModule, batch_size: int
 ) -> dict[str, Mapping[str, Tensor]]:
     """Side -> module name -> the top directions on the harmless rows, as many as the safety module has."""
-    from ..activations.capture import CalibrationError
+    from ..activations.errors import CalibrationError
     from ..calibration import calibrate
 
     names = list(safety_module.bases)
