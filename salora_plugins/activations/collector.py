@@ -83,8 +83,7 @@ class StatisticsCollector:
         if unused := [name for name in self.layers if name not in self._outputs]:
             raise CalibrationError(
                 f"target_modules: {len(unused)} of {len(self.layers)} layers were not used in any forward pass over "
-                f"the "
-                f"data ({listed(unused)}), so their outputs are unknown. Leave them out: "
+                f"the data ({listed(unused)}), so their outputs are unknown. Leave them out: "
                 f"{advice_to_leave_out(unused, self.layers)}."
             )
         for statistics in (*self._inputs.values(), *self._outputs.values()):

@@ -36,6 +36,16 @@ class ModuleStatistics:
     input: VectorStatistics | None = None
     """Of x over the chosen positions; None where no input side was asked for."""
 
+    def of(self, side: Side) -> VectorStatistics:
+        """
+        Raises:
+            ValueError: No input side was asked for.
+        """
+        found = self.output if side == "output" else self.input
+        if found is None:
+            raise ValueError(f"{self.name}: no statistics of its inputs were asked for.")
+        return found
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -45,7 +45,7 @@ def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) ->
     Returns:
         Basis (d, rank) with orthonormal columns and singular values (rank,), both float32.
     """
-    return getattr(statistics, side).top(rank)
+    return statistics.of(side).top(rank)
 
 
 @hookimpl
@@ -89,7 +89,7 @@ def compute_bases(
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
-            vectors: VectorStatistics = getattr(entry, side)
+            vectors = entry.of(side)
             dimensions[side, name], energies[side][name] = vectors.dimension, vectors.energy
             may_cut = name in defaults.get(side, ())
             source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
@@ -110,17 +110,15 @@ def compute_bases(
     complete = _with_room(computed, dimensions)
     for (_, name), basis in complete.items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
-    found: dict[Side, dict[str, Basis]] = {
-        side: {name: complete[side, source[side, name]] for name in names} for side in ranks
-    }
-    return {
-        side: SideBases(
-            {name: basis.vectors for name, basis in bases.items()},
-            {name: basis.singular_values for name, basis in bases.items()},
-            energies[side],
-        )
-        for side, bases in found.items()
-    }
+    return {side: _side({n: complete[side, source[side, n]] for n in names}, energies[side]) for side in ranks}
+
+
+def _side(bases: Mapping[str, Basis], energies: dict[str, float]) -> SideBases:
+    return SideBases(
+        {name: basis.vectors for name, basis in bases.items()},
+        {name: basis.singular_values for name, basis in bases.items()},
+        energies,
+    )
 
 
 _Problem = dict[str, Any]
@@ -158,9 +156,8 @@ def _too_few(
     if none:
         return (
             f"The {side}s of {listed(names)} are zero on all positions of the safety data that count, so that they "
-            f"have "
-            "no direction to protect: their weights are zero, or the model or the data is broken. Leave them out with "
-            f"exclude_modules={pattern}."
+            "have no direction to protect: their weights are zero, or the model or the data is broken. Leave them out "
+            f"with exclude_modules={pattern}."
         )
     numbers = sorted(set(found.values()))
     have = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
@@ -168,15 +165,13 @@ def _too_few(
         advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
         return (
             f"{option}={wanted}: {have} directions capture less than that share of the energy of {listed(names)}. "
-            f"Lower "
-            f"the share, or give {advice}, or another rank for these modules: {option}_pattern="
-            f"{{{pattern}: ...}}."
+            f"Lower the share, or give {advice}, or another rank for these modules: "
+            f"{option}_pattern={{{pattern}: ...}}."
         )
     return (
         f"{option}={wanted}, but the {side}s of {listed(names)} have only {have} directions on the safety data; the "
-        f"rest "
-        "would be rounding errors. Give more, and more varied, safety data (num_safety_samples, safety_data), lower "
-        f"{option} to {numbers[0]}, or set it for these modules: {option}_pattern={{{pattern}: {numbers[0]}}}."
+        "rest would be rounding errors. Give more, and more varied, safety data (num_safety_samples, safety_data), "
+        f"lower {option} to {numbers[0]}, or set it for these modules: {option}_pattern={{{pattern}: {numbers[0]}}}."
     )
 
 
@@ -194,7 +189,7 @@ def _with_room(
 def _basis(
     entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, method: BasisMethod, method_name: str
 ) -> Basis:
-    vectors: VectorStatistics = getattr(entry, side)
+    vectors = entry.of(side)
     if isinstance(wanted, float):
         found, enough = _rank_by_need(vectors, wanted)
     elif vectors.count < wanted and not may_cut:
