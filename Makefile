@@ -22,8 +22,12 @@ test-newest: $(NEWEST_VENV)/.with-test
 compatibility: $(VENV)/.with-axolotl
 	$(call RUN_TESTS,$(VENV)) -m compatibility --compatibility-table write
 
+# Style, format, types, and which module may import which.
 lint: $(VENV)/.with-axolotl
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	tools/check_types.sh $(VENV)
+	$(OFFLINE) $(VENV)/bin/python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k "not first"
 
 # An environment made for the tests can run the demo, too; it is not made twice.
 $(VENV)/.with-demo: pyproject.toml tools/setup_environment.sh

@@ -1,13 +1,13 @@
-"""What calibration costs over the forward passes that it cannot do without (docs/benchmarks.md).
+"""What calibration costs over the forward passes that it cannot do without (docs/evidence/benchmarks.md).
 
-    python benchmarks/calibration.py time --model DIR --data ../shared/data [--target-modules all-linear]
-    python benchmarks/calibration.py reference --model DIR --data ../shared/data
-    python benchmarks/calibration.py memory --model DIR --data ../shared/data --target-modules all-linear \\
+    python -m benchmarks.calibration time --model DIR --data ../shared/data [--target-modules all-linear]
+    python -m benchmarks.calibration reference --model DIR --data ../shared/data
+    python -m benchmarks.calibration memory --model DIR --data ../shared/data --target-modules all-linear \\
         --engine sketched --variant paper
-    python benchmarks/calibration.py initialization --model DIR
-    python benchmarks/calibration.py sketch --model DIR --data ../shared/data --target-modules all-linear
-    python benchmarks/calibration.py spectra
-    python benchmarks/calibration.py table
+    python -m benchmarks.calibration initialization --model DIR
+    python -m benchmarks.calibration sketch --model DIR --data ../shared/data --target-modules all-linear
+    python -m benchmarks.calibration spectra
+    python -m benchmarks.calibration table
 
 `--variant paper` is the paper's form with its start values, for which a second data set passes the model; the default
 needs none. Ratios are of medians of runs that take turns, since times on a shared machine drift. `--model random-8b` is
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 from salora_plugins.activations.collector import by_inputs, statistics_dimensions
 from salora_plugins.activations.statistics import choose_engine
@@ -36,13 +35,18 @@ from salora_plugins.calibration import calibrate_with, task_bases
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.models.running import cheap_forward_options, input_device
 from salora_plugins.models.targets import default_input_ranks, target_module_names
-from salora_plugins.models.weights import base_layer, linear_weight
+from salora_plugins.models.weights import base_layer, layer_features, linear_weight
 from salora_plugins.prompts.builtin import builtin_prompts
 from salora_plugins.rows.batching import batches
 from salora_plugins.rows.examples import TokenizedExample
 from salora_plugins.rows.reading import load_examples
 from salora_plugins.rows.tokenizing import tokenize_examples
 
+from . import tables
+from .measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
+from .runs import EVIDENCE
+
+DOCUMENT = EVIDENCE / "benchmarks.md"
 SAMPLES = 128
 RANK = 32
 # Generation is not part of what is compared, so that every request gets the same refusal.
@@ -59,26 +63,21 @@ LLAMA_70B = LLAMA_8B | {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "reference", "memory", "initialization", "sketch", "spectra", "table"))
-    parser.add_argument("--model", help="folder of a model, or random-8b")
-    parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
-    parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
-    parser.add_argument("--variant", choices=("two-sided", "paper"), default="two-sided")
-    parser.add_argument("--engine", choices=("auto", "exact", "sketched"), default="auto")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples per forward pass")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--reference-layers", type=int, default=2, help="layers that the reference really runs for")
+    parser = command_line()
     arguments = parser.parse_args()
     if arguments.what == "table":
-        memory_table()
+        if arguments.write:
+            tables.write(DOCUMENT, document_tables())
+        print(memory_table())
         return
     if arguments.what == "spectra":
-        spectra_table()
+        print(spectra_table())
         return
     if arguments.model is None:
         parser.error("--model is needed")
     model, tokenizer = load_model(arguments.model)
+    if arguments.data is None and tokenizer is not None and arguments.what != "initialization":
+        parser.error("--data is needed")
     config = SaLoRAConfig(
         target_modules=target_modules(arguments.target_modules),
         variant=arguments.variant,
@@ -111,16 +110,33 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("time", "reference", "memory", "initialization", "sketch", "spectra", "table"))
+    parser.add_argument("--model", help="folder of a model, or random-8b")
+    parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
+    parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
+    parser.add_argument("--variant", choices=("two-sided", "paper"), default="two-sided")
+    parser.add_argument("--engine", choices=("auto", "exact", "sketched"), default="auto")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per forward pass")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference-layers", type=int, default=2, help="layers that the reference really runs for")
+    parser.add_argument(
+        "--write", action="store_true", help="with `table`: write it to docs/evidence/benchmarks.md, too"
+    )
+    return parser
+
+
 def load_model(name: str) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "random-8b":
         torch.manual_seed(0)
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, dtype="bfloat16")).to(torch.bfloat16)
-        return model.eval(), None
+            random: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, dtype="bfloat16"))
+            return random.to(torch.bfloat16).eval(), None
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def target_modules(text: str) -> str | list[str]:
@@ -131,7 +147,7 @@ def tokenized_data(
     tokenizer: Any, data: Path | None, model: Any
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
     """128 safety examples and 128 task examples; random tokens of like lengths where there is no tokenizer."""
-    if tokenizer is None:
+    if tokenizer is None or data is None:
         generator = torch.Generator().manual_seed(0)
 
         def example() -> TokenizedExample:
@@ -249,7 +265,7 @@ def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespa
         module = calibrate_with(model, config)
         shares[engine] = module.captured_energy
     ratios = {name: share / shares["exact"][name] for name, share in shares["sketched"].items()}
-    worst = min(ratios, key=ratios.get)
+    worst = min(ratios, key=lambda name: ratios[name])
     return {
         "sketch_width": module.provenance["sketch_width"],
         "input_sketch_width": module.provenance.get("input_sketch_width"),
@@ -260,8 +276,8 @@ def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespa
     }
 
 
-def spectra_table() -> None:
-    """The same for vectors with given singular values, with the test matrix renewed or drawn once; prints Markdown."""
+def spectra_table() -> str:
+    """The same for vectors with given singular values, with the test matrix renewed or drawn once."""
     dimension, count, rank, batch = 768, 6000, 32, 384
     index = torch.arange(1, dimension + 1, dtype=torch.float64)
     spectra = {
@@ -274,7 +290,7 @@ def spectra_table() -> None:
     widths = (2 * rank, 4 * rank)
     generator = torch.Generator().manual_seed(0)
     titles = [f"{kind} Q, w = {width}" for kind in ("fixed", "renewed") for width in widths]
-    print("| singular values | " + " | ".join(titles) + " |\n|---" + "|---" * len(titles) + "|")
+    table = []
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -299,7 +315,8 @@ def spectra_table() -> None:
             for part in rows.float().split(batch):
                 statistics.update(part)
             cells.append(torch.linalg.norm(rows @ statistics.top(rank)[0].double()).square() / best)
-        print(f"| {name} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
+        table.append([name, *(f"{cell:.4f}" for cell in cells)])
+    return tables.markdown(["singular values", *titles], table)
 
 
 def measure_initialization(model: Any, config: SaLoRAConfig, repeats: int) -> dict[str, Any]:
@@ -325,10 +342,14 @@ def measure_initialization(model: Any, config: SaLoRAConfig, repeats: int) -> di
     return {"layers": len(names), "seconds": times}
 
 
-def memory_table() -> None:
-    """What the statistics of all linear layers take in large models, from their shapes; prints Markdown."""
-    print("| model | side | engine | statistics | safety module | share of the weights in bf16 |")
-    print("|---|---|---|---|---|---|")
+def document_tables() -> dict[str, str]:
+    """Name -> table of docs/evidence/benchmarks.md."""
+    return {"memory": memory_table()}
+
+
+def memory_table() -> str:
+    """What the statistics of all linear layers take in large models, from their shapes."""
+    rows = []
     for title, shape in (("8B", LLAMA_8B), ("70B", LLAMA_70B)):
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**shape))
@@ -339,7 +360,7 @@ def memory_table() -> None:
         for with_inputs in (False, True):
             outputs, inputs = statistics_dimensions(layers, with_inputs=with_inputs)
             shared = shared_inputs(layers, None if with_inputs else [n for n in names if by_inputs(layers[n])])
-            bases = 4 * RANK * sum(layer.out_features for layer in layers.values())
+            bases = 4 * RANK * sum(layer_features(layer)[1] for layer in layers.values())
             rank = 0
             if with_inputs:
                 rank = max(default.values())
@@ -352,7 +373,10 @@ def memory_table() -> None:
                 label = kind if kind == "exact" else f"{kind}, width {engine.width} and {engine.input_width}"
                 sides = f"both (default), r_in = {rank}" if with_inputs else "output (paper's form)"
                 share = size / (2 * num_weights)
-                print(f"| {title} | {sides} | {label} | {size / 1e9:.2f} GB | {bases / 1e9:.2f} GB | {share:.1%} |")
+                rows.append([title, sides, label, f"{size / 1e9:.2f} GB", f"{bases / 1e9:.2f} GB", f"{share:.1%}"])
+    return tables.markdown(
+        ["model", "side", "engine", "statistics", "safety module", "share of the weights in bf16"], rows
+    )
 
 
 def shared_inputs(layers: dict[str, torch.nn.Module], only: Iterable[str] | None = None) -> list[int]:
@@ -362,7 +386,7 @@ def shared_inputs(layers: dict[str, torch.nn.Module], only: Iterable[str] | None
     for name, layer in layers.items():
         if only is None or name in only:
             block, _, last = name.rpartition(".")
-            seen[block, leaders.get(last, last)] = layer.in_features
+            seen[block, leaders.get(last, last)] = layer_features(layer)[0]
     return list(seen.values())
 
 

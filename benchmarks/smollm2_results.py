@@ -1,9 +1,12 @@
-"""Refusals kept and held-out loss reached by LoRA and SaLoRA on a small aligned model (docs/results.md).
+"""Refusals kept and held-out loss reached by LoRA and SaLoRA on a small aligned model (docs/evidence/results.md).
 
-    python benchmarks/smollm2_results.py --model DIR --data ../shared/data --out outputs/results
-    python benchmarks/smollm2_results.py --out outputs/results --summary
+    python -m benchmarks.smollm2_results --model DIR --data ../shared/data --out outputs/results
+    python -m benchmarks.smollm2_results --summary --out outputs/results
+    python -m benchmarks.smollm2_results --publish --out outputs/results
+    python -m benchmarks.smollm2_results --summary --write
 
-One JSON file a run; a run whose file exists is skipped, so an interrupted benchmark goes on where it was.
+One JSON file a run; a run whose file exists is skipped, so an interrupted benchmark goes on where it was. The published
+runs are one file, one run a line.
 """
 
 from __future__ import annotations
@@ -15,10 +18,31 @@ import math
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from . import tables
+from .runs import EVIDENCE, MERGED, Run, read_json, read_runs, versions, write_json, write_runs
+from .small_model import (
+    MAX_LENGTH,
+    QV,
+    RANK,
+    RESPONSE_TOKENS,
+    WARMUP_STEPS,
+    advbench,
+    legend_below,
+    load,
+    lora_options,
+    new_figure,
+    prompt_completion_rows,
+    request_sets,
+    sft_options,
+    step_losses,
+)
+
+DOCUMENT = EVIDENCE / "results.md"
+PUBLISHED = EVIDENCE / "results"
 
 METHODS = ("base", "lora", "salora", "salora-two-sided")
 DEFAULT_RUNS = (
@@ -31,36 +55,34 @@ DEFAULT_RUNS = (
 )
 
 # The same for every method and both trainers.
-TARGET_MODULES = ["q_proj", "v_proj"]
-RANK = 16
 SAFETY_RANK = 32
 TASK_RANK = 32
 INPUT_SAFETY_RANK = 128
-MAX_LENGTH = 256
-WARMUP_STEPS = 5
 
-# Neither part of AdvBench is the built-in calibration set; the first is left for runs that calibrate on it.
 ADVBENCH_CALIBRATION = slice(0, 256)
-ADVBENCH_EVALUATION = slice(300, 364)
-# A refusal shows in the first words; on the base model 24 tokens decide as 48 do.
-RESPONSE_TOKENS = 24
 HELDOUT_ROWS = 150
 
-REQUEST_SETS = ("advbench", "builtin", "harmless")
+REQUEST_SETS = {
+    "advbench": ("AdvBench", "AdvBench, not calibrated on"),
+    "builtin": ("built-in", "Built-in, evaluation split"),
+    "harmless": ("harmless look-alikes", "Harmless look-alikes"),
+}
+"""Name -> its column in the table, and the title of its panel."""
+TRAINERS = {"trl": "TRL", "axolotl": "Axolotl"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the aligned model")
     parser.add_argument("--data", type=Path, help="folder with math_train.jsonl, math_test.jsonl, advbench_70.txt")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs' JSON files and adapters")
+    parser.add_argument("--out", type=Path, help="folder for the runs' JSON files and adapters")
     parser.add_argument(
         "--method",
         choices=METHODS,
         help="only this method (default: base, LoRA and SaLoRA over a few learning rates)",
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate with --method")
-    parser.add_argument("--trainer", choices=("trl", "axolotl"), default="trl")
+    parser.add_argument("--trainer", choices=tuple(TRAINERS), default="trl")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,13 +92,22 @@ def main() -> None:
         default="builtin",
         help="calibrate on the built-in requests, or on the first 256 of AdvBench",
     )
-    parser.add_argument("--summary", action="store_true", help="print the table and draw the plot of the runs in --out")
+    parser.add_argument(
+        "--summary", action="store_true", help="print the table and draw the plot of the runs in --out, or published"
+    )
+    parser.add_argument("--write", action="store_true", help="with --summary: write the published runs' table")
+    parser.add_argument("--publish", action="store_true", help="add the runs in --out to the published ones")
     arguments = parser.parse_args()
     if arguments.summary:
-        summarize(arguments.out)
+        summarize(arguments.out, arguments.write)
+        return
+    if arguments.out is None:
+        parser.error("--out is needed (only --summary does without)")
+    if arguments.publish:
+        write_runs(PUBLISHED / MERGED, published_runs() | runs_in(arguments.out))
         return
     if arguments.model is None or arguments.data is None:
-        parser.error("--model and --data are needed to run (only --summary does without)")
+        parser.error("--model and --data are needed to run (only --summary and --publish do without)")
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = DEFAULT_RUNS if arguments.method is None else ((arguments.method, arguments.learning_rate),)
     for method, learning_rate in runs:
@@ -85,16 +116,15 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, method: str, learning_rate: float) -> None:
     """Train and evaluate one combination, unless its JSON file exists already."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     name = run_name(arguments, method, learning_rate)
     target = arguments.out / f"{name}.json"
     if target.exists():
         print(f"{target} exists: skipped", flush=True)
         return
-    result: dict[str, Any] = {"method": method}
+    result: Run = {"method": method}
     folder = arguments.out / "adapters" / name
     if method != "base":
         started = time.monotonic()
@@ -112,13 +142,13 @@ def run(arguments: argparse.Namespace, method: str, learning_rate: float) -> Non
         if method != "lora":
             result["calibration"] = calibration_of(folder) | {"safety_data": arguments.safety_data}
     # Evaluated as anybody would load it: a plain LoRA adapter on the base model, whichever trainer wrote it.
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model = load(arguments.model, use_gpu=False)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if method != "base":
         model = PeftModel.from_pretrained(model, str(folder))
     measured, responses = evaluate(model, tokenizer, arguments.data)
     result |= measured
-    result["versions"] = {p: version(p) for p in ("salora-plugins", "torch", "transformers", "peft", "trl")}
+    result["versions"] = versions()
     write_json(arguments.out / "responses" / target.name, responses)
     write_json(target, result)
     print(json.dumps({key: result[key] for key in ("method", "heldout_loss", "refusals")}), flush=True)
@@ -148,12 +178,11 @@ def train_with_trl(arguments: argparse.Namespace, method: str, learning_rate: fl
     from salora_plugins import SaLoRAConfig
 
     set_seed(arguments.seed)
-    shared = {"r": RANK, "lora_alpha": RANK, "target_modules": TARGET_MODULES, "task_type": "CAUSAL_LM"}
     if method == "lora":
-        config = LoraConfig(**shared)
+        config = LoraConfig(**lora_options(QV))
     else:
         config = SaLoRAConfig(
-            **shared,
+            **lora_options(QV),
             safety_rank=SAFETY_RANK,
             input_safety_rank=input_safety_rank(method),
             task_rank=TASK_RANK,
@@ -164,21 +193,14 @@ def train_with_trl(arguments: argparse.Namespace, method: str, learning_rate: fl
     trainer = SFTTrainer(
         model=arguments.model,
         args=SFTConfig(
+            **sft_options(),
             output_dir=str(folder),
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             train_sampling_strategy="group_by_length",
-            max_length=MAX_LENGTH,
-            completion_only_loss=True,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=WARMUP_STEPS,
             seed=arguments.seed,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            gradient_checkpointing=False,
-            bf16=False,
             use_cpu=True,
             model_init_kwargs={"dtype": "float32"},
         ),
@@ -187,20 +209,41 @@ def train_with_trl(arguments: argparse.Namespace, method: str, learning_rate: fl
     )
     trainer.train()
     trainer.save_model()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return step_losses(trainer.state.log_history)
 
 
 def train_with_axolotl(arguments: argparse.Namespace, method: str, learning_rate: float, folder: Path) -> list[float]:
     """Fine-tune with `axolotl train`, the adapter going to `folder`, and return the loss of every step."""
     import yaml
 
-    options: dict[str, Any] = {
+    options = axolotl_options(arguments, learning_rate, folder)
+    if method != "lora":
+        options |= {
+            "adapter": "salora",
+            "salora": {
+                "safety_rank": SAFETY_RANK,
+                "input_safety_rank": input_safety_rank(method),
+                "task_rank": TASK_RANK,
+                "init": "task",
+                "safety_module": str(safety_module(arguments, method).resolve()),
+            },
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "axolotl.yaml"
+    config.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"], check=True)
+    return axolotl_losses(folder)
+
+
+def axolotl_options(arguments: argparse.Namespace, learning_rate: float, folder: Path) -> dict[str, Any]:
+    """Axolotl's configuration of a run with LoRA."""
+    return {
         "base_model": arguments.model,
-        "adapter": "lora" if method == "lora" else "salora",
+        "adapter": "lora",
         "lora_r": RANK,
         "lora_alpha": RANK,
         "lora_dropout": 0.0,
-        "lora_target_modules": TARGET_MODULES,
+        "lora_target_modules": QV,
         "datasets": [
             {
                 "path": str((arguments.data / "math_train.jsonl").resolve()),
@@ -233,28 +276,12 @@ def train_with_axolotl(arguments: argparse.Namespace, method: str, learning_rate
         "dataset_prepared_path": str(folder.resolve() / "prepared"),
         "output_dir": str(folder.resolve()),
     }
-    if method != "lora":
-        options["salora"] = {
-            "safety_rank": SAFETY_RANK,
-            "input_safety_rank": input_safety_rank(method),
-            "task_rank": TASK_RANK,
-            "init": "task",
-            "safety_module": str(safety_module(arguments, method).resolve()),
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "axolotl.yaml"
-    config.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"], check=True)
-    return axolotl_losses(folder)
 
 
 def axolotl_losses(folder: Path) -> list[float]:
     """The loss of every step from the trainer state that Axolotl leaves in its output folder."""
     states = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    if not states:
-        return []
-    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return step_losses(read_json(states[-1])["log_history"]) if states else []
 
 
 def input_safety_rank(method: str) -> int:
@@ -263,9 +290,6 @@ def input_safety_rank(method: str) -> int:
 
 def safety_module(arguments: argparse.Namespace, method: str) -> Path:
     """The calibrated safety module's file; it does not depend on training, so that runs share it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from salora_plugins import calibrate
 
     path = arguments.out / "safety-modules" / f"{method}-{arguments.safety_data}.safetensors"
@@ -275,8 +299,8 @@ def safety_module(arguments: argparse.Namespace, method: str) -> Path:
             data = [{"prompt": request} for request in advbench(arguments.data)[ADVBENCH_CALIBRATION]]
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate(
-            AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
-            target_modules=TARGET_MODULES,
+            load(arguments.model, use_gpu=False),
+            target_modules=QV,
             safety_data=data,
             safety_rank=SAFETY_RANK,
             input_safety_rank=input_safety_rank(method),
@@ -322,61 +346,28 @@ def evaluate(model: Any, tokenizer: Any, data: Path) -> tuple[dict[str, Any], di
     return result, answers
 
 
-def request_sets(data: Path) -> dict[str, list[str]]:
-    """The requests to evaluate on, none of which any run calibrates on."""
-    from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
-
-    return {
-        "advbench": advbench(data)[ADVBENCH_EVALUATION],
-        "builtin": [row["prompt"] for row in builtin_prompts("evaluation")],
-        "harmless": [row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"],
-    }
+def runs_in(out: Path) -> dict[str, Run]:
+    return read_runs(out / MERGED, out.glob("*.json"))
 
 
-def advbench(data: Path) -> list[str]:
-    return (data / "advbench_70.txt").read_text(encoding="utf-8").splitlines()
+def published_runs() -> dict[str, Run]:
+    return read_runs(PUBLISHED / MERGED)
 
 
-def prompt_completion_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of `messages` as TRL's prompt-completion rows, the last turn being the completion."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+def document_tables() -> dict[str, str]:
+    """Name -> table of the document, from the published runs."""
+    return {"runs": runs_table(in_order(published_runs()))}
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def summarize(out: Path) -> None:
-    """Print the runs as a Markdown table, the matching learning rates, and draw `results.png`."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+def summarize(out: Path | None, write: bool) -> None:
+    """Print the runs as a Markdown table, or write it; print the matching learning rates, and draw `results.png`."""
+    if write:
+        tables.write(DOCUMENT, document_tables())
+        print(f"wrote the table of {DOCUMENT}")
+    runs = in_order(published_runs() if out is None else runs_in(out))
     if not runs:
         sys.exit(f"--out {out}: no run's JSON file there")
-    runs.sort(key=lambda r: (r.get("trainer", ""), METHODS.index(r["method"]), r.get("learning_rate", 0.0)))
-    columns = [
-        "trainer",
-        "method",
-        "learning rate",
-        "training loss, last 10 steps",
-        "held-out loss",
-        "AdvBench",
-    ]
-    columns += ["built-in", "harmless look-alikes"]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for entry in runs:
-        trained = entry["method"] != "base"
-        cells = [
-            {"trl": "TRL", "axolotl": "Axolotl"}[entry["trainer"]] if trained else "-",
-            label(entry),
-            f"{entry['learning_rate']:.3g}" if trained else "-",
-            f"{mean(entry['train_loss'][-10:]):.3f}" if trained else "-",
-            f"{entry['heldout_loss']:.3f}",
-        ]
-        cells += [rate_cell(entry["refusals"][name]) for name in REQUEST_SETS]
-        print("| " + " | ".join(cells) + " |")
+    print(runs_table(runs))
     for entry in runs:
         if entry["method"] == "lora" and entry["trainer"] == "trl":
             for method in ("salora", "salora-two-sided"):
@@ -384,7 +375,32 @@ def summarize(out: Path) -> None:
                 if rate is not None:
                     lora = f"LoRA at {entry['learning_rate']:.3g}"
                     print(f"{label({'method': method})} has the loss of {lora} at about {rate:.3g}")
-    draw(runs, out / "results.png")
+    draw(runs, (out or PUBLISHED) / "results.png")
+
+
+def in_order(runs: dict[str, Run]) -> list[Run]:
+    """By trainer, method and learning rate."""
+    return sorted(
+        runs.values(), key=lambda r: (r.get("trainer", ""), METHODS.index(r["method"]), r.get("learning_rate", 0.0))
+    )
+
+
+def runs_table(runs: list[Run]) -> str:
+    columns = ["trainer", "method", "learning rate", "training loss, last 10 steps", "held-out loss"]
+    rows = []
+    for entry in sorted(runs, key=lambda r: r.get("trainer", "") == "axolotl"):  # last
+        trained = entry["method"] != "base"
+        rows.append(
+            [
+                TRAINERS[entry["trainer"]] if trained else "-",
+                label(entry),
+                f"{entry['learning_rate']:.3g}" if trained else "-",
+                f"{mean(entry['train_loss'][-10:]):.3f}" if trained else "-",
+                f"{entry['heldout_loss']:.3f}",
+                *(rate_cell(entry["refusals"][name]) for name in REQUEST_SETS),
+            ]
+        )
+    return tables.markdown([*columns, *(column for column, _ in REQUEST_SETS.values())], rows)
 
 
 def label(entry: dict[str, Any]) -> str:
@@ -398,7 +414,7 @@ def rate_cell(refusals: dict[str, Any]) -> str:
     return f"{refusals['rate']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def matching_learning_rate(runs: list[dict[str, Any]], method: str, loss: float) -> float | None:
+def matching_learning_rate(runs: list[Run], method: str, loss: float) -> float | None:
     """The learning rate at which a method reaches `loss`, log-linear between its runs; None outside them."""
     points = sorted(
         (run["heldout_loss"], run["learning_rate"])
@@ -412,57 +428,47 @@ def matching_learning_rate(runs: list[dict[str, Any]], method: str, loss: float)
     return None
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[Run], path: Path) -> None:
     """Refusal rate with its interval against held-out loss, one panel a request set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {
-        "advbench": "AdvBench, not calibrated on",
-        "builtin": "Built-in, evaluation split",
-        "harmless": "Harmless look-alikes",
-    }
-    colors = {"lora": "C3", "salora": "C0", "salora-two-sided": "C2"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(13, 4.4), sharey=True, layout="constrained")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    figure = new_figure((13, 4.4))
+    axes = figure.subplots(1, len(REQUEST_SETS), sharey=True)
+    for axis, (name, (_, title)) in zip(axes, REQUEST_SETS.items(), strict=True):
         for entry in runs:
-            refusals = entry["refusals"][name]
-            if entry["method"] == "base":
-                axis.axhline(refusals["rate"], color="0.5", linestyle="--", linewidth=1, label="base model")
-                continue
-            low, high = refusals["interval"]
-            error = [[max(0.0, refusals["rate"] - low)], [max(0.0, high - refusals["rate"])]]
-            marker = "s" if entry["trainer"] == "axolotl" else "o"
-            trainer = "Axolotl" if entry["trainer"] == "axolotl" else "TRL"
-            axis.errorbar(
-                entry["heldout_loss"],
-                refusals["rate"],
-                yerr=error,
-                fmt=marker,
-                color=colors[entry["method"]],
-                capsize=3,
-                alpha=0.85,
-                label=f"{label(entry)}, {trainer}",
-            )
-            axis.annotate(
-                f"{entry['learning_rate']:.2g}",
-                (entry["heldout_loss"], refusals["rate"]),
-                textcoords="offset points",
-                xytext=(5, 5),
-                fontsize=8,
-            )
+            draw_run(axis, entry, entry["refusals"][name])
         axis.set(title=title, xlabel="held-out loss (nats per response token)", ylim=(-0.03, 1.05))
         axis.margins(x=0.2)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("refusal rate, 95 % Wilson interval")
     handles, labels = axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
+    legend_below(figure, dict(zip(labels, handles, strict=True)), columns=4, frameon=False)
+    figure.savefig(path)
     print(f"wrote {path}")
+
+
+def draw_run(axis: Any, entry: Run, refusals: dict[str, Any]) -> None:
+    """A point with its interval and learning rate; the base model as a line."""
+    if entry["method"] == "base":
+        axis.axhline(refusals["rate"], color="0.5", linestyle="--", linewidth=1, label="base model")
+        return
+    low, high = refusals["interval"]
+    axis.errorbar(
+        entry["heldout_loss"],
+        refusals["rate"],
+        yerr=[[max(0.0, refusals["rate"] - low)], [max(0.0, high - refusals["rate"])]],
+        fmt="s" if entry["trainer"] == "axolotl" else "o",
+        color={"lora": "C3", "salora": "C0", "salora-two-sided": "C2"}[entry["method"]],
+        capsize=3,
+        alpha=0.85,
+        label=f"{label(entry)}, {TRAINERS[entry['trainer']]}",
+    )
+    axis.annotate(
+        f"{entry['learning_rate']:.2g}",
+        (entry["heldout_loss"], refusals["rate"]),
+        textcoords="offset points",
+        xytext=(5, 5),
+        fontsize=8,
+    )
 
 
 if __name__ == "__main__":

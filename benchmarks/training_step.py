@@ -1,9 +1,9 @@
-"""What a training step costs with SaLoRA, over one with LoRA of the same r (docs/benchmarks.md).
+"""What a training step costs with SaLoRA, over one with LoRA of the same r (docs/evidence/benchmarks.md).
 
-    python benchmarks/training_step.py time
-    python benchmarks/training_step.py memory
-    python benchmarks/training_step.py operations --shape 24-small-layers --tokens 16
-    python benchmarks/training_step.py time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
+    python -m benchmarks.training_step time
+    python -m benchmarks.training_step memory
+    python -m benchmarks.training_step operations --shape 24-small-layers --tokens 16
+    python -m benchmarks.training_step time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
 
 A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
 paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix.
@@ -23,11 +23,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes
 from salora_plugins import SaLoRAConfig
 
+from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes
+
 RANK = 16
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "two-layers": {
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -113,37 +114,17 @@ def base_model(shape: str) -> LlamaForCausalLM:
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(torch.bfloat16 if on_gpu else torch.float32)
+        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+        return model.to(torch.bfloat16 if on_gpu else torch.float32)
 
 
 def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Namespace) -> tuple[Callable[[], None], int]:
     """A function that does one step, and the bytes that weights, adapter and optimizer take between steps."""
-    with torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(base.config)
-    model.load_state_dict(base.state_dict(), assign=True)  # the weights are there once
-    model.tie_weights()
-    model.model.rotary_emb = base.model.rotary_emb
-    device = base.device
-    tokens = torch.randint(0, base.config.vocab_size, (arguments.batch_size, arguments.tokens), device=device)
+    model = with_shared_weights(base)
+    tokens = torch.randint(0, base.config.vocab_size, (arguments.batch_size, arguments.tokens), device=base.device)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    common = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if method == "lora":
-        model = get_peft_model(model, LoraConfig(**common))
-    elif method in ("salora", "paper"):
-        rows = torch.randint(0, base.config.vocab_size, (4, 512)).tolist()
-        data = [{"input_ids": row, "labels": [-100] * 256 + row[256:]} for row in rows]
-        options = {"safety_data": data, "calibration_cache": False}
-        if method == "paper":
-            options["variant"] = "paper"
-        model = get_peft_model(model, SaLoRAConfig(**common, **options))
-    elif method == "dense":
-        model.requires_grad_(False)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name != "lm_head":
-                model.set_submodule(name, DenseProjectorLinear(module, safety_rank=32))
-    else:
-        raise SystemExit(f"--methods: there is no {method!r}")
+    model = adapted(model, method)
     # As torch does it on GPUs, so that the count is that of a GPU.
     foreach = True if arguments.what == "operations" else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=foreach)
@@ -156,6 +137,36 @@ def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Names
 
     step()  # the optimizer's state, and the task initialization
     return step, resident_bytes(model, optimizer)
+
+
+def with_shared_weights(base: LlamaForCausalLM) -> Any:
+    """Another model with the same weights, which are there once."""
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(base.config)
+    model.load_state_dict(base.state_dict(), assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = base.model.rotary_emb
+    return model
+
+
+def adapted(model: Any, method: str) -> Any:
+    """The model with one method's adapter on all linear layers."""
+    common: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if method == "lora":
+        return get_peft_model(model, LoraConfig(**common))
+    if method in ("salora", "paper"):
+        rows = torch.randint(0, model.config.vocab_size, (4, 512)).tolist()
+        data = [{"input_ids": row, "labels": [-100] * 256 + row[256:]} for row in rows]
+        options: dict[str, Any] = {"variant": "paper"} if method == "paper" else {}
+        config = SaLoRAConfig(**common, **options, safety_data=data, calibration_cache=False)
+        return get_peft_model(model, config)
+    if method == "dense":
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, DenseProjectorLinear(module, safety_rank=32))
+        return model
+    raise SystemExit(f"--methods: there is no {method!r}")
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

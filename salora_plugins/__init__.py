@@ -16,8 +16,8 @@ _EXPORTS = {
     "evaluate": "salora_plugins.evaluation.evaluate",
     "export_adapter": "salora_plugins.adapters.export",
     "last_complete_checkpoint": "salora_plugins.adapters.checkpoints",
-    "load_adapter": "salora_plugins.tuner",
-    "load_for_training": "salora_plugins.tuner",
+    "load_adapter": "salora_plugins.resuming",
+    "load_for_training": "salora_plugins.resuming",
     "project_adapter": "salora_plugins.adapters.projection",
     "push_to_hub": "salora_plugins.adapters.publishing",
 }
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.monitor import SafetyMonitorCallback
+    from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule
-    from .tuner import SaLoRAModel, load_adapter, load_for_training
+    from .tuner import SaLoRAModel
 
 
 def __getattr__(name: str) -> Any:

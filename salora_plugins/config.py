@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 
 from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
+from .options import OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import register_peft_types
-from .ranks import Rank, Side, check_pattern, check_rank, ranks_of
+from .ranks import Rank, Side, ranks_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -30,7 +31,10 @@ DIGEST_KEY = "adapter_sha256"
 # [A; A_0] and [B, -B_0], without a number in the file.
 FORM_KEY, FORM_OF_FACTORS = "form_of_factors", 2
 
-HEADS_ADDED_LATER = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+HEADS_ADDED_LATER: dict[str, list[str]] = {
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
 """Of these tasks PEFT adds the head to `modules_to_save` when the adapter is there already."""
 
 # Never written to a file: objects that live only in this process.
@@ -48,7 +52,7 @@ class SaLoRAPeftType(enum.StrEnum):
 
 
 @dataclass
-class SaLoRAConfig(LoraConfig):
+class SaLoRAConfig(AdapterOptions, LoraConfig):
     """
     Configuration of a SaLoRA adapter: all of [`~peft.LoraConfig`], with `r` and `lora_alpha` defaulting to the
     paper's 16, and the options below.
@@ -64,7 +68,7 @@ class SaLoRAConfig(LoraConfig):
         variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
-            docs/safety-retention.md.
+            docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
         input_safety_rank (`int` or `float`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
@@ -116,101 +120,42 @@ class SaLoRAConfig(LoraConfig):
 
     r: int = field(default=16, metadata={"help": "Rank of the trained factors A and B."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the scaling is lora_alpha / r."})
-    safety_rank: Rank = field(
-        default=32, metadata={"help": "Output directions per layer that are protected, or a share such as 0.95."}
-    )
-    variant: Literal["two-sided", "paper"] = field(
-        default="two-sided", metadata={"help": "'two-sided', or 'paper': the output side only."}
-    )
-    input_safety_rank: Rank | None = field(
-        default=None,
-        metadata={"help": "Input directions per layer that are protected, or a share; None: a quarter, at most 256."},
-    )
-    safety_rank_pattern: dict[str, Rank] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> safety_rank."}
-    )
-    input_safety_rank_pattern: dict[str, Rank] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> input_safety_rank."}
-    )
-    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = field(
-        default=None,
-        metadata={"help": "Positions of the safety data that count: 'response', 'predicting', 'prompt', 'all'."},
-    )
-    task_rank: int = field(default=32, metadata={"help": "Task directions kept by init='task'."})
-    init: Literal["task", "pissa", "zero"] | None = field(
-        default=None,
-        metadata={"help": "Start of the factors: 'task', 'pissa' or 'zero'; None: 'zero' with an input side."},
-    )
-    safety_data: Any = field(default="builtin", metadata={"help": "Harmful requests to calibrate on."})
-    task_data: Any = field(default=None, metadata={"help": "Task examples; None: the first training batch."})
-    safety_module: Any = field(
-        default=None, metadata={"help": "A safety module computed before: a file, folder or hub repository."}
-    )
-    basis_method: str = field(default="salora", metadata={"help": "Method that computes the safety bases."})
-    num_safety_samples: int = field(default=128, metadata={"help": "Safety examples to calibrate on."})
-    num_task_samples: int = field(default=128, metadata={"help": "Task examples for init='task'."})
-    calibration_batch_size: int = field(default=16, metadata={"help": "Examples per calibration forward."})
-    calibration_max_length: int = field(default=512, metadata={"help": "Tokens per calibration example."})
-    calibration_engine: Literal["auto", "exact", "sketched"] = field(
-        default="auto", metadata={"help": "Statistics as Gram matrices ('exact') or sketches; 'auto': by size."}
-    )
-    calibration_cache: bool = field(
-        default=True, metadata={"help": "Reuse a calibration of the same model, data and settings."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of data selection and decompositions."})
     tokenizer: Any = field(default=None, repr=False, metadata={"help": "Tokenizer; run time only, never saved."})
 
     def __post_init__(self) -> None:
         register_peft_types()
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
-        task_options = self._options_of_the_task_start()
-        if self.init is None:
-            self.init = "zero" if self.has_input_side and not task_options else "task"
-        elif self.init != "task" and task_options:
-            warnings.warn(
-                f"{', '.join(task_options)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
-                UserWarning,
-                stacklevel=3,
-            )
-        self._check_salora_options()
+        self._resolve_start()
+        check_number("r", self.r, 1)
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
+        self._refuse_contradicting_options()
         self._refuse_contradicting_lora_options()
         # Not fields, so that they are neither compared nor saved.
         self._weights_follow = False  # start factors are not needed, since saved ones are loaded next
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
 
-    def _check_salora_options(self) -> None:
-        for name, choices in (
-            ("init", ("task", "pissa", "zero")),
-            ("variant", ("two-sided", "paper")),
-            ("safety_positions", ("response", "predicting", "prompt", "all", None)),
-            ("calibration_engine", ("auto", "exact", "sketched")),
-            ("calibration_cache", (True, False)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
-        for name, least in (
-            ("r", 1),
-            ("task_rank", 1),
-            ("num_safety_samples", 1),
-            ("num_task_samples", 1),
-            ("calibration_batch_size", 1),
-            ("calibration_max_length", 2),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
-        check_rank("safety_rank", self.safety_rank, 1)
-        if self.input_safety_rank is not None:
-            check_rank("input_safety_rank", self.input_safety_rank, 0)
-            if self.variant == "paper" and self.input_safety_rank:
-                raise ValueError(
-                    f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, "
-                    "or choose variant='two-sided'."
-                )
-        check_pattern("safety_rank_pattern", self.safety_rank_pattern)
-        check_pattern("input_safety_rank_pattern", self.input_safety_rank_pattern)
+    def _resolve_start(self) -> None:
+        """Choose `init` where it is None, and warn of options that only `init="task"` heeds with another one."""
+        given = [] if self.task_data is None else ["task_data"]
+        given += [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default]
+        if self.init is None:
+            self.init = "zero" if self.has_input_side and not given else "task"
+        elif self.init != "task" and given:
+            warnings.warn(
+                f"{', '.join(given)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _refuse_contradicting_options(self) -> None:
+        if self.variant == "paper" and self.input_safety_rank:
+            raise ValueError(
+                f"input_safety_rank={self.input_safety_rank!r}: variant='paper' has no input side. Leave it out, or "
+                "choose variant='two-sided'."
+            )
         if self.input_safety_rank_pattern and not self.has_input_side:
             raise ValueError(
                 "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
@@ -226,12 +171,6 @@ class SaLoRAConfig(LoraConfig):
                 f"lora_alpha={self.lora_alpha!r}: init={self.init!r} divides by the scaling; give a positive value, or "
                 "use init='zero'."
             )
-
-    def _options_of_the_task_start(self) -> list[str]:
-        """The options given that only `init="task"` heeds."""
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        given = [] if self.task_data is None else ["task_data"]
-        return given + [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != defaults[name]]
 
     def _refuse_contradicting_lora_options(self) -> None:
         own = {f.name for f in dataclasses.fields(SaLoRAConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
@@ -254,7 +193,7 @@ class SaLoRAConfig(LoraConfig):
         tokens, after the configuration was made.
         """
         outside = {
-            "modules_to_save": self.modules_to_save or HEADS_ADDED_LATER.get(self.task_type),
+            "modules_to_save": self.modules_to_save or HEADS_ADDED_LATER.get(self.task_type or ""),
             "bias": None if self.bias == "none" else self.bias,
             "trainable_token_indices": self.trainable_token_indices,
         }
@@ -274,7 +213,7 @@ class SaLoRAConfig(LoraConfig):
         return self.variant != "paper" and self.input_safety_rank != 0
 
     @property
-    def resolved_safety_positions(self) -> Literal["response", "predicting", "prompt", "all"]:
+    def resolved_safety_positions(self) -> Positions:
         """`safety_positions`, with `None` resolved by whether there is an input side."""
         if self.safety_positions is not None:
             return self.safety_positions
@@ -305,7 +244,7 @@ class SaLoRAConfig(LoraConfig):
             value = getattr(self, option.name)
             if option.name in ("safety_data", "task_data", "safety_module"):
                 value = _name_of(value)
-            elif dataclasses.is_dataclass(value):
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             result[option.name] = copy.deepcopy(value)
         return result
@@ -324,8 +263,8 @@ class SaLoRAConfig(LoraConfig):
             growth = 2**0.5 if self.use_rslora else 2
             options["r"] = 2 * self.r
             options["lora_alpha"] = growth * self.lora_alpha
-            options["rank_pattern"] = {key: 2 * rank for key, rank in self.rank_pattern.items()}
-            options["alpha_pattern"] = {key: growth * alpha for key, alpha in self.alpha_pattern.items()}
+            options["rank_pattern"] = {key: 2 * rank for key, rank in (self.rank_pattern or {}).items()}
+            options["alpha_pattern"] = {key: growth * alpha for key, alpha in (self.alpha_pattern or {}).items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's own remarks were made when this config was created
             return LoraConfig(**options)
@@ -340,9 +279,9 @@ class SaLoRAConfig(LoraConfig):
         For a trained adapter the safety module beside it is named in `safety_module`.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if not (folder / CONFIG_FILE).is_file():
-            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         values = read_side_config(folder)
+        if values is None:
+            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         check_form(values, folder / CONFIG_FILE)
         for key in (DIGEST_KEY, FORM_KEY):
             values.pop(key, None)

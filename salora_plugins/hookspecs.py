@@ -26,6 +26,9 @@ PROJECT = "salora_plugins"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
+JudgeKind = Literal["refusal", "harm"]
+"""What a judge's True means: the response refuses the request, or it is harmful."""
+
 DataSource = Callable[[], Iterable[Mapping[str, Any]]]
 """Returns rows in any format that `salora_plugins.rows.reading.load_examples` accepts."""
 
@@ -57,8 +60,8 @@ class Judge(Protocol):
 class BatchJudge(Protocol):
     """Judges many answers at once: a model, or a service. `register_judge_factories` says how one is made."""
 
-    kind: Literal["refusal", "harm"]
-    """What True means: the response refuses the request, or it is harmful."""
+    kind: JudgeKind
+    """What True means."""
 
     def describe(self) -> dict[str, Any]:
         """

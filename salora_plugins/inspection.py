@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ranks import SIDES, Side, of_side
 from .safety_module import SafetyModule, SideBases
-from .support.files import atomic_write
+from .support.plotting import new_figure, save_png
 from .support.texts import cell, one_line
 
 if TYPE_CHECKING:
@@ -104,15 +104,10 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
+    figure = new_figure(13, 4.2 * len(safety_module.sides))
 
-    figure = Figure(figsize=(13, 4.2 * len(safety_module.sides)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    from matplotlib import colormaps
+
     rows = figure.subplots(len(safety_module.sides), 2, squeeze=False)
     for (spectrum_axis, share_axis), (side, found) in zip(rows, safety_module.sides.items(), strict=True):
         spectra, shares = found.singular_values, found.captured_energy
@@ -138,8 +133,7 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
         for axis in (spectrum_axis, share_axis):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_png(path, figure)
 
 
 def _sides(safety_module: SafetyModule, name: str) -> dict[Side, dict[str, Any]]:

@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ def project_out(matrix: Tensor, basis: Tensor, side: Side) -> Tensor:
     return matrix - (matrix @ basis) @ basis.T
 
 
+LORA_FACTORS: dict[Side, str] = {"input": "lora_A", "output": "lora_B"}
+"""Side -> PEFT's name of the factor that is kept out of its directions: A reads the inputs, B writes the outputs."""
+
+
 def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: torch.dtype) -> Tensor:
     """
     [A - A_0; A_0] or [B, B - B_0], in the dtype of `factor`; also of several factors, stacked.
@@ -61,7 +65,7 @@ def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: tor
 
 
 class WeightSource(Protocol):
-    """Computes the weights of several factors at once; see `batched_factors`."""
+    """Computes the weights of several factors at once; see `tuning.batched_factors`."""
 
     @property
     def in_forward(self) -> bool:
@@ -94,6 +98,9 @@ class SafeFactor(nn.Module):
     awaits_task_data: bool
     """Whether the start factor is still to be restricted to the directions of a first training batch."""
 
+    _basis: Tensor | None
+    _trace: Tensor | None
+
     def __init__(self, side: Side, basis: Tensor | None, offset: Tensor | None) -> None:
         super().__init__()
         self.side = side
@@ -120,6 +127,8 @@ class SafeFactor(nn.Module):
 
     @offset.setter
     def offset(self, value: Tensor) -> None:
+        if self.start is None:
+            raise AttributeError(f"{self.extra_repr()} starts at a zero update and has no start factor to be replaced.")
         self.start.value = value
 
     def forward(self, factor: Tensor) -> Tensor:
@@ -165,15 +174,22 @@ class SafeFactor(nn.Module):
             stacked = project_out(stacked, self.basis.cpu().double(), self.side)
         return stacked.float().contiguous()
 
-    def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inverse of `exact`: the trained factor and the start factor, float32, of an effective weight."""
+    def take_over(self, weight: Tensor) -> Tensor:
+        """
+        The inverse of `exact`: the trained factor of an effective weight, whose start factor becomes this one's.
+
+        The result is float32 where there is a start factor, and the weight itself where there is none.
+        """
         if self.start is None:
-            return weight, None
+            return weight
         if self.side == "input":
             difference, start = weight.float().chunk(2, dim=0)
-            return difference + start, start.contiguous()
-        trained, difference = weight.float().chunk(2, dim=1)
-        return trained.contiguous(), trained - difference
+            trained = difference + start
+        else:
+            trained, difference = weight.float().chunk(2, dim=1)
+            start = trained - difference
+        self.start.value = start.contiguous().to(self.start.value.device)
+        return trained.contiguous()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """
@@ -182,19 +198,18 @@ class SafeFactor(nn.Module):
         Raises:
             ValueError: The weight has another shape than what is read there.
         """
-        offset = self.offset
-        if offset is None:
+        if self.start is None:
             return weight.detach().clone() if isinstance(weight, EffectiveWeight) else weight
         if not self._registered:  # torch asks for the inverse of the weight that it replaces by this module, too
             return weight
-        if weight.shape != self._effective_shape(offset.shape):
+        rows, columns = self.start.value.shape
+        expected = (2 * rows, columns) if self.side == "input" else (rows, 2 * columns)
+        if weight.shape != expected:
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} was assigned where {self.extra_repr()} computes one of shape "
-                f"{tuple(self._effective_shape(offset.shape))}."
+                f"{expected}."
             )
-        trained, start = self.split(weight.detach())
-        self.offset = start.to(offset.device)
-        return trained.to(weight.dtype)
+        return self.take_over(weight.detach()).to(weight.dtype)
 
     @torch.no_grad()
     def adopt(self, factor: Tensor, weight: Tensor) -> None:
@@ -222,10 +237,7 @@ class SafeFactor(nn.Module):
         weight = weight.detach().to(current)
         if torch.equal(weight, current):
             return
-        trained, start = self.split(weight)
-        factor.copy_(trained)
-        if start is not None:
-            self.offset = start.to(self.offset.device)
+        factor.copy_(self.take_over(weight))
 
     def get_extra_state(self) -> Tensor:
         """What a state dict tells of this side: a trace of the basis, and whether the start awaits its task data."""
@@ -253,20 +265,16 @@ class SafeFactor(nn.Module):
 
     def _basis_trace(self) -> Tensor:
         """W^T U U^T W of fixed vectors W, (16,) float32 on the CPU: the same for all bases of one subspace."""
-        if self._trace is None:
+        trace = self._trace
+        if trace is None:
             if self.basis is None:
-                self._trace = torch.zeros(_PROBES * _PROBES)
+                trace = torch.zeros(_PROBES * _PROBES)
             else:
                 basis = self.basis.cpu() if self.basis.device.type == "mps" else self.basis
                 kept = basis.detach().double().T @ _probes(basis.shape[0]).to(basis.device)
-                self._trace = (kept.T @ kept).flatten().float().cpu()
-        return self._trace
-
-    def _effective_shape(self, shape: torch.Size) -> torch.Size:
-        rows, columns = shape
-        if self.start is None:
-            return shape
-        return torch.Size((2 * rows, columns) if self.side == "input" else (rows, 2 * columns))
+                trace = (kept.T @ kept).flatten().float().cpu()
+            self._trace = trace
+        return trace
 
     def follow(self, device: torch.device) -> None:
         """Dispatching a model over devices moves parameters only; move along once."""
@@ -374,7 +382,7 @@ class EffectiveWeight(Tensor):
         root = self if self._root is None else self._root
         root._safe_factor.adopt(root._trained, root.detach().as_subclass(Tensor))
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)
 
@@ -418,14 +426,36 @@ def _probes(dimension: int) -> Tensor:
     return math.sqrt(2) * torch.cos(rows[:, None] ** 2 * columns.sqrt() * 0.6180339887498949)
 
 
-def register_safe_factor(linear: nn.Module, factor: SafeFactor) -> None:
+def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     """Let `factor` compute the weight of a lora_A or lora_B layer from here on."""
     # unsafe: the effective weight is wider than the trained one, which torch does not expect.
     parametrize.register_parametrization(linear, "weight", factor, unsafe=True)
     factor._registered = True
-    type(linear).__setattr__ = _assign  # the class of this one module, which torch made for its parametrization
-    linear.parametrizations.weight.register_load_state_dict_pre_hook(_check_loaded)
+    own_class: Any = type(linear)  # that of this one module, which torch made for its parametrization
+    own_class.__setattr__ = _assign
+    own_class.weight = property(_getter(own_class.weight.fget), own_class.weight.fset)
+    weight_holder(linear).register_load_state_dict_pre_hook(_check_loaded)
     linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _getter(compute: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """
+    What reads the weight: within a forward pass it has been computed together with others, and is handed out without
+    the calls of two modules that torch's parametrization makes, which on a small model cost more than the numbers.
+    """
+
+    def weight(linear: nn.Module) -> Tensor:
+        if not torch.compiler.is_compiling():
+            holder = linear._modules["parametrizations"]._modules["weight"]
+            factor = holder._modules["0"]
+            # DeepSpeed's ZeRO-3 puts a dictionary of its own there.
+            if factor.batch is not None and type(holder._parameters) is dict:
+                found = factor.batch.weight_of(factor.index, holder._parameters["original"])
+                if found is not None:
+                    return found
+        return compute(linear)
+
+    return weight
 
 
 def _assign(linear: nn.Module, name: str, value: Any) -> None:
@@ -435,7 +465,7 @@ def _assign(linear: nn.Module, name: str, value: Any) -> None:
     nn.Module.__setattr__(linear, name, value)
 
 
-def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _check_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict with which this factor would compute something else than the one that was saved."""
     name, factor = prefix.removesuffix(".parametrizations.weight."), module[0]
     if f"{prefix}original" not in state_dict:
@@ -457,14 +487,25 @@ def _check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         )
 
 
-def safe_factor(linear: nn.Module) -> SafeFactor | None:
-    """The `SafeFactor` of a lora_A or lora_B layer, or None where it is a plain LoRA weight."""
-    if not parametrize.is_parametrized(linear, "weight"):
-        return None
-    module = linear.parametrizations.weight[0]
-    return module if isinstance(module, SafeFactor) else None
+def weight_holder(linear: nn.Module) -> Any:
+    """
+    torch's `ParametrizationList` of a parametrized lora_A or lora_B weight, or what wraps it: the trained factor is its
+    `original`, and the `SafeFactor` its first item.
+    """
+    parametrizations: Any = linear.parametrizations
+    return parametrizations.weight
+
+
+def has_safe_factor(linear: nn.Module) -> bool:
+    """Whether the weight of a lora_A or lora_B layer is computed by a `SafeFactor`, and not one of plain LoRA."""
+    return parametrize.is_parametrized(linear, "weight") and isinstance(weight_holder(linear)[0], SafeFactor)
+
+
+def safe_factor(linear: nn.Module) -> SafeFactor:
+    """The `SafeFactor` of a lora_A or lora_B layer that has one."""
+    return weight_holder(linear)[0]
 
 
 def trained_factor(linear: nn.Module) -> nn.Parameter:
     """The trainable parameter behind a parametrized lora_A or lora_B weight."""
-    return linear.parametrizations.weight.original
+    return weight_holder(linear).original

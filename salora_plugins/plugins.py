@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -154,7 +154,7 @@ def _installed() -> Iterator[tuple[str, EntryPoint]]:
         yield f"{distribution}:{entry_point.name}" if distribution else entry_point.name, entry_point
 
 
-def merge_names(found: dict[str, Any], new: dict[str, Any], kind: str, plugin_name: str) -> None:
+def merge_names(found: MutableMapping[str, Any], new: Mapping[str, Any], kind: str, plugin_name: str) -> None:
     """Add `new` to `found` in place; a name that is taken already is named in a warning and skipped."""
     for name, value in new.items():
         if name in found:

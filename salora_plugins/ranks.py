@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # not at run time: `options` is imported at every start of Axolotl
 
 Side = Literal["output", "input"]
 """Of a layer: what it writes, W x, where U_C belongs, or what it reads, x, where V_C belongs."""
@@ -103,4 +103,4 @@ def rank_for_share(singular_values: Tensor, energy: float, share: float) -> int 
     captured = singular_values.double().square().cumsum(0)
     # A little slack, since float32 values of a complete decomposition need not add up to all of the energy.
     enough = captured >= share * (1 - 1e-6) * energy
-    return int(torch.argmax(enough.int())) + 1 if enough.any() else None
+    return int(enough.int().argmax()) + 1 if enough.any() else None

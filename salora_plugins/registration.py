@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraModel
 from .config import SaLoRAConfig, SaLoRAPeftType
 from .tuner import SaLoRAModel
 
-PEFT_TYPE_TO_CONFIG_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAConfig
-PEFT_TYPE_TO_TUNER_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAModel
-PEFT_TYPE_TO_PREFIX_MAPPING[SaLoRAPeftType.SALORA] = LoraModel.prefix
+# PEFT annotates these by its own enum, whose members are strings as well.
+PEFT_TYPE_TO_CONFIG_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAConfig  # type: ignore[index]  # see above
+PEFT_TYPE_TO_TUNER_MAPPING[SaLoRAPeftType.SALORA] = SaLoRAModel  # type: ignore[index]  # see above
+PEFT_TYPE_TO_PREFIX_MAPPING[SaLoRAPeftType.SALORA] = LoraModel.prefix  # type: ignore[index]  # see above

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Fixtures of modules and sessions run before the one below.
 os.environ["SALORA_CACHE"] = tempfile.mkdtemp(prefix="salora-cache-")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks
 
 pytest_plugins = ["compatibility_table"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -14,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins import SafetyModule, calibrate, load_for_training
 from salora_plugins.models.fingerprint import weight_samples
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
@@ -640,7 +639,8 @@ def test_runs_with_another_adapter_are_unchanged(runs):
 def test_importing_the_plugin_imports_nothing_heavy(runs):
     imported = runs[1]["imported"]
     assert "salora_plugins.integrations.axolotl.plugin" in imported
-    assert {name for name in imported if not name.startswith("salora_plugins.integrations")} <= {"salora_plugins"}
+    light = {"salora_plugins", "salora_plugins.options", "salora_plugins.ranks"}
+    assert {name for name in imported if not name.startswith("salora_plugins.integrations")} <= light
 
 
 @pytest.mark.parametrize(
@@ -664,12 +664,12 @@ def test_accepted_when_the_config_is_validated(runs, name):
 
 
 def test_reentrant_checkpoints_with_rl_and_4_bit_on_several_gpus_are_refused():
-    from salora_plugins.integrations.axolotl.args import _check_rl
+    from salora_plugins.integrations.axolotl.host_options import check_rl
 
     config = {"rl": "dpo", "load_in_4bit": True, "gradient_checkpointing": True, "capabilities": {"n_gpu": 2}}
-    _check_rl(config)
+    check_rl(config)
     with pytest.raises(ValueError, match="use_reentrant"):
-        _check_rl({**config, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+        check_rl({**config, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=row(what)) for name, what in SAME_LOSSES.items()])
@@ -734,20 +734,3 @@ def test_the_checkpoint_before_a_half_written_one(runs):
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
 def test_examples_are_valid(runs, name):
     assert runs[1]["errors"][name] is None
-
-
-def test_every_option_has_a_key_and_the_documented_default():
-    from salora_plugins.integrations.axolotl.args import SaLoRAOptions
-
-    options = {field.name: field for field in dataclasses.fields(SaLoRAConfig)}
-    own = options.keys() - {field.name for field in dataclasses.fields(LoraConfig)} - {"tokenizer"}
-    keys = SaLoRAOptions.model_fields.keys()
-    # The trainer's, not the adapter's.
-    assert keys - {"monitor"} == own
-    for name, field in SaLoRAOptions.model_fields.items():
-        if name == "monitor":
-            continue
-        factory = options[name].default_factory
-        default = options[name].default if factory is dataclasses.MISSING else factory()
-        if default is not None and name != "seed":
-            assert f"Default: {default}" in field.description

@@ -14,12 +14,13 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from salora_plugins.cli import create_cli
+from salora_plugins.evaluation.reports.aggregation import paired_tests, set_result
 from salora_plugins.evaluation.reports.comparison import compare
-from salora_plugins.evaluation.reports.figures import paired_tests, set_result
 from salora_plugins.evaluation.reports.page import page
 from salora_plugins.evaluation.reports.plots import draw
 from salora_plugins.evaluation.reports.report import Answer, EvaluationReport, ModelResult, TaskResult
-from salora_plugins.evaluation.reports.tables import sections, table, visible
+from salora_plugins.evaluation.reports.tables import sections, table
+from salora_plugins.support.texts import visible
 
 REQUESTS = 8
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here is how."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,19 @@ from salora_plugins import SaLoRAConfig, evaluate
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import word_problems
-from salora_plugins.evaluation import generate_responses, response_loss
-from salora_plugins.evaluation.evaluate import SETS, WORK_FOLDER
-from salora_plugins.evaluation.evaluated_models import Loader, find_subjects
+from salora_plugins.evaluation import evaluated_models, generate_responses, response_loss
+from salora_plugins.evaluation.assembling import assemble
+from salora_plugins.evaluation.evaluated_models import Loader, find_models
+from salora_plugins.evaluation.first_tokens import KL_TOKENS
 from salora_plugins.evaluation.judges import endpoint as endpoint_judge
 from salora_plugins.evaluation.judges.keyword import OPENINGS, is_refusal
-from salora_plugins.evaluation.reports.figures import paired_tests, set_result
-from salora_plugins.evaluation.reports.report import ANSWERS_FOLDER, Answer, EvaluationReport, read_answers
+from salora_plugins.evaluation.judging import judge
+from salora_plugins.evaluation.plan import DataOptions, LmEvalOptions, MeasuringOptions, plan_evaluation
+from salora_plugins.evaluation.reports.aggregation import paired_tests, set_result
+from salora_plugins.evaluation.reports.report import ANSWERS_FOLDER, SETS, Answer, EvaluationReport, read_answers
 from salora_plugins.evaluation.request_sets import load_requests
+from salora_plugins.evaluation.run_folder import WORK_FOLDER, RunFolder
+from salora_plugins.models.loading import LoadingOptions
 
 # The demo model has read so little that it finds any sentence it does not know unlikely; word salad is at 100,000.
 THRESHOLD = 50_000.0
@@ -254,7 +261,7 @@ def test_paired_tests_are_of_all_pairs(finished):
 
 def test_adapters_with_a_safety_module_are_audited(finished, sources, tmp_path):
     _, report = finished
-    assert result(report, "salora").audit["verdict"] == "outside"
+    assert result(report, "salora").audit.verdict == "outside"
     assert result(report, "complying").audit is None
     options = {**OPTIONS, "num_requests": 2, "max_new_tokens": 2}
     against = evaluate(
@@ -265,7 +272,7 @@ def test_adapters_with_a_safety_module_are_audited(finished, sources, tmp_path):
         **options,
     )
     assert result(against, "salora").audit == result(report, "salora").audit
-    assert set(result(against, "zero").audit["modules"]) == set(result(against, "salora").audit["modules"])
+    assert set(result(against, "zero").audit.modules) == set(result(against, "salora").audit.modules)
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -438,21 +445,21 @@ def test_a_model_without_a_chat_template_is_evaluated_on_plain_text(sources, tmp
 
 def test_the_base_model_is_the_same_afterwards(sources, tmp_path):
     saved = save_lora(tmp_path / "head", 0.1, modules_to_save=["lm_head"])
-    subjects = find_subjects(str(MODEL), {"salora": sources["salora"], "head": saved}, {}, None)
-    assert [subject.is_plain_lora for subject in subjects[1:]] == [True, False]
-    loader = Loader(subjects[0], None, dtype="auto")
+    evaluated = find_models(str(MODEL), {"salora": sources["salora"], "head": saved}, {}, None)
+    assert [adapter.is_plain_lora for adapter in evaluated[1:]] == [True, False]
+    loader = Loader(evaluated[0], LoadingOptions())
     expected = {name: value.clone() for name, value in loader.base.state_dict().items()}
     before = loader.base
-    for subject in subjects[1:]:
-        with loader.loaded(subject) as model:
+    for adapter in evaluated[1:]:
+        with loader.loaded(adapter) as model:
             assert isinstance(model, PeftModel)
         after = loader.base
-        assert (after is before) == subject.is_plain_lora
+        assert (after is before) == adapter.is_plain_lora
         assert list(after.state_dict()) == list(expected)
         assert all(torch.equal(value, expected[name]) for name, value in after.state_dict().items())
     with (
         pytest.raises(ValueError, match="PEFT cannot load it on the base model"),
-        loader.loaded(find_subjects(str(MODEL), {"a": save_of_another_size(tmp_path)}, {}, None)[1]),
+        loader.loaded(find_models(str(MODEL), {"a": save_of_another_size(tmp_path)}, {}, None)[1]),
     ):
         pass
     assert list(loader.base.state_dict()) == list(expected)
@@ -567,10 +574,42 @@ def test_a_judge_that_is_a_service_and_fails_is_asked_again_the_next_time(copy, 
     assert len(seen) == 1
 
 
+def test_verdicts_and_report_come_from_the_folder_without_a_model(copy, finished, sources, monkeypatch):
+    monkeypatch.setattr(evaluated_models, "load_model", None)
+    plan = plan_evaluation(
+        str(MODEL),
+        {name: sources[name] for name in ADAPTERS},
+        {"merged": sources["merged"]},
+        None,
+        DataOptions("builtin", "builtin", word_problems("test", 8), NUM, None, seed=0),
+        MeasuringOptions(max_new_tokens=24, kl_tokens=KL_TOKENS, batch_size=8, perplexity_threshold=THRESHOLD),
+        ["keyword"],
+        LmEvalOptions((), None, None),
+        LoadingOptions(),
+        title=None,
+    )
+    folder = RunFolder(copy)
+    folder.keep_settings(plan.settings)
+    answers = judge(plan, folder, progress=False)
+    assert answers == {name: read_answers(copy, name) for name in answers}
+    report = assemble(plan, folder, answers)
+    assert report.model_copy(update={"created": finished[1].created}) == finished[1]
+
+
 def test_a_judge_that_cannot_work_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"judge 'model' at http://127.0.0.1:9/v1: No reply"):
         evaluate(MODEL, out=tmp_path / "out", judges=["openai:http://127.0.0.1:9/v1#model"], **OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_defaults_are_those_of_the_function():
+    function = inspect.signature(evaluate).parameters
+    command = next(command for name, command in create_cli().commands.items() if name == "evaluate")
+    shared = [option for option in command.params if option.name in function and option.default is not None]
+    assert {option.name: option.default for option in shared} == {
+        option.name: function[option.name].default for option in shared
+    }
+    assert {option.name for option in fields(LoadingOptions)} <= {option.name for option in command.params}
 
 
 def test_command(finished, sources, tmp_path):

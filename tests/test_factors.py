@@ -13,7 +13,7 @@ from torch import nn
 
 from certificate import largest_share_inside
 from salora_plugins import calibrate, load_for_training
-from salora_plugins.parametrization import EffectiveWeight, safe_factor, trained_factor
+from salora_plugins.parametrization import EffectiveWeight, has_safe_factor, safe_factor, trained_factor
 from tiny import llama, relative_difference, token_batch, token_rows
 from tiny import salora_config as config
 
@@ -360,7 +360,7 @@ def test_a_write_takes_effect_projected(write, init):
             write(linear, value)
         assert not torch.equal(trained_factor(linear), before)
         assert torch.allclose(linear.weight, projected(linear, value), atol=1e-5)
-        assert trained_factor(linear).requires_grad and safe_factor(linear) is not None
+        assert trained_factor(linear).requires_grad and has_safe_factor(linear)
 
 
 def test_what_is_written_back_unchanged_changes_nothing():

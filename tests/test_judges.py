@@ -14,7 +14,7 @@ import tiny
 from salora_plugins import plugins
 from salora_plugins.evaluation.judges import endpoint as endpoint_judge
 from salora_plugins.evaluation.judges.keyword import OPENINGS, REFUSAL_PHRASES
-from salora_plugins.evaluation.judges.named import NamedJudge, describe_judge, load_judge
+from salora_plugins.evaluation.judges.named import NamedJudge, load_judge
 from salora_plugins.hookspecs import hookimpl
 
 # Answers to "How do I pick a lock?", whether each refuses.
@@ -52,7 +52,7 @@ def test_the_limits_of_the_keyword_judge_are_known(response, refuses):
 
 
 def test_the_report_gets_the_keyword_lists():
-    description = describe_judge("keyword")
+    description = load_judge("keyword").describe()
     assert description["kind"] == "refusal"
     assert description["openings"] == list(OPENINGS)
     assert description["refusal_phrases"] == list(REFUSAL_PHRASES)
@@ -246,7 +246,7 @@ def guard_folder(tmp_path_factory):
 
 def test_classifier_judge(guard_folder):
     spec = f"classifier:{guard_folder}"
-    assert describe_judge(spec)["model"] == str(guard_folder)
+    assert load_judge(spec).describe()["model"] == str(guard_folder)
     judge = load_judge(spec)
     assert judge.kind == "harm"
     pairs = [("Do", "it is as I said!"), ("Do", "a."), ("Do", "ok then?"), ("Do", "x" * 200), ("Do", "a!")]
@@ -270,18 +270,18 @@ def test_classifier_whose_template_takes_parts(guard_folder, tmp_path):
 
 def test_a_classifier_that_cannot_work_is_refused_before_anything_is_generated(tmp_path):
     with pytest.raises(ValueError, match=r"judge 'classifier': no tokenizer can be loaded from .*missing"):
-        describe_judge(f"classifier:{tmp_path / 'missing'}")
+        load_judge(f"classifier:{tmp_path / 'missing'}").describe()
     tokenizer = tiny.tokenizer()
     tiny.llama().save_pretrained(tmp_path)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no chat template"):
-        describe_judge(f"classifier:{tmp_path}")
+        load_judge(f"classifier:{tmp_path}").describe()
     # It would judge the request, whatever the response.
     tokenizer.chat_template = "{{ messages[0]['content'] }}\nVerdict:"
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not show the request and the response"):
-        describe_judge(f"classifier:{tmp_path}")
+        load_judge(f"classifier:{tmp_path}").describe()
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -421,13 +421,13 @@ def test_the_texts_that_are_judged_cannot_leave_their_place(endpoint):
 
 def test_an_endpoint_is_tried_before_anything_is_generated(endpoint, monkeypatch):
     url, handler = endpoint
-    description = describe_judge(f"openai:{url}#model")
+    description = load_judge(f"openai:{url}#model").describe()
     assert (description["url"], description["model"], description["kind"]) == (url, "model", "harm")
     assert description["prompt"] == endpoint_judge.PROMPT
     assert KEY not in json.dumps(description)
     monkeypatch.delenv("OPENAI_API_KEY")
-    describe_judge(f"openai:{url}#model")
+    load_judge(f"openai:{url}#model").describe()
     assert [authorization for _, _, authorization, _ in handler.seen] == [f"Bearer {KEY}", None]
     # Nobody listens at port 9 of this machine.
     with pytest.raises(ValueError, match=r"judge 'model' at http://127.0.0.1:9/v1: No reply: .*refused"):
-        describe_judge("openai:http://127.0.0.1:9/v1#model")
+        load_judge("openai:http://127.0.0.1:9/v1#model").describe()

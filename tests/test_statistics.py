@@ -12,7 +12,7 @@ from salora_plugins.activations.vectors import ExactStatistics, OutputStatistics
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.ranks import rank_for_share, ranks_of
 from salora_plugins.support import linear_algebra
-from salora_plugins.support.linear_algebra import eigh, svd, top_eigenpairs, truncated_svd
+from salora_plugins.support.linear_algebra import eigh, svd, svd_of_product, top_eigenpairs, truncated_svd
 
 SPECTRA = {
     "fast": lambda d: 0.9 ** torch.arange(d, dtype=torch.float64),
@@ -206,6 +206,16 @@ def test_top_eigenpairs_of_a_large_matrix(spectrum):
     assert torch.allclose(basis.T @ basis, torch.eye(20, dtype=torch.float64), atol=1e-10)
     if spectrum != "flat":
         assert smallest_cosine(basis, vectors[:, :20]) > 1 - 1e-4
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(30, 4, 20), (3, 8, 20), (20, 8, 3)])
+def test_svd_of_a_product(m, k, n):
+    left, right = torch.randn(m, k), torch.randn(k, n)
+    u, s, vh = svd_of_product(left, right)
+    product = left.double() @ right.double()
+    assert u.shape[1] == s.shape[0] == vh.shape[0] == min(m, k, n)
+    assert torch.allclose((u * s) @ vh, product)
+    assert torch.allclose(s, torch.linalg.svdvals(product)[: s.shape[0]])
 
 
 @pytest.mark.parametrize("shape", [(700, 600), (600, 1500), (2, 800, 640)])

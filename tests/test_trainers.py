@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from salora_plugins import SafetyModule, calibrate, last_complete_checkpoint, load_for_training
 from salora_plugins.initialization import restrict_to_task
-from salora_plugins.parametrization import safe_factor, trained_factor
+from salora_plugins.parametrization import has_safe_factor, safe_factor, trained_factor
 from tiny import (
     llama,
     preference_rows,
@@ -508,7 +508,7 @@ def test_load_best_model_at_end(folder, tmp_path, safety):
     module = "base_model.model.model.layers.0.self_attn.q_proj.lora_B"
     layer = trainer.model.get_submodule(f"{module}.default")
     assert relative_difference(layer.weight.detach(), saved[f"{module}.weight"]) < 1e-6
-    assert safe_factor(layer) is not None and trained_factor(layer).requires_grad
+    assert has_safe_factor(layer) and trained_factor(layer).requires_grad
     check_result(trainer, base_model(folder), tmp_path / "adapter")
     again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.allclose(again[key], saved[key], atol=1e-6) for key in saved)

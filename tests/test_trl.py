@@ -246,6 +246,11 @@ def test_script_arguments():
     by_need = get_peft_config(model_args, parsed[0])
     assert (by_need.safety_rank, by_need.input_safety_rank, by_need.calibration_cache) == (48, 0.9, False)
     assert isinstance(by_need.safety_rank, int)
+    pattern = ["--use_salora", "--safety_rank_pattern", '{"down_proj": 64, "q_proj": 0.9}']
+    by_module = get_peft_config(model_args, trl.TrlParser((SaLoRAArguments,)).parse_args_and_config(pattern)[0])
+    assert by_module.safety_rank_pattern == {"down_proj": 64, "q_proj": 0.9}
+    with pytest.raises(ValueError, match="--input_safety_rank_pattern q_proj=8: give JSON"):
+        SaLoRAArguments(use_salora=True, input_safety_rank_pattern="q_proj=8")
     assert get_peft_config(model_args, SaLoRAArguments()) is None
     with pytest.raises(ValueError, match="--safety_rank has no effect without --use_salora"):
         get_peft_config(model_args, SaLoRAArguments(safety_rank=4))

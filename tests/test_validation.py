@@ -16,8 +16,10 @@ from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.evaluation import response_loss, validation
 from salora_plugins.evaluation.first_tokens import refusal_margins
+from salora_plugins.evaluation.removal import without_directions
+from salora_plugins.evaluation.reports.validation_report import RANDOM_SUBSPACES, write_plot
 from salora_plugins.evaluation.request_sets import Request, load_requests
-from salora_plugins.evaluation.validation import RANDOM_SUBSPACES, validate, without_directions, write_plot
+from salora_plugins.evaluation.validation import validate
 from salora_plugins.safety_module import SideBases
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]

@@ -16,13 +16,14 @@ import click
 )
 def salora_calibrate(config: str, out: Path | None) -> None:
     """Compute the safety module for a config with `adapter: salora`, without training."""
+    # Private part of Axolotl: what its own commands read a config with, plugins and validation included.
     from axolotl.cli.config import load_cfg
     from axolotl.loaders import ModelLoader, load_tokenizer
 
     from ...calibration import calibrate_with
     from ...inspection import summary
     from .args import ADAPTER
-    from .plugin import in_the_terms_of_the_file, salora_config
+    from .translation import in_the_terms_of_the_file, salora_config
 
     cfg = load_cfg(config)
     if cfg.adapter != ADAPTER:

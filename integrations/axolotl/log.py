@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+# Private parts of Axolotl: the filter that it gives to loggers of others, and its test of the rank that may log.
 from axolotl.logging_config import AxolotlOrWarnErrorFilter
 from axolotl.utils.logging import is_main_process
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from axolotl.loaders import ModelLoader
-from axolotl.loaders.utils import load_model_config
+from axolotl.loaders.utils import load_model_config  # private: one of the attributes of _QuantizationChoice
 from axolotl.utils.dict import DictDefault
 from torch import nn
 
 
 class _QuantizationChoice(ModelLoader):
-    """Axolotl's model loader, up to where it has chosen how to quantize."""
+    """
+    Axolotl's model loader, up to where it has chosen how to quantize.
+
+    Private part of Axolotl: `_set_quantization_config`, with the three attributes that it reads and writes. It is the
+    only place that knows what Axolotl would choose, and it does so for its own adapters only.
+    """
 
     def __init__(self, cfg: DictDefault) -> None:
         self.cfg = DictDefault({**cfg, "adapter": "qlora" if cfg.load_in_4bit else "lora"})
         self.model_config = load_model_config(cfg)
-        self.model_kwargs = {}
+        self.model_kwargs: dict[str, Any] = {}
         self._set_quantization_config()
 
 

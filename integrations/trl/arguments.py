@@ -1,10 +1,12 @@
-"""SaLoRA's options as command-line arguments for TRL's `TrlParser`."""
+"""SaLoRA's options as command-line arguments for TRL's `TrlParser`, made from `OPTIONS`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import trl
 from datasets import DatasetDict, load_dataset
@@ -12,39 +14,56 @@ from peft import PeftConfig
 from trl import ModelConfig, ScriptArguments
 
 from ...config import SaLoRAConfig
+from ...options import OPTIONS, Option, RankPattern
+from ...ranks import Rank
 
-_HELP = {option.name: option.metadata.get("help", "") for option in fields(SaLoRAConfig)}
+_LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
+# What `--init` starts would not be clear among the arguments of a training script.
+_NAMES = {"init": "salora_init"}
+# One type for each argument. Whole numbers and shares are both floats at first; what can be an object in Python is
+# named; a mapping is JSON on the command line, and may be one in a YAML file.
+_TYPES: dict[Any, Any] = {Any: str, Rank: float, RankPattern: RankPattern | str}
+# argparse adds "(default: None)" to what has no default in it; this prints nothing.
+_NO_DEFAULT = "%(default).0s"
+
+
+def _arguments() -> Iterator[tuple[str, Any, Any]]:
+    """Name, type and field of every argument; one that is not given is None."""
+    yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
+    for option in OPTIONS.values():
+        if option.name not in _LEFT_OUT:
+            kind = _TYPES.get(option.type, option.type) | None
+            yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
+
+
+def _help(option: Option) -> str:
+    syntax = """ JSON, such as '{"down_proj": 64}'.""" if option.type == RankPattern else ""
+    return f"{option.described()}{syntax}".replace("%", "%%") + _NO_DEFAULT
+
+
+_Arguments: Any = make_dataclass("_Arguments", _arguments())
 
 
 @dataclass
-class SaLoRAArguments:
+class SaLoRAArguments(_Arguments):
     """
     Options of [`SaLoRAConfig`] beside TRL's `ModelConfig`, whose `--lora_*` options apply as they do to LoRA.
 
     An option that is not given has SaLoRAConfig's default.
+
+    Raises:
+        ValueError: A mapping that is not given as JSON.
     """
 
-    use_salora: bool = field(default=False, metadata={"help": "Train a SaLoRA adapter."})
-    safety_rank: float | None = field(default=None, metadata={"help": _HELP["safety_rank"]})
-    variant: Literal["two-sided", "paper"] | None = field(default=None, metadata={"help": _HELP["variant"]})
-    input_safety_rank: float | None = field(default=None, metadata={"help": _HELP["input_safety_rank"]})
-    safety_positions: Literal["response", "predicting", "prompt", "all"] | None = field(
-        default=None, metadata={"help": _HELP["safety_positions"]}
-    )
-    task_rank: int | None = field(default=None, metadata={"help": _HELP["task_rank"]})
-    salora_init: Literal["task", "pissa", "zero"] | None = field(default=None, metadata={"help": _HELP["init"]})
-    safety_data: str | None = field(default=None, metadata={"help": _HELP["safety_data"]})
-    task_data: str | None = field(default=None, metadata={"help": _HELP["task_data"]})
-    safety_module: str | None = field(default=None, metadata={"help": _HELP["safety_module"]})
-    basis_method: str | None = field(default=None, metadata={"help": _HELP["basis_method"]})
-    num_safety_samples: int | None = field(default=None, metadata={"help": _HELP["num_safety_samples"]})
-    num_task_samples: int | None = field(default=None, metadata={"help": _HELP["num_task_samples"]})
-    calibration_batch_size: int | None = field(default=None, metadata={"help": _HELP["calibration_batch_size"]})
-    calibration_max_length: int | None = field(default=None, metadata={"help": _HELP["calibration_max_length"]})
-    calibration_engine: Literal["auto", "exact", "sketched"] | None = field(
-        default=None, metadata={"help": _HELP["calibration_engine"]}
-    )
-    calibration_cache: bool | None = field(default=None, metadata={"help": _HELP["calibration_cache"]})
+    def __post_init__(self) -> None:
+        for option in OPTIONS.values():
+            if option.type == RankPattern and isinstance(text := getattr(self, option.name), str):
+                setattr(self, option.name, _mapping(option.name, text))
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that were given, by their names here."""
+        values = {argument.name: getattr(self, argument.name) for argument in fields(self)}
+        return {name: value for name, value in values.items() if name != "use_salora" and value is not None}
 
 
 def get_peft_config(
@@ -62,22 +81,17 @@ def get_peft_config(
     Raises:
         ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses.
     """
-    given = {
-        option.name: getattr(salora_args, option.name)
-        for option in fields(salora_args)
-        if option.name != "use_salora" and getattr(salora_args, option.name) is not None
-    }
+    given = salora_args.given()
     if not salora_args.use_salora:
         if given:
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
-    for name in ("safety_rank", "input_safety_rank"):
+    salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
+    for option, value in salora_options.items():
         # One field holds both: whole numbers are numbers of directions, fractions are shares.
-        if name in given and float(given[name]).is_integer():
-            given[name] = int(given[name])
-    if "salora_init" in given:
-        given["init"] = given.pop("salora_init")
-    options = {
+        if OPTIONS[option].type == Rank and float(value).is_integer():
+            salora_options[option] = int(value)
+    lora_options: dict[str, Any] = {
         "task_type": model_args.lora_task_type,
         "r": model_args.lora_r,
         "lora_alpha": model_args.lora_alpha,
@@ -88,7 +102,17 @@ def get_peft_config(
         "use_rslora": model_args.use_rslora,
         "use_dora": model_args.use_dora,
     }
-    return SaLoRAConfig(**options, **given, tokenizer=tokenizer, seed=seed)
+    return SaLoRAConfig(**lora_options, **salora_options, tokenizer=tokenizer, seed=seed)
+
+
+def _mapping(name: str, text: str) -> dict[str, Any]:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"""--{name} {text}: give JSON, such as '{{"down_proj": 64}}'.""")
+    return mapping
 
 
 def read_dataset(script_args: ScriptArguments) -> DatasetDict:
@@ -98,7 +122,12 @@ def read_dataset(script_args: ScriptArguments) -> DatasetDict:
     Args:
         script_args: `dataset_name` is a data set of the hub, a folder, or a JSON or JSONL file, which becomes the
             training split.
+
+    Raises:
+        ValueError: No `dataset_name`.
     """
+    if script_args.dataset_name is None:
+        raise ValueError("--dataset_name is missing. Name a data set of the hub, a folder, or a JSON or JSONL file.")
     if Path(script_args.dataset_name).is_file():
         return load_dataset("json", data_files={script_args.dataset_train_split: script_args.dataset_name})
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config)

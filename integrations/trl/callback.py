@@ -37,6 +37,8 @@ class TaskInitializationCallback(TrainerCallback):
     ) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.base_model, SaLoRAModel):
             raise ValueError("TaskInitializationCallback needs a trainer with peft_config=SaLoRAConfig(...).")
+        if train_dataloader is None:
+            raise ValueError("TaskInitializationCallback needs a trainer with a training set.")
         warn_of_another_template(model, kwargs.get("processing_class"))
         for adapter_name in model.base_model.waiting_for_task_data:
             model.base_model.initialize_from_task_data(train_dataloader.dataset, adapter_name)

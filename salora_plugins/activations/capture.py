@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from ..models.embeddings import output_embeddings
 from ..models.running import cheap_forward_options, input_device
+from ..options import Positions
 from .collector import StatisticsCollector
-from .positions import Positions, position_mask
+from .positions import position_mask
 from .statistics import Engine, ModuleStatistics
 
 

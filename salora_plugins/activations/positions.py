@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Positions = Literal["response", "predicting", "prompt", "all"]
-"""Which positions of the data count, see `position_mask`."""
+from ..options import Positions
 
 
 def position_mask(labels: Tensor, positions: Positions, attention_mask: Tensor | None = None) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..options import EngineChoice
 from ..ranks import Side
 from .vectors import LEAST_WIDTH, ExactStatistics, SketchedStatistics, VectorStatistics
-
-EngineChoice = Literal["auto", "exact", "sketched"]
-"""How statistics are to be kept, see `choose_engine`."""
 
 # Rows of a sketch per direction, where they are affordable.
 _WIDTH = 4

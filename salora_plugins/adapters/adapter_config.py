@@ -17,6 +17,20 @@ from .training_card import write_training_card
 from .writing import write_adapter_config
 
 
+def read_config(folder: str | os.PathLike) -> SaLoRAConfig:
+    """
+    The configuration of a saved SaLoRA adapter, from its `salora_config.json`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be used.
+    """
+    config = SaLoRAConfig.from_pretrained(folder)
+    if not isinstance(config, SaLoRAConfig):
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter.")
+    return config
+
+
 class AdapterConfig(SaLoRAConfig):
     """
     The copy of a [`SaLoRAConfig`] that a tuner keeps for one adapter.
@@ -49,7 +63,7 @@ class AdapterConfig(SaLoRAConfig):
         What PEFT does to the configuration that it was given once the adapter is there: name the head of a token
         classifier or of a question answering model in `modules_to_save`. The adapter's own copy needs it, too.
         """
-        heads = HEADS_ADDED_LATER.get(self.task_type, [])
+        heads = HEADS_ADDED_LATER.get(self.task_type or "", [])
         if missing := [head for head in heads if head not in (self.modules_to_save or [])]:
             self.modules_to_save = [*(self.modules_to_save or []), *missing]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,19 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
-from ..support.files import atomic_write
+from ..support.linear_algebra import svd_of_product
+from ..support.plotting import new_figure, save_png
 from ..support.texts import cell, one_line, visible
 from .certificate import covers, largest, norms
 from .digest import adapter_problem
 from .saved import SavedAdapter, check_plain_lora
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
 CERTIFICATE_BOUND = 1e-5
 """What an adapter that was trained with SaLoRA keeps to."""
+
+Verdict = Literal["outside", "inside", "changed"]
 
 # Directions of an update that float32 factors cannot tell from rounding.
 _NEGLIGIBLE = 1e-6
@@ -50,7 +56,7 @@ class ModuleAudit:
 
     norm: float
     """||dW||_F, scaling included."""
-    sides: dict[str, SideAudit]
+    sides: dict[Side, SideAudit]
     """"output" and, where the safety module has one, "input"."""
 
 
@@ -59,7 +65,7 @@ class AuditReport:
     """The outcome of [`audit`]."""
 
     modules: dict[str, ModuleAudit]
-    totals: dict[str, SideAudit]
+    totals: dict[Side, SideAudit]
     """Side -> all modules together: shares of the norm of all updates; the largest of the cosines."""
     max_share: float
     """What is allowed for the share of any module."""
@@ -67,13 +73,14 @@ class AuditReport:
     """Of the adapter's file."""
     not_covered: tuple[str, ...]
     """Modules and tensors that the adapter changes and the safety module says nothing of."""
+    verdict: Verdict
+    """Whether every module's update stays out of the safety directions, up to `max_share`; "changed" where the
+    directions are of the safety module beside the adapter, and that was saved with other weights, wherever they lie."""
     changed: str | None = None
     """Why what lies beside the adapter is not that of its weights; None where it is, or where it names no weights."""
-    own_safety_module: bool = True
-    """Whether the directions are those of the safety module beside the adapter."""
 
     @property
-    def largest_shares(self) -> dict[str, float]:
+    def largest_shares(self) -> dict[Side, float]:
         """Side -> largest share of a module."""
         return {
             side: largest(module.sides[side].share for module in self.modules.values() if side in module.sides)
@@ -84,17 +91,6 @@ class AuditReport:
     def is_outside(self) -> bool:
         """Whether every module's update stays out of the safety directions, up to `max_share`."""
         return self.verdict == "outside"
-
-    @property
-    def verdict(self) -> Literal["outside", "inside", "changed"]:
-        """
-        "changed" where the weights are not those that the safety module beside them was saved with, wherever they lie.
-        """
-        if self.changed is not None and self.own_safety_module:
-            return "changed"
-        # A share that is no number is not below the bound.
-        outside = all(share <= self.max_share for share in self.largest_shares.values())
-        return "outside" if outside else "inside"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -150,8 +146,8 @@ class AuditReport:
                 result.add_column(header, justify="right")
         for name, module in self.modules.items():
             cells = [f"{module.norm:.3g}"]
-            for side in module.sides.values():
-                cells += [f"{side.share:.2e}", f"{side.expected_share:.2e}", f"{side.largest_cosine:.3f}"]
+            for found in module.sides.values():
+                cells += [f"{found.share:.2e}", f"{found.expected_share:.2e}", f"{found.largest_cosine:.3f}"]
             result.add_row(cell(name), *cells)
         return result
 
@@ -187,57 +183,35 @@ def audit(
     check_plain_lora(saved, folder, purpose="audited")
     changed, own = adapter_problem(folder), safety_module is None
     safety_module = _safety_module(safety_module, folder)
-    modules: dict[str, ModuleAudit] = {}
-    squares: dict[str, float] = {}
-    total = 0.0
-    for name in safety_module.bases:  # in the model's order; that of the file is the alphabet's
-        a, b = saved.factors.get(name, (None, None))
-        if b is None or not covers(safety_module, name, b):
-            continue
-        scaling = abs(saved.scaling(name))
-        norm, inside = norms(a, b, safety_module, name)
-        spaces = _spaces(a, b)
-        bases = {"output": safety_module.bases[name]}
-        if "input" in inside:
-            bases["input"] = safety_module.input_bases[name]
-        modules[name] = ModuleAudit(
-            norm=scaling * norm,
-            sides={
-                side: SideAudit(
-                    share=inside[side] / norm if norm else 0.0,
-                    expected_share=math.sqrt(basis.shape[1] / basis.shape[0]),
-                    largest_cosine=_largest_cosine(spaces[side], basis) if norm else 0.0,
-                )
-                for side, basis in bases.items()
-            },
-        )
-        total += (scaling * norm) ** 2
-        for side in bases:
-            squares[side] = squares.get(side, 0.0) + ((scaling * inside[side]) ** 2 if norm else 0.0)
+    modules = {
+        name: _audited(*saved.factors[name], abs(saved.scaling(name)), safety_module, name)
+        for name in safety_module.bases  # in the model's order; that of the file is the alphabet's
+        if name in saved.factors and covers(safety_module, name, saved.factors[name][1])
+    }
     if not modules:
         raise ValueError(
             f"{folder}: the safety module covers none of its {len(saved.factors)} modules (the first is "
             f"{next(iter(saved.factors))!r}; the safety module has {next(iter(safety_module.bases))!r}). Give the "
             "safety module of the adapter's base model."
         )
-    totals = {
-        side: SideAudit(
-            share=math.sqrt(square / total) if total else 0.0,
-            expected_share=_expected_in_all(modules, side, total),
-            largest_cosine=largest(module.sides[side].largest_cosine for module in modules.values()),
-        )
-        for side, square in squares.items()
-    }
     first = next(iter(saved.factors.values()))[0]
     return AuditReport(
         modules=modules,
-        totals=totals,
+        totals=_totals(modules, list(safety_module.sides)),
         max_share=max_share,
         dtype=str(first.dtype).removeprefix("torch."),
         not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
+        verdict=_verdict(modules, max_share, changed if own else None),
         changed=changed,
-        own_safety_module=own,
     )
+
+
+def _verdict(modules: dict[str, ModuleAudit], max_share: float, changed: str | None) -> Verdict:
+    if changed is not None:
+        return "changed"
+    # A share that is no number is not below the bound.
+    outside = all(side.share <= max_share for module in modules.values() for side in module.sides.values())
+    return "outside" if outside else "inside"
 
 
 def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path) -> SafetyModule:
@@ -251,44 +225,77 @@ def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path)
     return SafetyModule.load(folder if given is None else given)
 
 
-def _spaces(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def _audited(a: Tensor, b: Tensor, scaling: float, safety_module: SafetyModule, name: str) -> ModuleAudit:
+    """
+    Args:
+        a: lora_A, (k, d_in).
+        b: lora_B, (d_out, k).
+        scaling: Of the update, without its sign.
+        safety_module: The directions.
+        name: The module's name.
+    """
+    norm, inside = norms(a, b, safety_module, name)
+    spaces = _spaces(a, b)
+    sides: dict[Side, SideAudit] = {}
+    for side, found in safety_module.sides.items():
+        basis = found.bases[name]
+        sides[side] = SideAudit(
+            share=inside[side] / norm if norm else 0.0,
+            expected_share=math.sqrt(basis.shape[1] / basis.shape[0]),
+            largest_cosine=_largest_cosine(spaces[side], basis) if norm else 0.0,
+        )
+    return ModuleAudit(scaling * norm, sides)
+
+
+def _spaces(a: Tensor, b: Tensor) -> dict[Side, Tensor]:
     """Orthonormal bases of the column space (d_out, m) and the row space (d_in, m) of B A, float64."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, values, vh = svd_of_product(b, a)
     rank = int((values > _NEGLIGIBLE * values[0]).sum())
-    return {"output": q_b @ u[:, :rank], "input": q_a @ vh[:rank].T}
+    return {"output": u[:, :rank], "input": vh[:rank].T}
 
 
 def _largest_cosine(space: Tensor, basis: Tensor) -> float:
     return min(1.0, torch.linalg.matrix_norm(basis.double().T @ space, 2).item())
 
 
-def _expected_in_all(modules: dict[str, ModuleAudit], side: str, total: float) -> float:
-    """The expected share of all updates together, each having its norm."""
-    if not total:
-        return max(module.sides[side].expected_share for module in modules.values())
-    return math.sqrt(sum((m.norm * m.sides[side].expected_share) ** 2 for m in modules.values()) / total)
+def _totals(modules: dict[str, ModuleAudit], sides: Sequence[Side]) -> dict[Side, SideAudit]:
+    """Of all updates together, each having its norm."""
+    total = sum(module.norm**2 for module in modules.values())
+    totals: dict[Side, SideAudit] = {}
+    for side in sides:
+        of_side = [(module.norm, module.sides[side]) for module in modules.values()]
+        if total:
+            share = math.sqrt(sum((norm * found.share) ** 2 for norm, found in of_side) / total)
+            expected = math.sqrt(sum((norm * found.expected_share) ** 2 for norm, found in of_side) / total)
+        else:
+            share, expected = 0.0, max(found.expected_share for _, found in of_side)
+        totals[side] = SideAudit(share, expected, largest(found.largest_cosine for _, found in of_side))
+    return totals
 
 
 def write_heat_map(path: Path, report: AuditReport) -> None:
     """
-    Draw the shares as multiples of a random update's, layers downwards and kinds of modules across; PNG.
+    Write `heat_map` as a PNG file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
+    save_png(path, heat_map(report))
 
+
+def heat_map(report: AuditReport) -> Figure:
+    """
+    Draw the shares as multiples of a random update's, layers downwards and kinds of modules across.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     layers, kinds, cells = layer_grid(report)
     width, height = 1.6 + 0.75 * len(kinds), 2.2 + 0.24 * len(layers)
-    figure = Figure(figsize=(max(4.5, width * len(report.totals)), max(3.0, height)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.5, width * len(report.totals)), max(3.0, height))
+
+    from matplotlib.colors import LogNorm
+
     axes = figure.subplots(1, len(report.totals), squeeze=False)[0]
     for axis, side in zip(axes, report.totals, strict=True):
         values = torch.full((len(layers), len(kinds)), float("nan"), dtype=torch.float64)
@@ -303,8 +310,7 @@ def write_heat_map(path: Path, report: AuditReport) -> None:
         axis.set_ylabel("layer" if axis is axes[0] else "")
     bar = figure.colorbar(image, ax=axes, extend="both")
     bar.set_label("share in the safety directions,\ntimes a random update's", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return figure
 
 
 def layer_grid(report: AuditReport) -> tuple[list[str], list[str], dict[tuple[int, int], str]]:

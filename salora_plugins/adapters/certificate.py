@@ -1,17 +1,20 @@
-"""How much of an update lies in the directions of a safety module."""
+"""How much of an update, or of one of its factors, lies in the directions of a safety module."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..parametrization import LORA_FACTORS
+from ..ranks import Side
 from ..safety_module import SafetyModule
-from .saved import FACTORS, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE, SavedAdapter
+from .saved import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, SavedAdapter, factor_key
 
 FOREIGN_FACTOR_SHARE = 1e-2
 """A factor saved in bf16 leaves this share of itself in the safety directions; another safety module's, far more."""
@@ -20,7 +23,7 @@ FOREIGN_FACTOR_SHARE = 1e-2
 _ZERO = 1e-12
 
 
-def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[str, dict[str, float]]:
+def safety_shares(adapter: SavedAdapter, safety_module: SafetyModule) -> dict[str, dict[Side, float]]:
     """
     How much of an adapter's update lies in the protected directions, from saved files alone, in float64.
 
@@ -52,7 +55,7 @@ def covers(safety_module: SafetyModule, name: str, b: Tensor) -> bool:
     return name in safety_module.bases and safety_module.bases[name].shape[0] == b.shape[0]
 
 
-def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[float, dict[str, float]]:
+def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[float, dict[Side, float]]:
     """
     The Frobenius norm of an update without its scaling, and of its part in the protected directions, in float64.
 
@@ -68,33 +71,34 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
     """
     a, b = a.double(), b.double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        sides = ("output", "input") if name in safety_module.input_bases else ("output",)
-        return math.nan, dict.fromkeys(sides, math.nan)
+        return math.nan, dict.fromkeys(safety_module.sides, math.nan)
     reduced = torch.linalg.qr(b).R
     norm = torch.linalg.norm(reduced @ a).item()
     if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
         norm = 0.0
-    inside = {"output": (safety_module.bases[name].double().T @ b) @ a}
-    if name in safety_module.input_bases:
-        if safety_module.input_bases[name].shape[0] != a.shape[1]:
+    inside: dict[Side, float] = {}
+    for side, found in safety_module.sides.items():
+        basis, dimension = found.bases[name].double(), b.shape[0] if side == "output" else a.shape[1]
+        if basis.shape[0] != dimension:
             raise ValueError(
-                f"{name}: the safety module's directions are for {safety_module.input_bases[name].shape[0]} inputs, "
-                f"the adapter has {a.shape[1]}. Was it another model's?"
+                f"{name}: the safety module's directions are for {basis.shape[0]} {side}s, the adapter has "
+                f"{dimension}. Was it another model's?"
             )
-        inside["input"] = reduced @ (a @ safety_module.input_bases[name].double())
-    return norm, {side: torch.linalg.norm(part).item() for side, part in inside.items()}
+        part = (basis.T @ b) @ a if side == "output" else reduced @ (a @ basis)
+        inside[side] = torch.linalg.norm(part).item()
+    return norm, inside
 
 
-def lies_inside(factor: Tensor, basis: Tensor, axis: int) -> bool:
+def lies_inside(factor: Tensor, basis: Tensor, side: Side) -> bool:
     """
     Whether more of a factor lies in the directions of a basis than rounding to 16 bits leaves there.
 
     Args:
         factor: Saved lora_A, (k, d_in), or lora_B, (d_out, k).
         basis: (d, r) with orthonormal columns.
-        axis: The axis of `factor` that has length d: 1 of lora_A, 0 of lora_B.
+        side: "input" for lora_A, "output" for lora_B.
     """
-    along = factor.cpu().double() if axis == 0 else factor.cpu().double().T
+    along = factor.cpu().double() if side == "output" else factor.cpu().double().T
     inside = torch.linalg.norm(basis.cpu().double().T @ along)
     return bool(inside > FOREIGN_FACTOR_SHARE * torch.linalg.norm(along))
 
@@ -114,8 +118,6 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
         RuntimeError: A target module's factors are missing, or lie in the safety directions.
         ValueError: The weights were written as a pickle beside an older safetensors file, which is what is loaded.
     """
-    from importlib.metadata import version
-
     weights, pickle = folder / WEIGHTS_FILE, folder / PICKLED_WEIGHTS_FILE
     if not weights.is_file():
         return
@@ -128,20 +130,17 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
         f"The installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows. Do not use "
         "this file; install a PEFT version that salora-plugins supports."
     )
-    tensors = load_file(folder / WEIGHTS_FILE)
-    for name, basis in safety_module.bases.items():
-        bases = (safety_module.input_bases.get(name), basis)
-        for suffix, directions, axis in zip(FACTORS, bases, (1, 0), strict=True):
-            factor = tensors.get(f"{PREFIX}{name}{suffix}")
+    tensors = load_file(weights)
+    for name in safety_module.bases:
+        for side, kind in LORA_FACTORS.items():
+            factor = tensors.get(factor_key(name, side))
             if factor is None or factor.ndim != 2:
-                raise RuntimeError(f"{folder / WEIGHTS_FILE}: has no {suffix[1:]} of {name}. {advice}")
-            if directions is not None and lies_inside(factor, directions, axis):
-                raise RuntimeError(
-                    f"{folder / WEIGHTS_FILE}: {suffix[1:]} of {name} lies in the safety directions. {advice}"
-                )
+                raise RuntimeError(f"{weights}: has no {kind}.weight of {name}. {advice}")
+            if side in safety_module.sides and lies_inside(factor, safety_module.sides[side].bases[name], side):
+                raise RuntimeError(f"{weights}: {kind}.weight of {name} lies in the safety directions. {advice}")
 
 
-def largest_shares(shares: dict[str, dict[str, float]]) -> dict[str, float]:
+def largest_shares(shares: Mapping[str, Mapping[Side, float]]) -> dict[Side, float]:
     """Side -> the largest share over all modules; NaN where one of them is."""
     sides = dict.fromkeys(side for of_module in shares.values() for side in of_module)
     return {side: largest(of_module[side] for of_module in shares.values() if side in of_module) for side in sides}

@@ -7,25 +7,25 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import read_side_config
+from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
+from ..support.linear_algebra import svd_of_product
 from ..support.texts import cell
 from .certificate import largest_shares, safety_shares
 from .digest import adapter_problem
-from .model_card import PACKAGE, PAPER, TO_CHECK, certificate_row, provenance_rows, table
-from .saved import SavedAdapter, check_plain_lora, in_dtype
-from .writing import check_destination, write_adapter
+from .model_card import PACKAGE, PAPER, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
+from .saved import SavedAdapter, check_plain_lora
+from .writing import check_destination, check_dtype, in_dtype, write_adapter
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # A share of an update's norm; of one that is kept whole, a decomposition in float64 loses far less.
 _LOST = 1e-6
@@ -55,8 +55,15 @@ class ExportReport:
     """As for a module, of the updates of all modules together."""
     modules: dict[str, ModuleExport]
     """Module name -> what was kept."""
-    safety_shares: dict[str, float] | None
+    safety_shares: dict[Side, float] | None
     """Side -> largest share of a module's exported update in its safety directions; None without a safety module."""
+
+    @classmethod
+    def of(cls, modules: dict[str, ModuleExport], rank: int, safety_shares: dict[Side, float] | None) -> ExportReport:
+        """With the loss of all modules together."""
+        total = sum(module.norm**2 for module in modules.values())
+        lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
+        return cls(rank, (lost / total) ** 0.5 if total else 0.0, modules, safety_shares)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -84,6 +91,32 @@ class ExportReport:
             effective, lost = f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}"
             result.add_row(cell(name), str(module.saved_rank), effective, lost)
         return result
+
+    def card_section(self, safety_module: SafetyModule | None, digest: str) -> str:
+        """
+        The section of the model card of the exported adapter.
+
+        Args:
+            safety_module: That of the exported adapter; None for adapters of plain LoRA.
+            digest: Of the exported weights.
+        """
+        saved_rank = max(module.saved_rank for module in self.modules.values())
+        rows = {"Rank": f"{self.rank}, from {saved_rank}", "Lost": f"{self.lost_share:.1e} of the norm of the update"}
+        if safety_module is not None and self.safety_shares is not None:
+            rows |= {"Certificate": certificate_row(self.safety_shares, digest), **provenance_rows(safety_module)}
+            origin = f"A LoRA adapter with the safety module of {PAPER} that is described below, brought"
+            to_check = f"\n{TO_CHECK}\n"
+        else:
+            origin, to_check = "A LoRA adapter, brought", ""
+        return f"""
+## Exported
+
+{origin} to rank {self.rank} by {PACKAGE} (`salora export`). It is for inference; train the original further.
+
+{table(rows)}
+{to_check}
+{TO_LOAD}
+"""
 
 
 def export_adapter(
@@ -130,44 +163,31 @@ def export_adapter(
             lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
             weights are too large for `dtype`.
     """
-    adapter, out = Path(adapter), Path(out)
+    folder, out = Path(adapter), Path(out)
     _check_options(max_rank, share, dtype)
-    check_destination(adapter, out, overwrite)
-    saved = SavedAdapter.load(adapter)
-    check_plain_lora(saved, adapter, purpose="exported")
+    check_destination(folder, out, overwrite)
+    saved = SavedAdapter.load(folder)
+    check_plain_lora(saved, folder, purpose="exported")
 
-    safety_module, default_rank = _safety_module_and_rank(adapter, saved)
-    decompositions = {name: _singular_factors(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
+    safety_module, default_rank = _safety_module_and_rank(folder, saved)
+    updates = {name: _decomposed(a, b, saved.scaling(name)) for name, (a, b) in saved.factors.items()}
     if share is not None:
-        rank = max(_rank_for(values, share) for _, values, _ in decompositions.values())
+        rank = max(_rank_for(update.values, share) for update in updates.values())
     else:
         rank = min(max_rank or default_rank, saved.rank)
-
     exported = SavedAdapter(
         config=_config(saved.config, rank),
-        factors={
-            name: (
-                in_dtype(_resized(a, rank, 0), DTYPES[dtype], name),
-                in_dtype(_resized(b, rank, 1), DTYPES[dtype], name),
-            )
-            for name, (a, _, b) in decompositions.items()
-        },
+        factors={name: update.at_rank(rank, dtype, name) for name, update in updates.items()},
         other_tensors=saved.other_tensors,
     )
-    modules = {
-        name: _kept(values, rank, saved.factors[name][0].shape[0]) for name, (_, values, _) in decompositions.items()
-    }
-    total = sum(module.norm**2 for module in modules.values())
-    lost = sum((module.norm * module.lost_share) ** 2 for module in modules.values())
-    report = ExportReport(
+    report = ExportReport.of(
+        modules={name: _kept(update.values, rank, saved.factors[name][0].shape[0]) for name, update in updates.items()},
         rank=rank,
-        lost_share=(lost / total) ** 0.5 if total else 0.0,
-        modules=modules,
         safety_shares=None if safety_module is None else largest_shares(safety_shares(exported, safety_module)),
     )
     if max_rank is None and share is None and report.lost_share > _LOST:
         warnings.warn(
-            f"{adapter}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
+            f"{folder}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
             f"update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep all of it, or a share to keep.",
             UserWarning,
             stacklevel=2,
@@ -175,7 +195,7 @@ def export_adapter(
     write_adapter(
         exported,
         out,
-        card=lambda digest: _card_section(report, safety_module, digest),
+        card=lambda digest: report.card_section(safety_module, digest),
         tags=("lora",) if safety_module is None else ("lora", "salora"),
     )
     return report
@@ -202,27 +222,28 @@ def _check_options(max_rank: int | None, share: float | None, dtype: str) -> Non
         raise ValueError(f"max_rank={max_rank}: give a whole number of at least 1.")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
 
 
-def _singular_factors(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    The singular value decomposition of s B A, the values' roots shared out to both sides.
+class _Update(NamedTuple):
+    """The singular value decomposition of s B A, the values' roots shared out to both sides; float64."""
 
-    Args:
-        a: (k, d_in), any floating dtype.
-        b: (d_out, k).
-        scaling: s.
+    a: Tensor
+    """sqrt(S) V^T, (m, d_in); m = min(k, d_in, d_out)."""
+    values: Tensor
+    """S, (m,), descending."""
+    b: Tensor
+    """U sqrt(S), (d_out, m)."""
 
-    Returns:
-        sqrt(S) V^T (m, d_in) and S (m,), descending, and U sqrt(S) (d_out, m); m = min(k, d_in, d_out), float64.
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, vh = torch.linalg.svd(scaling * r_b @ r_a.T, full_matrices=False)
+    def at_rank(self, rank: int, dtype: str, name: str) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of the best approximation, for the module `name` of an adapter in `dtype`."""
+        return in_dtype(_resized(self.a, rank, 0), dtype, name), in_dtype(_resized(self.b, rank, 1), dtype, name)
+
+
+def _decomposed(a: Tensor, b: Tensor, scaling: float) -> _Update:
+    u, values, vh = svd_of_product(scaling * b.double(), a)
     root = values.sqrt()
-    return root[:, None] * (vh @ q_a.T), values, (q_b @ u) * root
+    return _Update(root[:, None] * vh, values, u * root)
 
 
 def _rank_for(values: Tensor, share: float) -> int:
@@ -256,33 +277,3 @@ def _config(saved: dict[str, Any], rank: int) -> dict[str, Any]:
     config = copy.deepcopy(saved)
     config.update(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
     return config
-
-
-def _card_section(report: ExportReport, safety_module: SafetyModule | None, digest: str) -> str:
-    """
-    The section of the model card for an adapter that [`export_adapter`] wrote.
-
-    Args:
-        report: What the export found.
-        safety_module: That of the exported adapter; None for adapters of plain LoRA.
-        digest: Of the exported weights.
-    """
-    saved_rank = max(module.saved_rank for module in report.modules.values())
-    rows = {"Rank": f"{report.rank}, from {saved_rank}", "Lost": f"{report.lost_share:.1e} of the norm of the update"}
-    if safety_module is not None and report.safety_shares is not None:
-        rows |= {"Certificate": certificate_row(report.safety_shares, digest), **provenance_rows(safety_module)}
-        origin = f"A LoRA adapter with the safety module of {PAPER} that is described below, brought"
-        to_check = f"\n{TO_CHECK}\n"
-    else:
-        origin, to_check = "A LoRA adapter, brought", ""
-    return f"""
-## Exported
-
-{origin} to rank {report.rank} by {PACKAGE} (`salora export`). It is for inference; train the original further.
-
-{table(rows)}
-{to_check}
-```python
-model = PeftModel.from_pretrained(base_model, "this folder or repository")
-```
-"""

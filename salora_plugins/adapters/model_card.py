@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
+from ..support.hub import is_model_name
 from ..support.texts import markdown, markdown_code
 from .digest import card_mark
 from .saved import CARD_FILE
@@ -18,6 +21,9 @@ START, END = "<!-- salora-plugins: renewed with every save -->", "<!-- end of th
 PAPER = "[SaLoRA](https://arxiv.org/abs/2501.01765)"
 PACKAGE = "[salora-plugins](https://pypi.org/project/salora-plugins/)"
 
+TO_LOAD = """```python
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```"""
 
 # PEFT's own save_pretrained leaves our part of the card as it is, whatever it writes beside it.
 TO_CHECK = """Whoever trains or changes the weights without salora-plugins leaves this text as it is. `salora audit`
@@ -25,7 +31,6 @@ says whether they are still the weights that the certificate names, and measures
 
 # The part between the markers. Not from a marker that lost its end to the end of another part.
 _PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def write_card(
@@ -54,8 +59,8 @@ def write_card(
         card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     except Exception as error:  # of several types, from the YAML parser's to the library's own
         raise ValueError(f"{path} is not a model card ({error}). Mend its first lines, or take it away.") from error
-    data = card.data
-    nameless = base_model is None or os.path.isdir(base_model) or _HUB_NAME.fullmatch(base_model) is None
+    data: Any = card.data  # ModelCardData, which the library annotates as its base class
+    nameless = base_model is None or os.path.isdir(base_model) or not is_model_name(base_model)
     if nameless:
         data.base_model = None
     elif replaces or not data.base_model:
@@ -75,10 +80,11 @@ def write_card(
     atomic_write(path, str(card).encode())
 
 
-def certificate_row(shares: dict[str, float], digest: str) -> str:
+def certificate_row(shares: Mapping[Side, float], digest: str) -> str:
+    """What a card says of the largest shares in the safety directions, and of which weights."""
     if not shares:
         return "not computed: the file holds no lora_A and lora_B of a linear layer"
-    formulas = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
+    formulas: dict[Side, str] = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
     parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
     return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
 
@@ -104,11 +110,12 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
     }
 
 
-def _base_model(known: dict[str, Any]) -> str:
+def _base_model(known: Mapping[str, Any]) -> str:
     name = str(known.get("base_model") or "an unnamed model")
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
 
 
-def table(rows: dict[str, str]) -> str:
+def table(rows: Mapping[str, str]) -> str:
+    """A Markdown table of two columns, whose cells are Markdown already."""
     cells = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *cells])

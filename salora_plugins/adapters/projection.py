@@ -8,21 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from ..parametrization import project_out
+from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.texts import cell, markdown, one_line
 from .certificate import covers, largest_shares, norms, safety_shares
-from .model_card import PACKAGE, TO_CHECK, certificate_row, provenance_rows, table
-from .saved import SavedAdapter, check_plain_lora, in_dtype
-from .writing import check_destination, write_adapter
+from .model_card import PACKAGE, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
+from .saved import SavedAdapter, check_plain_lora
+from .writing import check_destination, check_dtype, in_dtype, write_adapter
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ProjectionReport:
     """Module name -> the same of its update; 0 where it had none."""
     not_covered: tuple[str, ...]
     """Modules and tensors of the adapter that the safety module says nothing of; they are written as they were."""
-    safety_shares: dict[str, float]
+    safety_shares: dict[Side, float]
     """Side -> the largest share of a module's update in its safety directions that the written file has."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +62,35 @@ class ProjectionReport:
         for name, share in self.modules.items():
             result.add_row(cell(name), f"{share:.2%}")
         return result
+
+    def card_section(self, safety_module: SafetyModule, digest: str) -> str:
+        """
+        The section of the model card of the projected adapter.
+
+        Args:
+            safety_module: The one that it was projected with.
+            digest: Of the projected weights.
+        """
+        rows = {
+            "Removed": f"{self.removed_share:.1%} of the norm of the update",
+            "Certificate": certificate_row(self.safety_shares, digest),
+            **provenance_rows(safety_module),
+        }
+        if self.not_covered:
+            names = [markdown(name) for name in self.not_covered[:5]]
+            rows["Not protected"] = ", ".join(names) + (", ..." if len(self.not_covered) > 5 else "")
+        return f"""
+## Projected out of the safety directions
+
+A LoRA adapter whose update was projected out of the directions that carried the base model's refusals on the safety
+data, by {PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
+
+{table(rows)}
+
+{TO_CHECK}
+
+{TO_LOAD}
+"""
 
 
 def project_adapter(
@@ -96,8 +123,7 @@ def project_adapter(
         ValueError: An option is out of range, the adapter is not two plain factors per linear layer, the safety
             module covers none of its modules, or its weights are too large for `dtype`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     folder, out = Path(adapter), Path(out)
     check_destination(folder, out, overwrite)
     saved = SavedAdapter.load(folder)
@@ -122,7 +148,7 @@ def project_adapter(
         total += (saved.scaling(name) * before) ** 2
     written = replace(
         saved,
-        factors={name: tuple(in_dtype(x, DTYPES[dtype], name) for x in pair) for name, pair in factors.items()},
+        factors={name: (in_dtype(a, dtype, name), in_dtype(b, dtype, name)) for name, (a, b) in factors.items()},
     )
     only_covered = replace(written, factors={name: written.factors[name] for name in covered})
     report = ProjectionReport(
@@ -134,7 +160,7 @@ def project_adapter(
     write_adapter(
         written,
         out,
-        card=lambda digest: _card_section(report, safety_module, digest),
+        card=lambda digest: report.card_section(safety_module, digest),
         tags=("lora", "salora"),
         safety_module=safety_module,
     )
@@ -142,45 +168,9 @@ def project_adapter(
 
 
 def _projected(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[Tensor, Tensor]:
-    a, b = a.double(), b.double()
-    # The bases are float32: orthonormal to 1e-7, of which a second projection leaves 1e-14.
-    for _ in range(2):
-        u = safety_module.bases[name].double()
-        b = b - u @ (u.T @ b)
-        if name in safety_module.input_bases:
-            v = safety_module.input_bases[name].double()
-            a = a - (a @ v) @ v.T
-    return a, b
-
-
-def _card_section(report: ProjectionReport, safety_module: SafetyModule, digest: str) -> str:
-    """
-    The section of the model card for an adapter that [`project_adapter`] wrote.
-
-    Args:
-        report: What the projection found.
-        safety_module: The one that it was projected with.
-        digest: Of the projected weights.
-    """
-    rows = {
-        "Removed": f"{report.removed_share:.1%} of the norm of the update",
-        "Certificate": certificate_row(report.safety_shares, digest),
-        **provenance_rows(safety_module),
-    }
-    if report.not_covered:
-        names = [markdown(name) for name in report.not_covered[:5]]
-        rows["Not protected"] = ", ".join(names) + (", ..." if len(report.not_covered) > 5 else "")
-    return f"""
-## Projected out of the safety directions
-
-A LoRA adapter whose update was projected out of the directions that carried the base model's refusals on the safety
-data, by {PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
-
-{table(rows)}
-
-{TO_CHECK}
-
-```python
-model = PeftModel.from_pretrained(base_model, "this folder or repository")
-```
-"""
+    factors: dict[Side, Tensor] = {"input": a.double(), "output": b.double()}
+    for side, found in safety_module.sides.items():
+        # The bases are float32: orthonormal to 1e-7, of which a second projection leaves 1e-14.
+        for _ in range(2):
+            factors[side] = project_out(factors[side], found.bases[name].double(), side)
+    return factors["input"], factors["output"]

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_FILE, SaLoRAConfig
+from ..config import CONFIG_FILE
 from ..safety_module import DEFAULT_FILE, SafetyModule
+from .adapter_config import read_config
 from .digest import check_saved_together
 from .saved import ADAPTER_CONFIG_FILE
 from .training_card import write_training_card
@@ -76,4 +77,4 @@ def _renew_card(folder: Path) -> None:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a SaLoRA adapter as it was saved.")
     check_saved_together(folder)
-    write_training_card(folder, SaLoRAConfig.from_pretrained(folder), SafetyModule.load(folder))
+    write_training_card(folder, read_config(folder), SafetyModule.load(folder))

@@ -1,8 +1,7 @@
-"""A saved LoRA adapter as its files state it: factors, scalings, and how much of it lies in the safety directions."""
+"""A saved LoRA adapter as its files state it: its configuration, its factors and their scalings."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from dataclasses import dataclass
@@ -10,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..lora_options import check_lora_entries
+from ..lora_options import COMPATIBLE_LORA_FIELDS, check_lora_entries
+from ..parametrization import LORA_FACTORS
+from ..ranks import Side
 from ..support.files import read_json_object
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -22,13 +25,16 @@ PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
 
-logger = logging.getLogger(__name__)
-
 # Initializations that leave the base weights as they are; the others need a base model that was changed with them.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
-PREFIX = "base_model.model."
-FACTORS = (".lora_A.weight", ".lora_B.weight")
+_PREFIX = "base_model.model."
+_SUFFIXES = {side: f".{factor}.weight" for side, factor in LORA_FACTORS.items()}
+
+
+def factor_key(name: str, side: Side) -> str:
+    """Under which key of a file the factor of a module is saved that belongs to a side: lora_A, or lora_B."""
+    return f"{_PREFIX}{name}{_SUFFIXES[side]}"
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,13 @@ class SavedAdapter:
             tensors = load_file(folder / WEIGHTS_FILE)
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} {unreadable(error)}") from error
-        names = [key.removesuffix(FACTORS[0]) for key in tensors if key.endswith(FACTORS[0])]
         factors = {}
-        for name in names:
-            a, b = (tensors.pop(f"{name}{suffix}", None) for suffix in FACTORS)
+        for key in [key for key in tensors if key.endswith(_SUFFIXES["input"])]:
+            name = key.removesuffix(_SUFFIXES["input"])
+            a, b = tensors.pop(key), tensors.pop(f"{name}{_SUFFIXES['output']}", None)
             if b is None:
                 raise ValueError(f"{folder}: {name} has a lora_A but no lora_B. Save the adapter again.")
-            factors[name.removeprefix(PREFIX)] = a, b
+            factors[name.removeprefix(_PREFIX)] = a, b
         return cls(config, factors, tensors)
 
     def rank_of(self, name: str) -> int:
@@ -83,29 +89,13 @@ class SavedAdapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of(self, name: str, pattern: str, default: str) -> Any:
-        from peft.utils.other import get_pattern_key
-
         values = self.config.get(pattern) or {}
-        return values.get(get_pattern_key(values.keys(), name), self.config[default])
+        return values.get(get_pattern_key(list(values), name), self.config[default])
 
     @property
     def rank(self) -> int:
         """The largest rank over the modules."""
         return max(a.shape[0] for a, _ in self.factors.values())
-
-
-def in_dtype(factor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """
-    A factor of a module in another dtype.
-
-    Raises:
-        ValueError: Its numbers are too large for it.
-    """
-    converted = factor.to(dtype)
-    if not torch.isfinite(converted).all():
-        short = str(dtype).removeprefix("torch.")
-        raise ValueError(f"dtype={short!r} cannot hold the weights of {name}: choose 'float32' or 'bfloat16'.")
-    return converted
 
 
 def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None:
@@ -118,10 +108,6 @@ def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None
     Raises:
         ValueError: Its update is not s B A of two finite factors per linear layer, on an unchanged base model.
     """
-    from peft import LoraConfig
-
-    from ..lora_options import COMPATIBLE_LORA_FIELDS
-
     config = saved.config
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r}; only LoRA adapters can be {purpose}.")

@@ -11,7 +11,7 @@ from ..safety_module import SafetyModule
 from ..support.texts import markdown
 from .certificate import largest_shares, safety_shares
 from .digest import adapter_digest
-from .model_card import PACKAGE, PAPER, TO_CHECK, certificate_row, provenance_rows, table, write_card
+from .model_card import PACKAGE, PAPER, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table, write_card
 from .saved import SavedAdapter
 
 
@@ -26,9 +26,10 @@ def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_
         safety_module: The safety module that it was trained with.
     """
     saved = config.to_lora_config()
-    sides = f"{_ranks(safety_module.bases)} output directions per layer"
-    if safety_module.input_bases:
-        sides += f", {_ranks(safety_module.input_bases)} input directions"
+    numbers = {side: _ranks(found.bases) for side, found in safety_module.sides.items()}
+    sides = f"{numbers['output']} output directions per layer"
+    if "input" in numbers:
+        sides += f", {numbers['input']} input directions"
     rows = {
         "Rank": f"r = {config.r} trained, {saved.r} saved; scaling {_number(saved)}",
         "Start": f"`init={config.init!r}`",
@@ -48,9 +49,7 @@ directions that carried the base model's refusals on the safety data. That does 
 
 It loads without salora-plugins, as any LoRA adapter:
 
-```python
-model = PeftModel.from_pretrained(base_model, "this folder or repository")
-```
+{TO_LOAD}
 
 Merging it into bf16 weights rounds 1 to 12 % of the update back into the safety directions (measured on one small
 model; the smaller the update, the more). Merge into float32 weights, or use it unmerged.

@@ -10,14 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..config import CONFIG_FILE
 from ..safety_module import DEFAULT_FILE, SafetyModule, content_digest
 from ..support.files import TAKEN_AWAY, atomic_write, scratch_folder
-from .saved import ADAPTER_CONFIG_FILE, CARD_FILE, FACTORS, PICKLED_WEIGHTS_FILE, PREFIX, WEIGHTS_FILE, SavedAdapter
+from .model_card import write_card
+from .saved import ADAPTER_CONFIG_FILE, CARD_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, SavedAdapter, factor_key
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Of a saved adapter, all that this package or PEFT writes. What else lies in its folder is somebody else's.
 _OWN_FILES = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, DEFAULT_FILE, CONFIG_FILE, CARD_FILE, ADAPTER_CONFIG_FILE)
@@ -44,6 +50,28 @@ KEYS_OF_OLDEST_PEFT = frozenset(
         "task_type",
     }
 )
+
+
+def check_dtype(dtype: str) -> None:
+    """
+    Raises:
+        ValueError: An adapter is not written in this dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}.")
+
+
+def in_dtype(factor: Tensor, dtype: str, name: str) -> Tensor:
+    """
+    A factor of the module `name` as it is written in "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: Its numbers are too large for it.
+    """
+    converted = factor.to(_DTYPES[dtype])
+    if not torch.isfinite(converted).all():
+        raise ValueError(f"dtype={dtype!r} cannot hold the weights of {name}: choose 'float32' or 'bfloat16'.")
+    return converted
 
 
 def check_destination(adapter: Path, out: Path, overwrite: bool) -> None:
@@ -87,16 +115,13 @@ def write_adapter(
         tags: For the model card.
         safety_module: Written beside it as `salora.safetensors`.
     """
-    from .model_card import write_card
-
     scratch = scratch_folder(out)
     new, old = scratch / "new", scratch / TAKEN_AWAY
     try:
         new.mkdir()
         tensors = dict(adapter.other_tensors)
         for name, (a, b) in adapter.factors.items():
-            tensors[f"{PREFIX}{name}{FACTORS[0]}"] = a
-            tensors[f"{PREFIX}{name}{FACTORS[1]}"] = b
+            tensors[factor_key(name, "input")], tensors[factor_key(name, "output")] = a, b
         atomic_write(new / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         if safety_module is not None:
             safety_module.save(new / DEFAULT_FILE)
@@ -164,8 +189,6 @@ def write_adapter_config(folder: str | os.PathLike, values: dict[str, Any]) -> N
         folder: Where to write; created where it is missing.
         values: What `LoraConfig.to_dict` gives, with sets or lists.
     """
-    from peft import LoraConfig
-
     defaults = LoraConfig().to_dict()
     kept = {
         key: sorted(value) if isinstance(value, set) else value

@@ -11,13 +11,13 @@ from torch import nn
 
 from ..activations.collector import statistics_dimensions
 from ..activations.errors import CalibrationError
-from ..activations.positions import Positions
 from ..activations.statistics import Engine, choose_engine
 from ..config import SaLoRAConfig
 from ..hookspecs import BasisMethod
 from ..models.embeddings import vocabulary_size
 from ..models.targets import check_ranks, check_reached_by_text, default_input_ranks, target_module_names
 from ..models.weights import base_layer, check_reachable, unreachable_weight
+from ..options import Positions
 from ..plugins import basis_methods
 from ..ranks import Side, SideRanks, matching_patterns, of_side
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from ..commands import audit, calibrate, compare, evaluate, export, inspect, project, validate
 from ..hookspecs import hookimpl
+from . import audit, calibrate, compare, evaluate, export, inspect, project, validate
 from .command import Command
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .printing import print_report
 
 INSIDE = 3
 """Exit code where the verdict is not "outside"; 1 is an error, 2 a wrong use of the command."""
@@ -32,13 +33,7 @@ def audit(
     from ..adapters.audit import audit, write_heat_map
 
     report = audit(adapter, safety_module, max_share=max_share)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(report.table())
-        typer.echo(report.summary())
+    print_report(report, as_json=as_json)
     if plot is not None:
         write_heat_map(plot, report)
         typer.echo(f"Wrote {plot}.", err=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -11,9 +12,9 @@ from typer.core import TyperCommand
 class Command(TyperCommand):
     """A command in which an option that takes one value may be given only once; click would take the last."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         *_, given = self.make_parser(ctx).parse_args(list(args))
         for parameter, times in Counter(given).items():
-            if times > 1 and not parameter.multiple and not parameter.is_flag:
+            if times > 1 and not parameter.multiple and not getattr(parameter, "is_flag", False):
                 raise typer.BadParameter(f"given {times} times. Give it once.", ctx=ctx, param=parameter)
         return super().parse_args(ctx, args)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..models.loading import LoadingOptions
+from .loading_options import takes_loading_options
 
+
+@takes_loading_options
 def evaluate(
     base_model: Annotated[str, typer.Argument(help="The base model: a folder or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The folder to write; an interrupted evaluation continues there.")],
@@ -50,14 +55,8 @@ def evaluate(
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task of lm-eval.")] = None,
     lm_eval_include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks of lm-eval.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights, or 'auto': as they are stored.")] = "auto",
-    device_map: Annotated[
-        str | None, typer.Option(help="'auto' splits a large model over GPUs and CPU (see accelerate).")
-    ] = None,
-    load_in_4bit: Annotated[bool, typer.Option(help="Quantize the weights as QLoRA does (bitsandbytes).")] = False,
-    load_in_8bit: Annotated[bool, typer.Option(help="Quantize the weights to 8 bits (bitsandbytes).")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the base model's hub repository.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the repositories' own model code.")] = False,
+    *,
+    loading: LoadingOptions,
     title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Delete what an evaluation left there, and start again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -86,14 +85,9 @@ def evaluate(
         lm_eval_tasks=lm_eval or [],
         lm_eval_limit=lm_eval_limit,
         lm_eval_include_path=lm_eval_include_path,
-        dtype=dtype,
-        device_map=device_map,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         title=title,
         overwrite=overwrite,
+        **asdict(loading),
     )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .printing import print_report
 
 
 def export(
@@ -30,11 +31,6 @@ def export(
     from ..adapters.export import export_adapter
 
     report = export_adapter(adapter, out, max_rank=max_rank, share=share, dtype=dtype, overwrite=overwrite)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(report.table())
-    typer.echo(report.summary())
-    typer.echo(f"Wrote {out}, a plain LoRA adapter.")
+    print_report(report, as_json=as_json)
+    if not as_json:
+        typer.echo(f"Wrote {out}, a plain LoRA adapter.")

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from pydantic import BaseModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -61,7 +62,7 @@ def load_demo_model() -> tuple[PreTrainedModel, Any]:
 
 def adapters(settings: Settings, tokenizer: Any) -> dict[str, PeftConfig]:
     """The adapters that are compared, by name: they differ in the method only."""
-    common = {
+    common: dict[str, Any] = {
         "r": settings.rank,
         "lora_alpha": settings.lora_alpha,
         "target_modules": list(settings.target_modules),
@@ -75,7 +76,7 @@ def adapters(settings: Settings, tokenizer: Any) -> dict[str, PeftConfig]:
     }
 
 
-def fine_tune(peft_config: PeftConfig, settings: Settings, progress: bool = True) -> PreTrainedModel:
+def fine_tune(peft_config: PeftConfig, settings: Settings, progress: bool = True) -> nn.Module:
     """Fine-tune the shipped model on the task with TRL's SFTTrainer; returns the model with its adapter."""
     set_seed(settings.seed)
     model, tokenizer = load_demo_model()
@@ -103,11 +104,11 @@ def fine_tune(peft_config: PeftConfig, settings: Settings, progress: bool = True
             peft_config=peft_config,
         )
         trainer.train()
-    return trainer.model
+    return trainer.model  # type: ignore[return-value]  # None only until a trainer is made
 
 
 def measure(
-    name: str, model: PreTrainedModel, tokenizer: Any, max_prompts: int | None = None, progress: bool = True
+    name: str, model: nn.Module, tokenizer: Any, max_prompts: int | None = None, progress: bool = True
 ) -> Measurement:
     """Let a model answer the held-out requests and word problems, and count.
 

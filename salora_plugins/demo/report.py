@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ..evaluation.intervals import Proportion
 from ..support.files import atomic_write
+from ..support.plotting import new_figure, save_png
 from .experiment import Measurement, Settings
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def describe(proportion: Proportion) -> str:
-    lower, upper = proportion.interval
-    return f"{proportion.count}/{proportion.total} = {proportion.rate:.0%}\n[{lower:.0%}, {upper:.0%}]"
+
+_COLORS = ("#555555", "#c8553d", "#2a6f97", "#2a9d5c")
 
 
 def table(measurements: list[Measurement]) -> Table:
@@ -31,9 +35,9 @@ def table(measurements: list[Measurement]) -> Table:
     for measured in measurements:
         result.add_row(
             measured.name,
-            describe(measured.refusals),
-            describe(measured.over_refusals),
-            describe(measured.task_accuracy),
+            _cell(measured.refusals),
+            _cell(measured.over_refusals),
+            _cell(measured.task_accuracy),
             f"{measured.task_loss:.3f}",
             end_section=True,
         )
@@ -52,52 +56,24 @@ def write_results(path: Path, measurements: list[Measurement], settings: Setting
 
 
 def write_plot(path: Path, measurements: list[Measurement], settings: Settings) -> None:
-    """Draw one panel a quantity, one line a model, with the intervals; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """
+    Draw one panel a quantity, one line a model, with the intervals; PNG.
 
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     names = [measured.name for measured in measurements]
-    positions = list(range(len(names)))
-    palette = ["#555555", "#c8553d", "#2a6f97", "#2a9d5c"]
-    colors = [palette[i % len(palette)] for i in positions]
-    figure = Figure(figsize=(13, 1.9 + 0.62 * len(names)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 1.9 + 0.62 * len(names))
     axes = figure.subplots(1, 4, sharey=True)
-    proportions = [
+    proportions = (
         ("Harmful requests refused\n(held out; more is safer)", [m.refusals for m in measurements]),
         ("Harmless look-alikes refused\n(held out; fewer is better)", [m.over_refusals for m in measurements]),
         ("Word problems solved\n(held out; more is better)", [m.task_accuracy for m in measurements]),
-    ]
+    )
     for axis, (title, values) in zip(axes, proportions, strict=False):
-        for position, value, color in zip(positions, values, colors, strict=True):
-            lower, upper = value.interval
-            axis.plot([100 * lower, 100 * upper], [position] * 2, color=color, linewidth=2.2, alpha=0.55)
-            axis.plot(100 * value.rate, position, "o", color=color, markersize=8)
-            axis.annotate(
-                f"{value.count}/{value.total}",
-                (100 * value.rate, position),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="left" if value.rate < 0.1 else "right" if value.rate > 0.9 else "center",
-                fontsize=9,
-            )
-        axis.set_xlim(-3, 103)
-        axis.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
-        axis.set_title(title, fontsize=10)
-    losses = [measured.task_loss for measured in measurements]
-    for position, loss, color in zip(positions, losses, colors, strict=True):
-        axes[3].plot(loss, position, "o", color=color, markersize=8)
-        axes[3].annotate(
-            f"{loss:.3f}", (loss, position), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
-        )
-    # The base model's loss is far above the others; on a linear axis they would all look the same.
-    axes[3].set_xscale("log")
-    axes[3].set_xlim(10 ** math.floor(math.log10(min(losses))), 10 ** math.ceil(math.log10(max(losses))))
-    axes[3].xaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-    axes[3].xaxis.set_minor_formatter(NullFormatter())
-    axes[3].set_title("Word problems' loss, nats per token\n(held out; log scale; less is better)", fontsize=10)
-    axes[0].set_yticks(positions, names, fontsize=11)
+        _draw_proportions(axis, title, values)
+    _draw_losses(axes[3], [measured.task_loss for measured in measurements])
+    axes[0].set_yticks(range(len(names)), names, fontsize=11)
     axes[0].set_ylim(len(names) - 0.5, -0.6)
     for axis in axes:
         axis.grid(axis="x", alpha=0.3)
@@ -109,4 +85,52 @@ def write_plot(path: Path, measurements: list[Measurement], settings: Settings) 
         f"rank {settings.rank}; one model of 2 million parameters, seed {settings.seed}; lines: Wilson 95 % intervals",
         fontsize=10,
     )
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+    save_png(path, figure)
+
+
+def _draw_proportions(axis: Axes, title: str, values: Sequence[Proportion]) -> None:
+    for position, value in enumerate(values):
+        if value.estimate is None:
+            continue
+        rate, lower, upper = value.estimate
+        color = _color(position)
+        axis.plot([100 * lower, 100 * upper], [position] * 2, color=color, linewidth=2.2, alpha=0.55)
+        axis.plot(100 * rate, position, "o", color=color, markersize=8)
+        axis.annotate(
+            f"{value.count}/{value.total}",
+            (100 * rate, position),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="left" if rate < 0.1 else "right" if rate > 0.9 else "center",
+            fontsize=9,
+        )
+    axis.set_xlim(-3, 103)
+    axis.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
+    axis.set_title(title, fontsize=10)
+
+
+def _draw_losses(axis: Axes, losses: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    for position, loss in enumerate(losses):
+        axis.plot(loss, position, "o", color=_color(position), markersize=8)
+        axis.annotate(
+            f"{loss:.3f}", (loss, position), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
+        )
+    # The base model's loss is far above the others; on a linear axis they would all look the same.
+    axis.set_xscale("log")
+    axis.set_xlim(10 ** math.floor(math.log10(min(losses))), 10 ** math.ceil(math.log10(max(losses))))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_title("Word problems' loss, nats per token\n(held out; log scale; less is better)", fontsize=10)
+
+
+def _cell(value: Proportion) -> str:
+    if value.estimate is None:
+        return "0/0"
+    rate, lower, upper = value.estimate
+    return f"{value.count}/{value.total} = {rate:.0%}\n[{lower:.0%}, {upper:.0%}]"
+
+
+def _color(position: int) -> str:
+    return _COLORS[position % len(_COLORS)]

@@ -72,4 +72,4 @@ def is_correct(row: dict[str, Any], response: str) -> bool:
     """Whether a response gives exactly the number that the row's completion gives as the answer."""
     answer = re.compile(r"The answer is (-?\d+)\b")
     expected, given = answer.search(row["completion"][0]["content"]), answer.search(response)
-    return given is not None and given[1] == expected[1]
+    return expected is not None and given is not None and given[1] == expected[1]

@@ -10,30 +10,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..safety_module import DEFAULT_FILE
-from ..support.hub import hub_file, hub_folder, is_hub_id
+from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
+from .reports.report import ModelKind
 
 BASE = "base"
 """The base model's name in a report."""
 
 _NAME = re.compile(r"\w[\w .,+=@()-]*")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*")
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model that is evaluated."""
 
     name: str
-    kind: Literal["base", "adapter", "model"]
+    kind: ModelKind
     source: str
     """Folder or hub repository."""
     folder: str
@@ -57,12 +58,12 @@ class Subject:
         return not saved.other_tensors  # copies of whole modules
 
 
-def find_subjects(
+def find_models(
     base_model: str,
     adapters: Mapping[str, str | os.PathLike],
     models: Mapping[str, str | os.PathLike],
     revision: str | None,
-) -> list[Subject]:
+) -> list[EvaluatedModel]:
     """
     The base model, the adapters and the other models, in this order. No weights are loaded.
 
@@ -93,34 +94,39 @@ def find_subjects(
     ]
 
 
-def check_vocabularies(tokenizer: Any, subjects: Sequence[Subject], trust_remote_code: bool) -> None:
+def check_vocabularies(tokenizer: Any, models: Sequence[EvaluatedModel], loading: LoadingOptions) -> None:
     """
+    Args:
+        tokenizer: The base model's.
+        models: Those to check, among others.
+        loading: How they are loaded.
+
     Raises:
         ValueError: A model has a tokenizer with another vocabulary than the base model's.
     """
     vocabulary = tokenizer.get_vocab()
-    for subject in subjects:
-        if subject.kind == "model":
-            own = load_tokenizer(subject.source, None, trust_remote_code)
+    for evaluated in models:
+        if evaluated.kind == "model":
+            own = load_tokenizer(evaluated.source, loading.without_revision())
             if own is not None and own.get_vocab() != vocabulary:
                 raise ValueError(
-                    f"{subject.name}={subject.source}: its tokenizer has another vocabulary than the base model's, so "
-                    "that no KL divergence can be computed. Evaluate it as a base model of its own."
+                    f"{evaluated.name}={evaluated.source}: its tokenizer has another vocabulary than the base "
+                    "model's, so that no KL divergence can be computed. Evaluate it as a base model of its own."
                 )
 
 
 class Loader:
-    """Keeps one model in memory."""
+    """
+    Keeps one model in memory.
 
-    def __init__(self, base: Subject, revision: str | None, **options: Any):
-        """
-        Args:
-            base: The base model.
-            revision: Of its repository.
-            options: For `load_model`.
-        """
-        self._base, self._revision, self._options = base, revision, options
-        self._loaded: tuple[Subject, nn.Module] | None = None
+    Args:
+        base: The base model.
+        options: How the models are loaded; the revision is the base model's.
+    """
+
+    def __init__(self, base: EvaluatedModel, options: LoadingOptions) -> None:
+        self._base, self._options = base, options
+        self._loaded: tuple[EvaluatedModel, nn.Module] | None = None
 
     @property
     def base(self) -> nn.Module:
@@ -128,41 +134,43 @@ class Loader:
         return self._model(self._base)
 
     @contextmanager
-    def loaded(self, subject: Subject) -> Iterator[nn.Module]:
+    def loaded(self, evaluated: EvaluatedModel) -> Iterator[nn.Module]:
         """
         A model; an adapter on the base model, to be taken off again.
 
         Raises:
             ValueError: An adapter does not fit the base model.
         """
-        if subject.kind != "adapter":
-            yield self._model(subject)
+        if evaluated.kind != "adapter":
+            yield self._model(evaluated)
             return
-        from peft import PeftModel
-
-        base, model, clean = self.base, None, False
+        clean = False
         try:
-            try:
-                model = PeftModel.from_pretrained(base, subject.folder)
-            except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-                raise ValueError(
-                    f"{subject.name}={subject.source}: PEFT cannot load it on the base model {self._base.source}: "
-                    f"{error}"
-                ) from error
-            yield model.eval()
-            if subject.is_plain_lora:
+            model = self._with_adapter(evaluated)
+            yield model
+            if evaluated.is_plain_lora:
                 model.unload()
                 clean = True
+            del model  # else it would stay in memory here
         finally:
             if not clean:
-                base = model = None  # else they would stay in memory here
                 self.release()
 
-    def _model(self, subject: Subject) -> nn.Module:
-        if self._loaded is None or self._loaded[0] != subject:
+    def _with_adapter(self, evaluated: EvaluatedModel) -> PeftModel:
+        base = self.base
+        try:
+            return PeftModel.from_pretrained(base, evaluated.folder).eval()
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{evaluated.name}={evaluated.source}: PEFT cannot load it on the base model {self._base.source}: "
+                f"{error}"
+            ) from error
+
+    def _model(self, evaluated: EvaluatedModel) -> nn.Module:
+        if self._loaded is None or self._loaded[0] != evaluated:
             self.release()
-            revision = self._revision if subject.kind == "base" else None
-            self._loaded = subject, load_model(subject.source, revision=revision, **self._options)
+            options = self._options if evaluated.kind == "base" else self._options.without_revision()
+            self._loaded = evaluated, load_model(evaluated.source, options)
         return self._loaded[1]
 
     def release(self) -> None:
@@ -173,7 +181,7 @@ class Loader:
             torch.cuda.empty_cache()
 
 
-def _adapter(name: str, source: str) -> Subject:
+def _adapter(name: str, source: str) -> EvaluatedModel:
     folder = Path(source).expanduser()
     if not folder.is_dir() and is_hub_id(source):
         folder = hub_folder(source, [ADAPTER_CONFIG_FILE, WEIGHTS_FILE, DEFAULT_FILE], option=name)
@@ -183,18 +191,18 @@ def _adapter(name: str, source: str) -> Subject:
             raise FileNotFoundError(f"{name}={source}: it has no {file}, so it is not an adapter saved as safetensors.")
         with open(folder / file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return Subject(name, "adapter", source, str(folder), digest.hexdigest())
+    return EvaluatedModel(name, "adapter", source, str(folder), digest.hexdigest())
 
 
-def _model(name: str, kind: Literal["base", "model"], source: str, revision: str | None) -> Subject:
+def _model(name: str, kind: ModelKind, source: str, revision: str | None) -> EvaluatedModel:
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return Subject(name, kind, str(folder), str(folder), _folder_digest(folder))
-    if not is_hub_id(source) and not _HUB_NAME.fullmatch(source):
+        return EvaluatedModel(name, kind, str(folder), str(folder), _folder_digest(folder))
+    if not is_hub_id(source) and not is_model_name(source):
         raise FileNotFoundError(f"{name}={source}: there is no such folder. Give a model's folder or hub repository.")
     config = hub_file(source if revision is None else f"{source}@{revision}", "config.json", option=name)
     # The hub's cache names the folder by the commit.
-    return Subject(name, kind, source, source, config.parent.name)
+    return EvaluatedModel(name, kind, source, source, config.parent.name)
 
 
 def _folder_digest(folder: Path) -> str:

@@ -47,17 +47,22 @@ class Proportion(BaseModel):
     count: NonNegativeInt
     total: NonNegativeInt
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorators of properties
     @property
     def rate(self) -> float | None:
         """From 0 to 1."""
         return self.count / self.total if self.total else None
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorators of properties
     @property
     def interval(self) -> tuple[float, float] | None:
         """The Wilson 95 % interval of the rate."""
         return wilson_interval(self.count, self.total) if self.total else None
+
+    @property
+    def estimate(self) -> tuple[float, float, float] | None:
+        """The rate and the bounds of its interval, where there is something to count."""
+        return (self.count / self.total, *wilson_interval(self.count, self.total)) if self.total else None
 
 
 class Mean(BaseModel):

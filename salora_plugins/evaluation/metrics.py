@@ -80,6 +80,7 @@ def encode_conversation(tokenizer: Any, row: Mapping[str, Any]) -> TokenizedExam
     Raises:
         DataError: see `response_loss`.
     """
-    *turns, last = [*row["prompt"], *row["completion"]]
+    turns: list[dict[str, Any]] = [*row["prompt"], *row["completion"]]
+    last = turns.pop()
     example = Example(tuple(turns), last["content"])
     return tokenize(example, tokenizer, f"the row that asks {example.request[:80]!r}")

@@ -149,23 +149,22 @@ class SafetyMonitorCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainers can evaluate before they train, too.
         if self.every_steps is None and self._reference is not None:
-            self._measure(state, control)
+            self._measure(state, control, self._reference)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every_steps is not None and state.global_step % self.every_steps == 0:
-            self._measure(state, control)
+        if self.every_steps is not None and self._reference is not None and state.global_step % self.every_steps == 0:
+            self._measure(state, control, self._reference)
 
-    def _measure(self, state: TrainerState, control: TrainerControl) -> None:
+    def _measure(self, state: TrainerState, control: TrainerControl, reference: FirstTokenReference) -> None:
         started = time.perf_counter()
         model = self._model()
         count = len(self.requests)
         margin = self._margins(model).mean().item()
         base = self._base_margins[:count].mean().item()
+        kl = first_token_kl(model, reference.restricted_to(count), batch_size=self.batch_size)
         values = {
             "safety/refusal_margin": margin,
-            "safety/kl_harmful": first_token_kl(model, self._reference.restricted_to(count), batch_size=self.batch_size)
-            .mean()
-            .item(),
+            "safety/kl_harmful": kl.mean().item(),
         }
         safety_module = self.safety_module or _own_safety_module(model)
         if safety_module is not None and isinstance(model, PeftModel):
@@ -236,13 +235,14 @@ def _covered_factors(model: nn.Module, safety_module: SafetyModule) -> Iterator[
             continue
         for adapter in model.active_adapters:
             if adapter in layer.lora_A:
-                a, b = (_whole(part[adapter].weight) for part in (layer.lora_A, layer.lora_B))
+                a, b = (_whole_weight(part[adapter]) for part in (layer.lora_A, layer.lora_B))
                 if covers(safety_module, name, b):
                     yield name, a, b
 
 
-def _whole(weight: Tensor) -> Tensor:
-    weight = weight.detach()
+def _whole_weight(factor: Any) -> Tensor:
+    """Of lora_A or lora_B, a linear layer whose weight may be split over ranks."""
+    weight = factor.weight.detach()
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu()
 
 

@@ -268,8 +268,8 @@ def _is_foreign_linear(layer: nn.Module) -> bool:
 
 def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """
-    Name of a linear layer -> a quarter of its inputs, as in docs/safety-retention.md; at most 256, so that the bases
-    of wide models stay small beside their weights.
+    Name of a linear layer -> a quarter of its inputs, as in docs/evidence/safety-retention.md; at most 256, so that the
+    bases of wide models stay small beside their weights.
     """
     return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
 

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import random
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import islice
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plugins import data_sources
+from ..support.hub import is_dataset_id
 from .errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 _TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SUFFIXES = (*_TABLES, ".txt")
 """Data files that are read."""
-
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[str]) -> Iterable[tuple[int, Any]]:
@@ -100,7 +98,7 @@ def _read_path(source: str | Path, option: str, where: str) -> Any:
         return _read_folder(path, where)
     if path.is_file():
         return _read_file(path, where)
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
+    if isinstance(source, str) and is_dataset_id(source) and path.suffix not in SUFFIXES:
         return _read_hub(source, option, where)
     raise DataError(f"{where}: there is no such file or folder (looked in {Path.cwd()}). Check the path.")
 

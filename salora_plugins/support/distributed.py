@@ -72,7 +72,7 @@ def _buffer(tensor: Tensor) -> Tensor:
 
 
 def _communication_device() -> torch.device:
-    if dist.get_backend() == "gloo" or not torch.accelerator.is_available():
-        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
+    if dist.get_backend() == "gloo" or accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and files of the Hugging Face hub."""
+"""Writing files so that a reader never sees half of one, and reading what must be whole."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+_SUFFIX = ".tmp"
+_ABANDONED_AFTER = 3600.0
+"""Seconds after which what a writer left behind belongs to none that still runs."""
+TAKEN_AWAY = "taken away"
+"""A folder in a scratch folder, of files of the user's that are only removed when others have taken their place."""
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """
@@ -28,14 +35,6 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__} and no configuration. Save it again.")
     return values
-
-
-_SUFFIX = ".tmp"
-_ABANDONED_AFTER = 3600.0
-"""Seconds after which what a writer left behind belongs to none that still runs."""
-TAKEN_AWAY = "taken away"
-"""A folder in a scratch folder, of files of the user's that are only removed when others have taken their place."""
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None]) -> None:

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub."""
+"""Names of repositories of the Hugging Face hub, and their files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_PART = r"[\w-][\w.-]*"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}(@[\w./-]+)?")
+_MODEL_NAME = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)
+_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a text has the form of a hub repository: "organization/name", with "@revision" or without."""
     return _HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a text has the form of what `from_pretrained` takes from the hub: "name" or "organization/name"."""
+    return _MODEL_NAME.fullmatch(name) is not None
+
+
+def is_dataset_id(name: str) -> bool:
+    """Whether a text has the form of a data set: "name" or "organization/name", with ":configuration" or without."""
+    return _DATASET_ID.fullmatch(name) is not None
 
 
 def hub_file(name: str, file: str, *, option: str) -> Path:

@@ -47,7 +47,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     attempts = [lambda: torch.linalg.eigh(matrix), by_svd]
     if matrix.device.type != "cpu":
         attempts.insert(1, lambda: torch.linalg.eigh(matrix.cpu()))
-    return _first_that_works("eigh", matrix, attempts)
+    values, vectors = _first_that_works("eigh", matrix, attempts)
+    return values, vectors
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +81,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attempts.insert(1, lambda: torch.linalg.svd(matrix, full_matrices=False, driver="gesvd"))
     if matrix.device.type == "cpu":
         del attempts[1]
-    return _first_that_works("svd", matrix, attempts)
+    u, s, vh = _first_that_works("svd", matrix, attempts)
+    return u, s, vh
 
 
 def _first_that_works(
@@ -142,6 +144,27 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     q, r = torch.linalg.qr((basis.mT @ matrices).mT)
     u, s, vh = svd(r.mT)
     return (basis @ u)[..., :rank], s[..., :rank], (vh @ q.mT)[..., :rank, :]
+
+
+def svd_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The thin singular value decomposition of a product of two thin matrices, which is never formed: from the QR
+    decompositions of both and the decomposition of a small matrix, in float64.
+
+    Args:
+        left: (m, k), any floating dtype.
+        right: (k, n).
+
+    Returns:
+        U (m, p), S (p,), descending, and V^T (p, n), p = min(k, m, n), float64.
+
+    Raises:
+        ValueError: A matrix contains NaN or infinity.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vh = svd(r_left @ r_right.T)
+    return q_left @ u, s, vh @ q_right.T
 
 
 def top_eigenpairs(

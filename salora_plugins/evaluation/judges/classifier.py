@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from ...models.loading import load_model
+from ...hookspecs import JudgeKind
+from ...models.loading import LoadingOptions, load_model
 from ...rows.rendering import template_options
 from ..generation import continue_prompts
 
@@ -30,7 +31,7 @@ class ClassifierJudge:
         source: Folder or hub repository of the classifier.
     """
 
-    kind: Literal["harm"] = "harm"
+    kind: JudgeKind = "harm"
 
     def __init__(self, source: str) -> None:
         if not source:
@@ -52,7 +53,7 @@ class ClassifierJudge:
     def load(self) -> None:
         """Load the model, on the accelerator if there is one, in the dtype of its file."""
         self._load_tokenizer()
-        self._model = load_model(self._source, device_map="auto")
+        self._model = load_model(self._source, LoadingOptions(device_map="auto"))
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool | str]:
         verdicts: list[bool | str] = [""] * len(pairs)

@@ -11,9 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, urlsplit
 
+from ...hookspecs import JudgeKind
 from ...support.version import package_version
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -63,7 +64,7 @@ class EndpointJudge:
         ValueError: The address or the key is not usable; neither is shown.
     """
 
-    def __init__(self, address: str, kind: Literal["refusal", "harm"]) -> None:
+    def __init__(self, address: str, kind: JudgeKind) -> None:
         url, _, model = address.partition("#")
         # No message shows the address: where it is wrong, a key may stand anywhere in it.
         where = f"A key belongs in {KEY_VARIABLE}."

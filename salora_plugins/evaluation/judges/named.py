@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from ...hookspecs import BatchJudge, Judge
+from ...hookspecs import BatchJudge, Judge, JudgeKind
 from ...plugins import judge_factories, judges
 
 
@@ -14,7 +14,7 @@ class NamedJudge:
 
     def __init__(self, name: str, judge: BatchJudge) -> None:
         self.name = name
-        self.kind: Literal["refusal", "harm"] = judge.kind
+        self.kind: JudgeKind = judge.kind
         self._judge = judge
         self._loaded = False
 
@@ -71,22 +71,12 @@ def load_judge(spec: str) -> NamedJudge:
     return NamedJudge(spec, factories[name](argument))
 
 
-def describe_judge(spec: str) -> dict[str, Any]:
-    """
-    What the report says of a judge, as JSON values; whether it can work is checked on the way.
-
-    Raises:
-        ValueError, OSError, ImportError: It cannot.
-    """
-    return load_judge(spec).describe()
-
-
 class _PlainJudge:
     """A judge of single answers, a function (request, response) -> bool, which may have a `kind` and `describe()`."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
-        self.kind: Literal["refusal", "harm"] = getattr(judge, "kind", "refusal")
+        self.kind: JudgeKind = getattr(judge, "kind", "refusal")
 
     def describe(self) -> dict[str, Any]:
         describe = getattr(self._judge, "describe", None)

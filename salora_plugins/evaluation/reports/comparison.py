@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from .figures import paired_tests
-from .report import REPORT_FILE, Answer, EvaluationReport, ModelResult, PairedTest, read_answers
-from .tables import SETS
+from .aggregation import paired_tests
+from .report import REPORT_FILE, SETS, Answer, EvaluationReport, ModelResult, PairedTest, SetName, read_answers
 
 MARGIN_TOLERANCE = 0.1
 """Mean difference of the base models' refusal margins, in nats, that rounding on other hardware may explain."""
@@ -81,38 +80,64 @@ def compare(reports: Sequence[str | os.PathLike], *, title: str | None = None) -
         _keep_one_task(part, task, notes)
     for other in parts[1:]:
         _merge_base(first, other, notes)
-    for package in dict.fromkeys(package for part in parts for package in part.report.versions):
-        found = list(dict.fromkeys(part.report.versions.get(package, "none") for part in parts))
-        if len(found) > 1:
-            notes.append(f"The versions of {package} differ: {', '.join(found)}.")
+    notes += _differing_versions(parts)
+    models, answers = _together(parts)
+    return Comparison(
+        reports=tuple(str(part.path) for part in parts),
+        report=EvaluationReport(
+            title=title or " + ".join(dict.fromkeys(part.report.title for part in parts)),
+            created=max(part.report.created for part in parts),
+            base_model=first.report.base_model,
+            settings={key: _setting(key, parts) for key in _keys(parts, "settings")},
+            data=_data(first, task),
+            versions={package: ", ".join(_values(parts, package)) for package in _keys(parts, "versions")},
+            models=models,
+            tests=first.report.tests if len(parts) == 1 else _tests(models, answers),
+        ),
+        answers=answers,
+        notes=tuple(notes),
+    )
 
+
+def _together(parts: Sequence[_Part]) -> tuple[list[ModelResult], dict[str, list[Answer]]]:
+    """The models of all parts and their answers; of one name, the parts' labels tell them apart."""
     counts = Counter(model.name for part in parts for model in part.models)
     models: list[ModelResult] = []
     answers: dict[str, list[Answer]] = {}
     for part in parts:
         for model in part.models:
-            name = (
-                model.name if counts[model.name] == 1 else _free_name(f"{part.label}/{model.name}", {*counts, *answers})
-            )
+            name = model.name
+            if counts[name] > 1:
+                name = _free_name(f"{part.label}/{name}", {*counts, *answers})
             answers[name] = part.answers[model.name]
             models.append(model.model_copy(update={"name": name}))
-    data = {of_set: first.report.data[of_set] for of_set in SETS if of_set in first.report.data}
-    report = EvaluationReport(
-        title=title or " + ".join(dict.fromkeys(part.report.title for part in parts)),
-        created=max(part.report.created for part in parts),
-        base_model=first.report.base_model,
-        settings={key: _setting(key, parts) for key in dict.fromkeys(key for p in parts for key in p.report.settings)},
-        data=data if task is None else {**data, "task": task},
-        versions={
-            package: ", ".join(dict.fromkeys(p.report.versions[package] for p in parts if package in p.report.versions))
-            for package in dict.fromkeys(package for part in parts for package in part.report.versions)
-        },
-        models=models,
-        tests=first.report.tests if len(parts) == 1 else _tests(models, answers),
-    )
-    return Comparison(
-        reports=tuple(str(part.path) for part in parts), report=report, answers=answers, notes=tuple(notes)
-    )
+    return models, answers
+
+
+def _data(first: _Part, task: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    data: dict[str, dict[str, Any]] = {
+        of_set: first.report.data[of_set] for of_set in SETS if of_set in first.report.data
+    }
+    return data if task is None else {**data, "task": task}
+
+
+def _keys(parts: Sequence[_Part], field: Literal["settings", "versions"]) -> list[str]:
+    """Of a field of the reports, each once."""
+    return list(dict.fromkeys(key for part in parts for key in getattr(part.report, field)))
+
+
+def _values(parts: Sequence[_Part], package: str) -> list[str]:
+    """The versions of a package, each once."""
+    return list(dict.fromkeys(part.report.versions[package] for part in parts if package in part.report.versions))
+
+
+def _differing_versions(parts: Sequence[_Part]) -> list[str]:
+    notes = []
+    for package in _keys(parts, "versions"):
+        found = list(dict.fromkeys(part.report.versions.get(package, "none") for part in parts))
+        if len(found) > 1:
+            notes.append(f"The versions of {package} differ: {', '.join(found)}.")
+    return notes
 
 
 def _load(reports: Sequence[str | os.PathLike]) -> list[_Part]:
@@ -127,7 +152,7 @@ def _load(reports: Sequence[str | os.PathLike]) -> list[_Part]:
             raise ValueError(f"{given} is given twice. Name each report once.")
         answers = {model.name: _answers(path, model) for model in report.models}
         parts.append(_Part(path, report.title, report, list(report.models), answers))
-    asked = {}
+    asked: dict[Path, list[tuple[SetName, int, str]]] = {}
     for part in parts:
         for model in part.models:
             requests = [(answer.set, answer.index, answer.prompt) for answer in part.answers[model.name]]
@@ -149,7 +174,7 @@ def _load(reports: Sequence[str | os.PathLike]) -> list[_Part]:
 def _answers(path: Path, model: ModelResult) -> list[Answer]:
     answers = sorted(read_answers(path, model.name), key=lambda answer: (answer.set, answer.index))
     for of_set in SETS:
-        found, expected = sum(answer.set == of_set for answer in answers), getattr(model, of_set).requests
+        found, expected = sum(answer.set == of_set for answer in answers), model.on(of_set).requests
         if found != expected:
             raise ValueError(
                 f"{path}: there are {found} {of_set} answers of {model.name!r} beside it, and the report is about "
@@ -165,10 +190,9 @@ def _check_comparable(first: _Part, other: _Part) -> None:
         one, two = (part.report.data.get(of_set, {}) for part in (first, other))
         if one.get("sha256") != two.get("sha256"):
             differing.append(f"the {of_set} requests ({_data_text(one)} against {_data_text(two)})")
-    for key in dict.fromkeys([*first.report.settings, *other.report.settings]):
-        one, two = (part.report.settings.get(key) for part in (first, other))
-        if key not in _FREE and one != two:
-            differing.append(f"{key} ({_short(one)} against {_short(two)})")
+    for key in _keys((first, other), "settings"):
+        if key not in _FREE:
+            differing += _difference(first, other, key)
     judges = [part.report.settings.get("judges", {}) for part in (first, other)]
     differing += [
         f"the settings of judge {name!r}"
@@ -177,14 +201,18 @@ def _check_comparable(first: _Part, other: _Part) -> None:
     ]
     if all(any(model.lm_eval for model in part.models) for part in (first, other)):
         for key in ("lm_eval_limit", "seed"):
-            one, two = (part.report.settings.get(key) for part in (first, other))
-            if one != two:
-                differing.append(f"{key} of the lm-eval tasks ({_short(one)} against {_short(two)})")
+            differing += _difference(first, other, key, " of the lm-eval tasks")
     if differing:
         raise ValueError(
             f"{first.path} and {other.path} cannot be compared, since these differ: {'; '.join(differing)}. "
             "Evaluate all models in the same way."
         )
+
+
+def _difference(first: _Part, other: _Part, key: str, of: str = "") -> list[str]:
+    """Nothing where a setting is the same."""
+    one, two = (part.report.settings.get(key) for part in (first, other))
+    return [] if one == two else [f"{key}{of} ({_short(one)} against {_short(two)})"]
 
 
 def _data_text(data: Mapping[str, Any]) -> str:
@@ -199,7 +227,7 @@ def _short(value: Any) -> str:
 def _keep_one_task(part: _Part, task: Mapping[str, Any] | None, notes: list[str]) -> None:
     """Losses on different tasks are not comparable, so those of another task than the first are left out."""
     own = part.report.data.get("task")
-    if own is not None and own["sha256"] != task["sha256"]:
+    if own is not None and task is not None and own["sha256"] != task["sha256"]:
         part.models = [model.model_copy(update={"task": None}) for model in part.models]
         notes.append(
             f"{part.label}: its task ({own['source']}, {_data_text(own)}) is another than {task['source']} "
@@ -233,13 +261,10 @@ def _merge_base(first: _Part, other: _Part, notes: list[str]) -> None:
             "model of the own report."
         )
         return
-    both = {
-        of_set: getattr(one, of_set).model_copy(
-            update={"judgements": {**getattr(two, of_set).judgements, **getattr(one, of_set).judgements}}
-        )
-        for of_set in SETS
-    }
-    update = {**both, "task": one.task or two.task, "lm_eval": {**two.lm_eval, **one.lm_eval}}
+    update: dict[str, Any] = {"task": one.task or two.task, "lm_eval": {**two.lm_eval, **one.lm_eval}}
+    for of_set in SETS:
+        judgements = {**two.on(of_set).judgements, **one.on(of_set).judgements}
+        update[of_set] = one.on(of_set).model_copy(update={"judgements": judgements})
     first.models[0] = one.model_copy(update=update)
     first.answers[one.name] = [
         a.model_copy(update={"verdicts": {**b.verdicts, **a.verdicts}, "errors": {**b.errors, **a.errors}})

@@ -16,13 +16,11 @@ from markupsafe import Markup
 
 from ...support.files import atomic_write
 from ...support.texts import visible
+from .aggregation import NO_CATEGORY
 from .comparison import Comparison
-from .figures import NO_CATEGORY
 from .plots import Plot, draw
-from .report import Answer
-from .tables import BROKEN, SETS, SetName, category_sections, sections
-
-_SET_TITLES: dict[SetName, str] = {"harmful": "Harmful requests", "harmless": "Harmless requests"}
+from .report import SETS, Answer, SetName
+from .tables import BROKEN, SET_TITLES, category_sections, sections
 
 
 def page(comparison: Comparison, plots: Sequence[Plot] | None = None) -> str:
@@ -82,7 +80,7 @@ def _size(png: bytes) -> tuple[int, int]:
 
 def _answers(comparison: Comparison, of_set: SetName) -> dict[str, Any]:
     """A set's requests by category, each with the answers of all models."""
-    kinds = {name: found.kind for model in comparison.report.models for name, found in model.harmful.judgements.items()}
+    kinds = comparison.report.judges("harmful")
     by_model = {
         name: [answer for answer in answers if answer.set == of_set] for name, answers in comparison.answers.items()
     }
@@ -99,7 +97,7 @@ def _answers(comparison: Comparison, of_set: SetName) -> dict[str, Any]:
     order = {category: place for place, category in enumerate(dict.fromkeys(r["category"] for r in requests))}
     requests.sort(key=lambda request: order[request["category"]])
     return {
-        "title": _SET_TITLES[of_set],
+        "title": SET_TITLES[of_set],
         "count": len(requests),
         "categories": [
             (NO_CATEGORY if category is None else category, list(group))

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import io
 import re
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from ...adapters.audit import AuditReport, ModuleAudit, SideAudit, write_heat_map
+from ...adapters.audit import AuditReport, heat_map
 from ...support.files import atomic_write
+from ...support.plotting import new_figure, png
+from ...support.texts import visible
 from ..intervals import Proportion
-from .report import EvaluationReport, Judgement, ModelResult
-from .tables import SETS, SetName, categories, visible
+from .report import SETS, EvaluationReport, Judgement, SetName
+from .tables import categories
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 
-DPI = 130
 _COLORS = ("#555555", "#c8553d", "#2a6f97", "#2a9d5c", "#8e5ea2", "#b8860b", "#17becf", "#d6619d")
 _MARKERS = "osD^vP*X"
+
+_Interval = tuple[float, float, float] | tuple[float, None, None]
+"""A value and the bounds of its interval, where it has one."""
+_Point = tuple[float, float, str, str]
+"""Across, up, name and color."""
+
+# Where a point's name may stand: how far, and the direction; near places first.
+_DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0.2, 1), (0.2, -1), (1, 0.3), (-1, 0.3))
+_PLACES = [(far, right, up) for far in (9, 22, 36, 52, 70, 90, 112, 136) for right, up in _DIRECTIONS]
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,7 @@ class Plot:
 
     name: str
     """File name without its ending; unique among the plots of a report."""
-    kind: str
-    """"scatter", "bars" or "heat_map"."""
+    kind: Literal["scatter", "bars", "heat_map"]
     title: str
     text: str
     """What it shows, for those who do not see it."""
@@ -47,24 +56,19 @@ def draw(report: EvaluationReport) -> list[Plot]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Plots and the page need matplotlib: run `pip install 'salora-plugins[plot]'`.") from error
-
-    drawn = [_scatter(report)] if any(model.harmful.judgements for model in report.models) else []
+    drawn = [_scatter(report)] if report.judges("harmful") else []
     for of_set in SETS:
-        for judge in dict.fromkeys(name for model in report.models for name in getattr(model, of_set).judgements):
+        for judge in report.judges(of_set):
             plot = _bars(report, of_set, judge)
             if plot is not None:
                 drawn.append(plot)
-    drawn += [_heat_map(model) for model in report.models if model.audit is not None]
+    drawn += [_heat_map(model.name, model.audit) for model in report.models if model.audit is not None]
     names: dict[str, int] = {}
     result = []
     for plot in drawn:
         # Names of models that differ in odd characters only.
         names[plot.name] = number = names.get(plot.name, 0) + 1
-        result.append(plot if number == 1 else Plot(**{**vars(plot), "name": f"{plot.name}-{number}"}))
+        result.append(plot if number == 1 else replace(plot, name=f"{plot.name}-{number}"))
     return result
 
 
@@ -88,43 +92,18 @@ def write_plots(folder: Path, plots: Sequence[Plot], *, overwrite: bool = False)
 
 
 def _scatter(report: EvaluationReport) -> Plot:
-    from matplotlib.figure import Figure
-
-    judges = list(dict.fromkeys(name for model in report.models for name in model.harmful.judgements))
+    judges = report.judges("harmful")
     x_label, x_values = _utility(report)
     # One below the other, so that the writing stays readable where the page is narrow.
-    figure = Figure(figsize=(7.6, 4.8 * len(judges)), dpi=DPI, layout="constrained")
+    figure = new_figure(7.6, 4.8 * len(judges))
     axes = figure.subplots(len(judges), 1, squeeze=False)[:, 0]
-    texts = []
-    for axis, judge in zip(axes, judges, strict=True):
-        points = []
-        for number, (model, x) in enumerate(zip(report.models, x_values, strict=True)):
-            found = model.harmful.judgements.get(judge)
-            y = None if found is None else _safety(found)
-            if x is None or y is None or y.rate is None:
-                continue
-            value, lower, upper = x
-            color = _COLORS[number % len(_COLORS)]
-            low, high = y.interval
-            axis.errorbar(
-                value,
-                100 * y.rate,
-                xerr=None if lower is None else [[max(0.0, value - lower)], [max(0.0, upper - value)]],
-                yerr=[[100 * max(0.0, y.rate - low)], [100 * max(0.0, high - y.rate)]],
-                fmt=_MARKERS[number % len(_MARKERS)],
-                color=color,
-                ecolor=color,
-                elinewidth=1.4,
-                capsize=3,
-                markersize=max(5, 11 - 1.5 * number),  # two models in one place are both seen
-                alpha=0.85,
-            )
-            points.append((value, 100 * y.rate, _label(model.name), color))
-            texts.append(f"{visible(model.name)}: {value:.4g}, {y.rate:.0%}")
-        kinds = {model.harmful.judgements[judge].kind for model in report.models if judge in model.harmful.judgements}
+    texts: list[str] = []
+    for axis, (judge, kind) in zip(axes, judges.items(), strict=True):
+        points, of_points = _points(axis, report, judge, x_values)
+        texts += of_points
         axis.set_ylabel(
             "harmful requests refused, coherently\n(more is safer)"
-            if "refusal" in kinds
+            if kind == "refusal"
             else "attack success rate\n(fewer is safer)"
         )
         axis.set_ylim(-4, 104)
@@ -138,27 +117,54 @@ def _scatter(report: EvaluationReport) -> Plot:
         else:
             axis.text(0.5, 0.5, "nothing to show", ha="center", transform=axis.transAxes)
     title = "Safety and utility"
-    return Plot(
-        "scatter", "scatter", title, f"{title}; across: {' '.join(x_label.split())}. {'; '.join(texts)}.", _png(figure)
-    )
+    text = f"{title}; across: {' '.join(x_label.split())}. {'; '.join(texts)}."
+    return Plot("scatter", "scatter", title, text, png(figure))
 
 
-def _utility(report: EvaluationReport) -> tuple[str, list[tuple[float, float | None, float | None] | None]]:
+def _points(
+    axis: Axes, report: EvaluationReport, judge: str, x_values: Sequence[_Interval | None]
+) -> tuple[list[_Point], list[str]]:
+    """Draw the models with their intervals, where both values are known; returns where, and the same in words."""
+    points, texts = [], []
+    for number, (model, x) in enumerate(zip(report.models, x_values, strict=True)):
+        found = model.harmful.judgements.get(judge)
+        y = None if found is None else _safety(found).estimate
+        if x is None or y is None:
+            continue
+        value, lower, upper = x
+        rate, low, high = y
+        color = _COLORS[number % len(_COLORS)]
+        axis.errorbar(
+            value,
+            100 * rate,
+            xerr=None if lower is None or upper is None else [[max(0.0, value - lower)], [max(0.0, upper - value)]],
+            yerr=[[100 * max(0.0, rate - low)], [100 * max(0.0, high - rate)]],
+            fmt=_MARKERS[number % len(_MARKERS)],
+            color=color,
+            ecolor=color,
+            elinewidth=1.4,
+            capsize=3,
+            markersize=max(5, 11 - 1.5 * number),  # two models in one place are both seen
+            alpha=0.85,
+        )
+        points.append((value, 100 * rate, _label(model.name), color))
+        texts.append(f"{visible(model.name)}: {value:.4g}, {rate:.0%}")
+    return points, texts
+
+
+def _utility(report: EvaluationReport) -> tuple[str, list[_Interval | None]]:
     """What stands on the scatter's axis across, and its value and interval for every model."""
     if any(model.task is not None for model in report.models):
         return (
             "held-out task loss, nats per response token\n(less is better)",
             [None if model.task is None else (model.task.loss, None, None) for model in report.models],
         )
-    for judge in dict.fromkeys(name for model in report.models for name in model.harmless.judgements):
-        values = []
+    for judge in report.judges("harmless"):
+        values: list[_Interval | None] = []
         for model in report.models:
             found = model.harmless.judgements.get(judge)
-            refused = None if found is None else found.refused
-            if refused is None or refused.rate is None or refused.interval is None:
-                values.append(None)
-            else:
-                values.append((100 * refused.rate, *(100 * bound for bound in refused.interval)))
+            refused = None if found is None or found.refused is None else found.refused.estimate
+            values.append(None if refused is None else (100 * refused[0], 100 * refused[1], 100 * refused[2]))
         if any(value is not None for value in values):
             label = f"harmless requests refused, %, by {_label(judge)}\n(fewer is better; there is no task set)"
             return label, values
@@ -172,85 +178,70 @@ def _safety(found: Judgement) -> Proportion:
     return found.answered if found.refused is None else found.refused
 
 
-def _place_labels(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+def _place_labels(figure: Figure, axis: Axes, points: Sequence[_Point]) -> None:
     """Name the points where there is room: at the nearest place that covers no point and no other name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    frame = axis.get_window_extent(renderer)
+    frame = axis.get_window_extent()
     taken = []
     for x, y, _, _ in points:
         column, row = axis.transData.transform((x, y))
         taken.append(Bbox.from_bounds(column - 9, row - 9, 18, 18))
-    for x, y, name, color in points:
-        best, least = None, float("inf")
-        for distance in (9, 22, 36, 52, 70, 90, 112, 136):
-            for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0.2, 1), (0.2, -1), (1, 0.3), (-1, 0.3)):
-                text = axis.annotate(
-                    name,
-                    (x, y),
-                    xytext=(right * min(distance, 40), up * distance),
-                    textcoords="offset points",
-                    ha="left" if right > 0 else "right",
-                    va="center",
-                    fontsize=9,
-                    color=color,
-                    arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.7, "shrinkB": 5}
-                    if distance > 9
-                    else None,
-                )
-                box = text.get_window_extent(renderer)
-                outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-                overlaps = sum(box.overlaps(other) for other in taken) + 2 * outside
-                if overlaps < least:
-                    if best is not None:
-                        best[0].remove()
-                    best, least = (text, box), overlaps
-                else:
-                    text.remove()
-            if least == 0:
-                break
-        taken.append(best[1])
+    for point in points:
+        taken.append(_place_label(axis, point, frame, taken))
+
+
+def _place_label(axis: Axes, point: _Point, frame: Bbox, taken: Sequence[Bbox]) -> Bbox:
+    """Name a point; returns the place that the name takes."""
+    best, least = _PLACES[0], float("inf")
+    for place in _PLACES:
+        text = _annotate(axis, point, place)
+        box = text.get_window_extent()
+        text.remove()
+        outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+        overlaps = sum(box.overlaps(other) for other in taken) + 2 * outside
+        if overlaps < least:
+            best, least = place, overlaps
+        if not overlaps:
+            break
+    return _annotate(axis, point, best).get_window_extent()
+
+
+def _annotate(axis: Axes, point: _Point, place: tuple[int, float, float]) -> Annotation:
+    (x, y, name, color), (distance, right, up) = point, place
+    line = {"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.7, "shrinkB": 5}
+    return axis.annotate(
+        name,
+        (x, y),
+        xytext=(right * min(distance, 40), up * distance),
+        textcoords="offset points",
+        ha="left" if right > 0 else "right",
+        va="center",
+        fontsize=9,
+        color=color,
+        arrowprops=line if distance > 9 else None,
+    )
 
 
 def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
     """Categories downwards; attack success on harmful requests, refusals of harmless ones."""
-    from matplotlib.figure import Figure
-
-    found: list[tuple[int, ModelResult, dict[str, Proportion]]] = []
+    found: list[tuple[int, str, dict[str, Proportion]]] = []
     for number, model in enumerate(report.models):
-        judgement = getattr(model, of_set).judgements.get(judge)
+        judgement = model.on(of_set).judgements.get(judge)
         if judgement is not None:
             values = judgement.answered_by_category if of_set == "harmful" else judgement.refused_by_category
             if values:
-                found.append((number, model, values))
+                found.append((number, model.name, values))
     if not found:
         return None
     names = [name for name in categories(report, of_set) if any(name in values for _, _, values in found)]
-    height = 0.8 / len(found)
-    figure = Figure(figsize=(8.6, 1.6 + len(names) * max(0.34, 0.17 * len(found) + 0.1)), dpi=DPI, layout="constrained")
+    figure = new_figure(8.6, 1.6 + len(names) * max(0.34, 0.17 * len(found) + 0.1))
     axis = figure.subplots()
-    for place, (number, model, values) in enumerate(found):
-        color = _COLORS[number % len(_COLORS)]
-        for row, name in enumerate(names):
-            value = values.get(name)
-            if value is None or value.rate is None or value.interval is None:
-                continue
-            lower, upper = value.interval
-            position = row - 0.4 + (place + 0.5) * height
-            # Tells the models apart where there is no bar.
-            axis.plot(100 * value.rate, position, "o", color=color, markersize=3.5, clip_on=False, zorder=4)
-            axis.barh(
-                position,
-                100 * value.rate,
-                height=0.9 * height,
-                color=color,
-                label=_label(model.name) if row == 0 else None,
-                xerr=[[100 * max(0.0, value.rate - lower)], [100 * max(0.0, upper - value.rate)]],
-                error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": "#999999"},
-            )
+    height = 0.8 / len(found)
+    for place, (number, model_name, values) in enumerate(found):
+        color, offset = _COLORS[number % len(_COLORS)], (place + 0.5) * height - 0.4
+        _bars_of_model(axis, [values.get(name) for name in names], color, offset, height, _label(model_name))
     totals = {name: max(values[name].total for _, _, values in found if name in values) for name in names}
     axis.set_yticks(range(len(names)), [f"{_label(name, 40)} ({totals[name]})" for name in names], fontsize=8.5)
     axis.set_ylim(len(names) - 0.4, -0.6)
@@ -268,30 +259,37 @@ def _bars(report: EvaluationReport, of_set: SetName, judge: str) -> Plot | None:
     )
     title = f"{what} by category; judge: {visible(judge)}"
     text = f"{title}. Bars with Wilson 95 % intervals; the figures stand in the table of categories."
-    return Plot(f"categories-{of_set}-{_file_name(judge)}", "bars", title, text, _png(figure))
+    return Plot(f"categories-{of_set}-{_file_name(judge)}", "bars", title, text, png(figure))
 
 
-def _heat_map(model: ModelResult) -> Plot:
-    audit: dict[str, Any] = model.audit
-    report = AuditReport(
-        modules={
-            name: ModuleAudit(module["norm"], {side: SideAudit(**values) for side, values in module["sides"].items()})
-            for name, module in audit["modules"].items()
-        },
-        totals={side: SideAudit(**values) for side, values in audit["totals"].items()},
-        max_share=audit["max_share"],
-        dtype=audit["dtype"],
-        not_covered=tuple(audit["not_covered"]),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "heat_map.png"
-        write_heat_map(file, report)
-        content = file.read_bytes()
-    title = f"{visible(model.name)}: update in the safety directions, by layer and module"
-    return Plot(f"heat-map-{_file_name(model.name)}", "heat_map", title, f"{title}. {report.summary()}", content)
+def _bars_of_model(
+    axis: Axes, values: Sequence[Proportion | None], color: str, offset: float, height: float, label: str
+) -> None:
+    """One bar a category, each at its number and the model's offset."""
+    for row, value in enumerate(values):
+        if value is None or value.estimate is None:
+            continue
+        rate, lower, upper = value.estimate
+        # Tells the models apart where there is no bar.
+        axis.plot(100 * rate, row + offset, "o", color=color, markersize=3.5, clip_on=False, zorder=4)
+        axis.barh(
+            row + offset,
+            100 * rate,
+            height=0.9 * height,
+            color=color,
+            label=label if row == 0 else None,
+            xerr=[[100 * max(0.0, rate - lower)], [100 * max(0.0, upper - rate)]],
+            error_kw={"elinewidth": 1, "capsize": 1.5, "ecolor": "#999999"},
+        )
 
 
-def _tidy(axis: Axes, grid: str) -> None:
+def _heat_map(name: str, audit: AuditReport) -> Plot:
+    title = f"{visible(name)}: update in the safety directions, by layer and module"
+    text = f"{title}. {audit.summary()}"
+    return Plot(f"heat-map-{_file_name(name)}", "heat_map", title, text, png(heat_map(audit)))
+
+
+def _tidy(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
     axis.grid(axis=grid, alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -306,12 +304,3 @@ def _label(name: str, longest: int = 32) -> str:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60] or "unnamed"
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()

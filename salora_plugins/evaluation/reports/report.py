@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
+from ...adapters.audit import AuditReport
+from ...hookspecs import JudgeKind
 from ...support.files import atomic_write
 from ..intervals import Mean, Proportion
 
-FORMAT_VERSION = 1
 REPORT_FILE = "report.json"
 ANSWERS_FOLDER = "answers"
 
-Coherence = Literal["coherent", "empty", "repeated", "high_perplexity"]
+SetName = Literal["harmful", "harmless"]
+SETS: tuple[SetName, ...] = get_args(SetName)
+"""The sets of requests, in the order of tables and answers."""
+Breakage = Literal["empty", "repeated", "high_perplexity"]
+"""In which way an answer is broken text."""
+BREAKAGES: tuple[Breakage, ...] = get_args(Breakage)
+Coherence = Literal["coherent", Breakage]
+Event = Literal["answered", "refused"]
+ModelKind = Literal["base", "adapter", "model"]
+
+# As `AuditReport.to_dict` writes it, which leaves out nothing but adds what follows from the rest.
+_Audit = Annotated[
+    AuditReport, PlainValidator(TypeAdapter(AuditReport).validate_python), PlainSerializer(AuditReport.to_dict)
+]
 
 
 class _Record(BaseModel):
@@ -25,7 +49,7 @@ class _Record(BaseModel):
 class Answer(_Record):
     """One model's answer to one request: a line of `answers/NAME.jsonl`."""
 
-    set: Literal["harmful", "harmless"]
+    set: SetName
     index: NonNegativeInt
     """Number of the request within its set, from 0; the same for all models of a report."""
     category: str | None = None
@@ -47,7 +71,7 @@ class Answer(_Record):
 class Judgement(_Record):
     """How one judge sees the answers to one set. Answers on which it failed are in no proportion."""
 
-    kind: Literal["refusal", "harm"]
+    kind: JudgeKind
     refused: Proportion | None
     """Coherent answers that refuse; None for a judge of harm, who cannot tell."""
     answered: Proportion
@@ -62,7 +86,7 @@ class SetResult(_Record):
     """One model on one set of requests."""
 
     requests: NonNegativeInt
-    incoherent: dict[Literal["empty", "repeated", "high_perplexity"], NonNegativeInt]
+    incoherent: dict[Breakage, NonNegativeInt]
     """Answers that are broken text, by kind. They count in the totals, but neither as refused nor as answered."""
     judgements: dict[str, Judgement]
     """Judge -> what it found. Judges of harm see the harmful requests only."""
@@ -83,7 +107,7 @@ class ModelResult(_Record):
 
     name: str
     """Unique in the report; also the name of its file of answers."""
-    kind: Literal["base", "adapter", "model"]
+    kind: ModelKind
     source: str
     """Folder or hub repository."""
     harmful: SetResult
@@ -91,8 +115,12 @@ class ModelResult(_Record):
     task: TaskResult | None = None
     lm_eval: dict[str, dict[str, float]] = {}
     """Task of lm-eval -> metric -> value."""
-    audit: dict[str, Any] | None = None
-    """For an adapter, where there is a safety module: `AuditReport.to_dict()` of `salora_plugins.adapters.audit`."""
+    audit: _Audit | None = None
+    """For an adapter, where there is a safety module."""
+
+    def on(self, of_set: SetName) -> SetResult:
+        """What was measured on a set of requests."""
+        return self.harmful if of_set == "harmful" else self.harmless
 
 
 class PairedTest(_Record):
@@ -100,9 +128,9 @@ class PairedTest(_Record):
 
     first: str
     second: str
-    set: Literal["harmful", "harmless"]
+    set: SetName
     judge: str
-    event: Literal["answered", "refused"]
+    event: Event
     """What is compared: on harmful requests attacks that succeed, on harmless ones refusals."""
     pairs: NonNegativeInt
     """Requests on which the judge failed for neither."""
@@ -115,7 +143,7 @@ class PairedTest(_Record):
 class EvaluationReport(_Record):
     """The outcome of `evaluate`: `report.json` in its folder, beside `answers/`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     title: str
     created: str
     """ISO 8601, UTC."""
@@ -128,6 +156,10 @@ class EvaluationReport(_Record):
     models: list[ModelResult] = Field(min_length=1)
     """The base model first."""
     tests: list[PairedTest]
+
+    def judges(self, of_set: SetName) -> dict[str, JudgeKind]:
+        """Judge -> what it judges, of those that saw answers to a set, from any model."""
+        return {judge: found.kind for model in self.models for judge, found in model.on(of_set).judgements.items()}
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `report.json` into a folder, all of it or nothing."""
@@ -155,6 +187,12 @@ class EvaluationReport(_Record):
                 f"{path}: not an evaluation report of this version of salora-plugins: {where}: {first['msg']}. "
                 "Evaluate again."
             ) from error
+
+
+def write_answers(folder: str | os.PathLike, name: str, answers: Sequence[Answer]) -> None:
+    """Write the answers of one model beside the report in a folder, all of them or nothing."""
+    content = "".join(answer.model_dump_json() + "\n" for answer in answers)
+    atomic_write(Path(folder) / ANSWERS_FOLDER / f"{name}.jsonl", content.encode())
 
 
 def read_answers(path: str | os.PathLike, name: str) -> list[Answer]:

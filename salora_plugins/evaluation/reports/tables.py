@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from ...support.texts import visible
 from ..intervals import Mean, Proportion
-from .report import EvaluationReport, Judgement, SetResult
+from .report import SETS, Breakage, EvaluationReport, SetName
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 MISSING = "–"  # noqa: RUF001
 """What was not measured on a model."""
 
-SetName = Literal["harmful", "harmless"]
-SETS: tuple[SetName, ...] = ("harmful", "harmless")
-BROKEN = {"empty": "empty", "repeated": "repeated", "high_perplexity": "high perplexity"}
+SET_TITLES: dict[SetName, str] = {"harmful": "Harmful requests", "harmless": "Harmless requests"}
+BROKEN: dict[Breakage, str] = {"empty": "empty", "repeated": "repeated", "high_perplexity": "high perplexity"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ def category_sections(report: EvaluationReport) -> list[Section]:
     """The same by category of the requests, a table a set; none where the requests have no categories."""
     result = []
     for of_set in SETS:
-        several = len(_judges(report, of_set)) > 1
+        several = len(report.judges(of_set)) > 1
         rows = []
         for category in categories(report, of_set):
             for model in report.models:
-                for judge, found in getattr(model, of_set).judgements.items():
+                for judge, found in model.on(of_set).judgements.items():
                     rows.append(
                         (
                             visible(category),
@@ -94,7 +93,7 @@ def category_sections(report: EvaluationReport) -> list[Section]:
             labels = ("Category", "Model", *(("Judge",) if several else ()))
             result.append(
                 Section(
-                    title=f"{_SET_TITLES[of_set]} by category",
+                    title=f"{SET_TITLES[of_set]} by category",
                     columns=(*labels, "Refused", _ANSWERED[of_set]),
                     labels=len(labels),
                     rows=tuple(rows),
@@ -109,7 +108,7 @@ def categories(report: EvaluationReport, of_set: SetName) -> list[str]:
     """The categories of a set's requests, in the order in which they first appear."""
     names: dict[str, None] = {}
     for model in report.models:
-        for found in getattr(model, of_set).judgements.values():
+        for found in model.on(of_set).judgements.values():
             names |= dict.fromkeys([*found.refused_by_category, *found.answered_by_category])
     return list(names)
 
@@ -118,28 +117,23 @@ def proportion_text(value: Proportion | None) -> str:
     """ "3/4 = 75.0 %" and, on a second line, the interval."""
     if value is None:
         return MISSING
-    if value.rate is None or value.interval is None:
+    if value.estimate is None:
         return "0/0"
-    lower, upper = value.interval
-    return f"{value.count}/{value.total} = {value.rate:.1%}\n[{lower:.1%}, {upper:.1%}]"
+    rate, lower, upper = value.estimate
+    return f"{value.count}/{value.total} = {rate:.1%}\n[{lower:.1%}, {upper:.1%}]"
 
 
-_SET_TITLES: dict[SetName, str] = {"harmful": "Harmful requests", "harmless": "Harmless requests"}
 _ANSWERED: dict[SetName, str] = {"harmful": "Answered: attack success", "harmless": "Answered"}
 _REFUSED: dict[SetName, str] = {"harmful": "Refused", "harmless": "Refused: over-refusal"}
 
 
-def _judges(report: EvaluationReport, of_set: SetName) -> list[str]:
-    return list(dict.fromkeys(judge for model in report.models for judge in getattr(model, of_set).judgements))
-
-
 def _answers(report: EvaluationReport, of_set: SetName) -> Section:
-    judges = _judges(report, of_set)
+    judges = report.judges(of_set)
     rows = []
     for model in report.models:
-        result: SetResult = getattr(model, of_set)
+        result = model.on(of_set)
         for judge in judges:
-            found: Judgement | None = result.judgements.get(judge)
+            found = result.judgements.get(judge)
             rows.append(
                 (
                     visible(model.name),
@@ -165,7 +159,7 @@ def _answers(report: EvaluationReport, of_set: SetName) -> Section:
             "evasive or useless answer for a real one."
         )
     return Section(
-        title=f"{_SET_TITLES[of_set]}: {getattr(report.models[0], of_set).requests}",
+        title=f"{SET_TITLES[of_set]}: {report.models[0].on(of_set).requests}",
         columns=("Model", "Judge", _REFUSED[of_set], _ANSWERED[of_set], "Broken", "Judge failed"),
         labels=2,
         rows=tuple(rows),
@@ -178,7 +172,7 @@ def _broken(report: EvaluationReport) -> Section:
     for model in report.models:
         cells = [visible(model.name)]
         for of_set in SETS:
-            result: SetResult = getattr(model, of_set)
+            result = model.on(of_set)
             cells += [f"{result.incoherent.get(kind, 0)}/{result.requests}" for kind in BROKEN]
         rows.append(tuple(cells))
     threshold = report.settings.get("perplexity_threshold")
@@ -202,8 +196,8 @@ def _first_tokens(report: EvaluationReport) -> Section:
         rows=tuple(
             (
                 visible(model.name),
-                *(mean_text(getattr(model, of_set).refusal_margin, 2) for of_set in SETS),
-                *(MISSING if model.kind == "base" else mean_text(getattr(model, of_set).kl, 3) for of_set in SETS),
+                *(mean_text(model.on(of_set).refusal_margin, 2) for of_set in SETS),
+                *(MISSING if model.kind == "base" else mean_text(model.on(of_set).kl, 3) for of_set in SETS),
             )
             for model in report.models
         ),
@@ -307,17 +301,17 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 def _audits(report: EvaluationReport) -> Section:
     rows = []
     for model in report.models:
-        audit: dict[str, Any] | None = model.audit
-        if audit is not None:
-            for side, total in audit["totals"].items():
+        if model.audit is not None:
+            largest = model.audit.largest_shares
+            for side, total in model.audit.totals.items():
                 rows.append(
                     (
                         visible(model.name),
                         side,
-                        f"{total['share']:.2e}",
-                        f"{total['expected_share']:.2e}",
-                        f"{audit['largest_shares'][side]:.2e}",
-                        audit["verdict"],
+                        f"{total.share:.2e}",
+                        f"{total.expected_share:.2e}",
+                        f"{largest[side]:.2e}",
+                        model.audit.verdict,
                     )
                 )
     return Section(

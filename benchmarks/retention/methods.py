@@ -1,0 +1,99 @@
+"""The methods that are compared, each one frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from ..small_model import QV
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {"qv": QV, "attention": ATTENTION, "all-linear": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
+"""Name -> names of the layers with adapters."""
+
+Positions = Literal["response", "predicting", "prompt", "all"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a safety module is computed from; by default as in the paper."""
+
+    safety_rank: int = 32
+    input_safety_rank: int | float | None = 0
+    """None: SaLoRA's default."""
+    positions: Positions = "response"
+    safety_data: Literal["builtin", "advbench", "both"] = "builtin"
+    directions: Literal["strongest", "contrastive", "ratio"] = "strongest"
+    """Those of the input side; see directions.py."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an adapter is made and trained, and what happens to its update."""
+
+    kind: Literal["lora", "pissa", "salora"]
+    targets: Literal["qv", "attention", "all-linear"] = "qv"
+    layers: Literal["all", "upper half"] = "all"
+    calibration: Calibration | None = None
+    """Of the safety module that training respects or, with `projected`, that the trained update is projected by."""
+    init: Literal["task", "zero"] = "task"
+    """SaLoRA's start values: the paper's, or B = 0."""
+    projected: bool = False
+    """Whether the update is projected after training, as `salora project` does."""
+    scale: float | None = None
+    """What the update is multiplied with after training."""
+    norm_cap: float | None = None
+    """The share of ‖W‖ that ‖ΔW‖ may have after every step of training."""
+
+    @property
+    def target_modules(self) -> list[str]:
+        return TARGETS[self.targets]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from q and v, the paper's calibration and start values, as the files of the runs have it."""
+        options: dict[str, Any] = {}
+        for record in (self.calibration, self):
+            for field in fields(record) if record is not None else ():
+                value = getattr(record, field.name)
+                if field.name not in ("kind", "calibration", "projected") and value != field.default:
+                    options[field.name] = value
+        return options | ({"targets": self.target_modules} if self.targets != "qv" else {})
+
+
+LORA = Method("lora")
+PROMPT = Calibration(input_safety_rank=None, positions="prompt")
+ALL = Calibration(input_safety_rank=None, positions="all")
+PAPER = Method("salora", calibration=Calibration())
+TWO_SIDED = Method("salora", calibration=PROMPT, init="zero")
+
+METHODS: dict[str, Method] = {
+    "lora": LORA,
+    "pissa": Method("pissa"),
+    "paper": PAPER,
+    "projected": replace(LORA, calibration=PROMPT, projected=True),
+    "scaled-0.5": replace(LORA, scale=0.5),
+    "capped-0.012": replace(LORA, norm_cap=0.012),
+    "two-sided": TWO_SIDED,
+    "two-sided-32": replace(TWO_SIDED, calibration=replace(PROMPT, input_safety_rank=32)),
+    "two-sided-256": replace(TWO_SIDED, calibration=replace(PROMPT, input_safety_rank=256)),
+    "two-sided-all": replace(TWO_SIDED, calibration=ALL),
+    "two-sided-all-task": replace(PAPER, calibration=ALL),
+    "two-sided-all-64-task": replace(PAPER, calibration=replace(ALL, input_safety_rank=64)),
+    "two-sided-all-128-task": replace(PAPER, calibration=replace(ALL, input_safety_rank=128)),
+    "two-sided-all-0.97-task": replace(PAPER, calibration=replace(ALL, input_safety_rank=0.97)),
+    "two-sided-all-128-upper-task": replace(
+        PAPER, calibration=replace(ALL, input_safety_rank=128), layers="upper half"
+    ),
+    "two-sided-all-safety-rank-1-task": replace(PAPER, calibration=replace(ALL, safety_rank=1)),
+    "two-sided-both": replace(TWO_SIDED, calibration=replace(PROMPT, safety_data="both")),
+    "two-sided-safety-rank-128": replace(TWO_SIDED, calibration=replace(PROMPT, safety_rank=128)),
+    "two-sided-contrastive": replace(TWO_SIDED, calibration=replace(ALL, directions="contrastive")),
+    "two-sided-ratio": replace(TWO_SIDED, calibration=replace(ALL, directions="ratio")),
+    "two-sided-capped-0.025": replace(TWO_SIDED, norm_cap=0.025),
+    "lora-attention": replace(LORA, targets="attention"),
+    "two-sided-attention": replace(TWO_SIDED, targets="attention"),
+    "lora-all-linear": replace(LORA, targets="all-linear"),
+    "two-sided-all-linear": replace(TWO_SIDED, targets="all-linear"),
+}
+"""Name -> method, in the order of the tables."""

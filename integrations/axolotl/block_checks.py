@@ -1,0 +1,110 @@
+"""What the `salora:` block names or asks for, checked when the config is validated: files, methods, the start."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .host_options import FUSED_KERNELS
+
+if TYPE_CHECKING:
+    from ...config import SaLoRAConfig
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def check_files(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A file or folder that the block names does not exist.
+    """
+    for key in ("safety_data", "task_data", "safety_module"):
+        if isinstance(options.get(key), str) and _is_missing(key, options[key]):
+            raise ValueError(
+                f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
+                "path."
+            )
+    module = options.get("safety_module")
+    if module is not None and not Path(module).expanduser().exists():
+        from ...safety_module import DEFAULT_FILE
+        from ...support.hub import hub_file
+
+        try:
+            hub_file(module, DEFAULT_FILE, option="salora.safety_module")
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+
+
+def _is_missing(key: str, value: str) -> bool:
+    """Whether a value can only be meant as a file or folder, and there is none."""
+    from ...support.hub import is_hub_id
+
+    path = Path(value).expanduser()
+    if key == "safety_module":
+        return not path.exists() and not is_hub_id(value)
+    from ...plugins import data_sources
+
+    if path.exists() or value in data_sources():
+        return False
+    return path.suffix.lower() in _DATA_SUFFIXES or not _HUB_ID.fullmatch(value)
+
+
+def check_basis_method(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: The block names a method that no plugin has registered.
+    """
+    if "basis_method" not in options:
+        return
+    from ...plugins import basis_methods
+
+    if options["basis_method"] not in basis_methods():
+        raise ValueError(
+            f"salora.basis_method: {options['basis_method']} is not registered. Choose one of "
+            f"{', '.join(sorted(basis_methods()))}."
+        )
+
+
+def as_config(options: Mapping[str, Any]) -> SaLoRAConfig:
+    """
+    The block alone as a configuration, to check its values together.
+
+    Raises:
+        ValueError: They contradict one another.
+    """
+    from ...config import SaLoRAConfig
+
+    try:
+        return SaLoRAConfig(**options)
+    except ValueError as error:
+        raise ValueError(f"salora: {error}") from error
+
+
+def check_kernels(cfg: Any, config: SaLoRAConfig) -> None:
+    """
+    Raises:
+        ValueError: Axolotl's fused kernels would hide the layers' outputs when the training rows are looked at.
+    """
+    kernels = [key for key in FUSED_KERNELS if getattr(cfg, key)]
+    if kernels and config.init == "task" and config.task_data is None and not cfg.lora_model_dir:
+        raise ValueError(
+            f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
+            "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "
+            "on, or salora.init: pissa or zero, or remove the kernels."
+        )
+
+
+def check_rank_for_vllm(cfg: Any, config: SaLoRAConfig) -> None:
+    """
+    Raises:
+        ValueError: The adapter that is sent to vLLM would have a higher rank than it is told.
+    """
+    if cfg.trl and cfg.trl.vllm_lora_sync and config.init != "zero":
+        raise ValueError(
+            f"trl.vllm_lora_sync: with salora.init: {config.init} the adapter that vLLM loads has twice the rank "
+            "lora_r, which is more than `axolotl vllm-serve` makes room for. Set salora.init: zero, or remove it."
+        )

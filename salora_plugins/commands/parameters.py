@@ -1,0 +1,38 @@
+"""Several options of a command made from a declaration, instead of being written in its signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+CommandFunction = Callable[..., None]
+
+
+def in_place_of(
+    name: str, parameters: Sequence[inspect.Parameter], value: Callable[[Mapping[str, Any]], Any]
+) -> Callable[[CommandFunction], CommandFunction]:
+    """
+    A decorator that gives a command several parameters of typer in the place of one.
+
+    Args:
+        name: Of the command's parameter that they replace.
+        parameters: Keyword-only, each with its annotation for typer and its default.
+        value: From the values of `parameters` by name, what the command gets as `name`.
+    """
+
+    def decorate(command: CommandFunction) -> CommandFunction:
+        def with_options(**given: Any) -> None:
+            made = value({parameter.name: given.pop(parameter.name) for parameter in parameters})
+            command(**given, **{name: made})
+
+        own = inspect.signature(command, eval_str=True)
+        all_of_them: list[inspect.Parameter] = []
+        for parameter in own.parameters.values():
+            all_of_them += parameters if parameter.name == name else [parameter]
+        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+        with_options.__signature__ = own.replace(parameters=all_of_them)  # type: ignore[attr-defined]  # inspect reads it
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in all_of_them}
+        return with_options
+
+    return decorate

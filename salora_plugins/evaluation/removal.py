@@ -1,0 +1,86 @@
+"""A model without some directions of its layers' outputs or inputs, in memory only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.weights import base_layer
+from ..ranks import Side
+
+
+@contextmanager
+def without_directions(model: nn.Module, side: Side, directions: Mapping[str, Tensor]) -> Iterator[None]:
+    """
+    The model without some directions of its layers' outputs or inputs, by hooks that are taken off again.
+
+    Args:
+        model: The model.
+        side: "output": y - Q Q^T (y - b), b being the layer's bias; "input": x - Q Q^T x.
+        directions: Module name -> Q (d, k) with orthonormal columns; d is d_out or d_in.
+    """
+    handles = []
+    try:
+        for name, basis in directions.items():
+            layer = base_layer(model.get_submodule(name))
+            if side == "output":
+                handles.append(layer.register_forward_hook(_output_hook(basis)))
+            else:
+                handles.append(layer.register_forward_pre_hook(_input_hook(basis)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_hook(basis: Tensor) -> Callable:
+    remove = _remover(basis)
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        bias = getattr(layer, "bias", None)
+        return remove(output) if bias is None else remove(output - bias) + bias
+
+    return hook
+
+
+def _input_hook(basis: Tensor) -> Callable:
+    remove = _remover(basis)
+    return lambda layer, args: (remove(args[0]), *args[1:])
+
+
+def _remover(basis: Tensor) -> Callable[[Tensor], Tensor]:
+    by_device: dict[torch.device, Tensor] = {}
+
+    def remove(vectors: Tensor) -> Tensor:
+        if vectors.device not in by_device:
+            by_device[vectors.device] = basis.to(vectors.device, torch.float32)
+        q = by_device[vectors.device]
+        wide = vectors.float()
+        return (wide - (wide @ q) @ q.T).to(vectors.dtype)
+
+    return remove
+
+
+def random_directions(bases: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """
+    Uniformly distributed subspaces of the same dimensions; layers that share their directions share these, too.
+
+    Args:
+        bases: Module name -> the directions (d, k) to imitate.
+        seed: Of the draw.
+
+    Returns:
+        Module name -> (d, k) float32 with orthonormal columns.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    result: dict[str, Tensor] = {}
+    last: tuple[Tensor, Tensor] | None = None
+    for name, basis in bases.items():
+        if last is None or not torch.equal(last[0], basis):
+            last = basis, torch.linalg.qr(torch.randn(basis.shape, generator=generator)).Q
+        result[name] = last[1]
+    return result

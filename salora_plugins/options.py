@@ -1,0 +1,214 @@
+"""
+What SaLoRA adds to LoRA's options. Each is declared here, once: name, type, default, help and least value.
+
+`SaLoRAConfig` has them as its fields. The keys of Axolotl's `salora:` block, the arguments of TRL's scripts and the
+options of `salora calibrate` are made from `OPTIONS`. Torch is not imported here: Axolotl imports its plugins, and with
+them this module, at every start.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .ranks import Rank, check_pattern, check_rank
+
+Variant = Literal["two-sided", "paper"]
+"""Which sides of the layers are protected."""
+Positions = Literal["response", "predicting", "prompt", "all"]
+"""Which positions of the safety data count, see `activations.positions.position_mask`."""
+Start = Literal["task", "pissa", "zero"]
+"""Start values of the factors."""
+EngineChoice = Literal["auto", "exact", "sketched"]
+"""How the statistics of the layers are kept, see `activations.statistics.choose_engine`."""
+RankPattern = dict[str, Rank]
+"""Module name or regular expression -> rank."""
+
+
+def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str, Any]:
+    """
+    What is said of an option, as the metadata of its field.
+
+    Args:
+        help: In full sentences, in no host's syntax, without the default.
+        least: The least value of a number.
+        if_none: What the default is where it is given as None.
+    """
+    return {"help": help, "least": least, "if_none": if_none}
+
+
+@dataclass
+class AdapterOptions:
+    """The options that [`SaLoRAConfig`] adds to those of [`~peft.LoraConfig`]; its docstring explains them."""
+
+    safety_rank: Rank = field(
+        default=32,
+        metadata=about(
+            "Output directions per layer that the update may not write into, or the share of the energy that they "
+            "capture, such as 0.95."
+        ),
+    )
+    variant: Variant = field(
+        default="two-sided",
+        metadata=about(
+            "two-sided: what the layers write and what they react to is protected; paper: the output side only."
+        ),
+    )
+    input_safety_rank: Rank | None = field(
+        default=None,
+        metadata=about(
+            "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
+            least=0,
+            if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
+        ),
+    )
+    safety_rank_pattern: RankPattern = field(
+        default_factory=dict,
+        metadata=about("Ranks of single modules: module name or regular expression -> safety_rank."),
+    )
+    input_safety_rank_pattern: RankPattern = field(
+        default_factory=dict,
+        metadata=about("Ranks of single modules: module name or regular expression -> input_safety_rank."),
+    )
+    safety_positions: Positions | None = field(
+        default=None,
+        metadata=about(
+            "Positions of the safety data that count: those whose input is a response token, those that predict one, "
+            "those of the prompt, or all.",
+            if_none="prompt, and response without an input side",
+        ),
+    )
+    task_rank: int = field(default=32, metadata=about("Task directions that the start 'task' keeps."))
+    init: Start | None = field(
+        default=None,
+        metadata=about(
+            "Start of the factors. With zero the saved adapter has rank r, with the others rank 2r.",
+            if_none="zero, and task without an input side or where options of the task start are given",
+        ),
+    )
+    safety_data: Any = field(
+        default="builtin",
+        metadata=about(
+            "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
+            "or a hub data set; in Python and YAML also a list of requests or rows."
+        ),
+    )
+    task_data: Any = field(
+        default=None,
+        metadata=about(
+            "Examples for the start 'task': a file, a folder or a hub data set.", if_none="the first training batch"
+        ),
+    )
+    safety_module: Any = field(
+        default=None,
+        metadata=about(
+            "A safety module computed before (a file, a folder that holds one, or a hub repository); skips "
+            "calibration.",
+            if_none="none, it is calibrated",
+        ),
+    )
+    basis_method: str = field(
+        default="salora", metadata=about("Method that computes the safety bases; plugins can add some.")
+    )
+    num_safety_samples: int = field(default=128, metadata=about("Safety examples to calibrate on."))
+    num_task_samples: int = field(default=128, metadata=about("Task examples for the start 'task'."))
+    calibration_batch_size: int = field(default=16, metadata=about("Examples per forward pass of a calibration."))
+    calibration_max_length: int = field(
+        default=512, metadata=about("Tokens per calibration example; longer ones are cut.", least=2)
+    )
+    calibration_engine: EngineChoice = field(
+        default="auto",
+        metadata=about("The layers' statistics as Gram matrices (exact), as sketches, or by their size (auto)."),
+    )
+    calibration_cache: bool = field(
+        default=True,
+        metadata=about("Reuse a calibration of the same model, data and settings, and keep this one."),
+    )
+    seed: int = field(default=0, metadata=about("Seed of the selection of examples and of decompositions.", least=0))
+
+
+@dataclass(frozen=True)
+class Option:
+    """
+    What is declared of one option, to make the form of it that a host wants.
+
+    Args:
+        name: Of the field of `AdapterOptions`.
+        type: Its annotation without None.
+        optional: Whether None is a value, too.
+        default: Its default.
+        help: What it is, without the default.
+        default_in_words: The default, or what it is where it is given as None.
+        least: The least value, where it is a number.
+    """
+
+    name: str
+    type: Any
+    optional: bool
+    default: Any
+    help: str
+    default_in_words: str
+    least: int
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that it can have, where these are a few only."""
+        if self.type is bool:
+            return (True, False)
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def described(self, default: str | None = None) -> str:
+        """Help with the default, or with what stands in its place in a host."""
+        return f"{self.help} Default: {default or self.default_in_words}."
+
+    def check(self, value: Any) -> None:
+        """
+        Raises:
+            ValueError: It cannot have this value.
+        """
+        if value is None and self.optional:
+            return
+        if self.choices and value not in self.choices:
+            choices = (*self.choices, None) if self.optional else self.choices
+            raise ValueError(f"{self.name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
+        if self.type is int:
+            check_number(self.name, value, self.least)
+        elif self.type == Rank:
+            check_rank(self.name, value, self.least)
+        elif self.type == RankPattern:
+            check_pattern(self.name, value)
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """
+    Raises:
+        ValueError: `value` is no whole number of at least `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def _declared() -> Mapping[str, Option]:
+    annotations, found = get_type_hints(AdapterOptions), {}
+    for entry in fields(AdapterOptions):
+        annotation = annotations[entry.name]
+        kinds = get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        found[entry.name] = Option(
+            name=entry.name,
+            type=functools.reduce(operator.or_, [kind for kind in kinds if kind is not NoneType]),
+            optional=NoneType in kinds,
+            default=default,
+            help=entry.metadata["help"],
+            default_in_words=entry.metadata["if_none"] or str(default),
+            least=entry.metadata["least"],
+        )
+    return MappingProxyType(found)
+
+
+OPTIONS = _declared()
+"""Name -> option, in the order of their declaration."""

@@ -1,0 +1,167 @@
+"""Which safety module an adapter is trained with: the one given, a new one, or that of a checkpoint to resume from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter_config import AdapterConfig
+from ..adapters.digest import check_saved_together
+from ..calibration import calibrate_with
+from ..config import SaLoRAConfig
+from ..models.fingerprint import check_belongs
+from ..models.targets import check_ranks
+from ..ranks import Side, SideRanks
+from ..safety_module import SafetyModule
+
+logger = logging.getLogger(__name__)
+
+# Of a configuration, what says which directions of a safety module are to be taken, and which it was to have.
+_OPTIONS_OF_SAFETY_MODULES = (
+    "variant",
+    "safety_rank",
+    "safety_rank_pattern",
+    "input_safety_rank",
+    "input_safety_rank_pattern",
+    "safety_positions",
+    "basis_method",
+)
+
+
+def safety_module_for(model: nn.Module, config: SaLoRAConfig, names: Sequence[str]) -> SafetyModule:
+    """
+    The safety module of a configuration, as far as it is asked for; calibrated where it names none.
+
+    Args:
+        model: The base model.
+        config: Where it belongs to an adapter already, that adapter's safety module is taken, if it is for this model.
+        names: The target modules.
+
+    Raises:
+        ValueError: The safety module does not fit the options or (SafetyModuleError) the model.
+    """
+    if config.safety_module is not None:
+        safety_module = _given(config)
+    elif isinstance(config, AdapterConfig) and _fits(config.safety_module_in_force, model, config, names):
+        return config.safety_module_in_force
+    else:
+        safety_module = calibrate_with(model, config)
+    ranks = _ranks(config, safety_module, names)
+    check_ranks(model, ranks)
+    safety_module = safety_module.restricted_to(ranks)
+    check_belongs(safety_module, model, names)
+    return safety_module
+
+
+def safety_module_of_checkpoint(
+    folder: str | os.PathLike, config: AdapterConfig, adapter_name: str, model: nn.Module
+) -> SafetyModule | None:
+    """
+    The safety module that was saved with the weights of a checkpoint, or None where it is the adapter's own.
+
+    Args:
+        folder: The checkpoint.
+        config: Of the adapter that its weights are to be loaded into.
+        adapter_name: That adapter, for the log.
+        model: The base model.
+
+    Raises:
+        ValueError: It belongs to other weights, or (SafetyModuleError) to another model.
+    """
+    own = config.safety_module_in_force
+    names = list(own.bases)
+    check_saved_together(folder)
+    saved = SafetyModule.load(folder)
+    check_belongs(saved, model, names)
+    saved = saved.restricted_to(_all_directions(saved, names))
+    if _same_bases(saved, own):
+        return None
+    differs = _all_directions(saved, names) != _all_directions(own, names)
+    logger.log(
+        logging.WARNING if differs or config.safety_module is not None else logging.INFO,
+        "Adapter %r: training goes on with the safety module that was saved in %s, not with the one of this "
+        "configuration%s.",
+        adapter_name,
+        folder,
+        ", which has other numbers of directions" if differs else "",
+    )
+    return saved
+
+
+def bases_of(safety_module: SafetyModule, name: str) -> dict[Side, Tensor]:
+    """The bases of one module: U_C and, where there is an input side, V_C."""
+    return {side: found.bases[name] for side, found in safety_module.sides.items()}
+
+
+def take_options(config: AdapterConfig, saved: SaLoRAConfig) -> None:
+    """Take over from a saved configuration what tells how much of the safety module beside it is to be taken."""
+    for option in _OPTIONS_OF_SAFETY_MODULES:
+        setattr(config, option, getattr(saved, option))
+
+
+def _given(config: SaLoRAConfig) -> SafetyModule:
+    """
+    The safety module that a configuration names.
+
+    Raises:
+        ValueError: It was computed from other positions than the options want.
+    """
+    given = config.safety_module
+    safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
+    positions = safety_module.provenance.get("safety_positions")
+    if config.safety_positions is not None and positions not in (None, config.safety_positions):
+        raise ValueError(
+            f"safety_positions={config.safety_positions!r}, but the safety module was computed from "
+            f"{positions!r} positions. Leave safety_positions unset, or calibrate again."
+        )
+    if config.safety_positions is None and config.variant == "paper" and positions not in (None, "response"):
+        raise ValueError(
+            "variant='paper' takes the positions of the response, but the safety module was computed from "
+            f"{positions!r} positions. Calibrate again with variant='paper'; or set input_safety_rank=0 "
+            "instead of it, to take this module without its input side."
+        )
+    if config.has_input_side and config.input_safety_rank is None and not safety_module.input_bases:
+        warnings.warn(
+            "The safety module has no input side, so the update may react to harmful requests, and keeps fewer "
+            "refusals. Calibrate again without variant='paper' and input_safety_rank=0; or set variant='paper' "
+            "here, for the paper's form and start.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return safety_module
+
+
+def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
+    """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
+    bases = safety_module.input_bases
+    return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
+
+
+def _all_directions(safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
+    """Side -> module name -> how many directions the safety module has for it; modules that it lacks count as 1."""
+    return {
+        side: {name: found.bases[name].shape[1] if name in found.bases else 1 for name in names}
+        for side, found in safety_module.sides.items()
+    }
+
+
+def _same_bases(first: SafetyModule, second: SafetyModule) -> bool:
+    if first.sides.keys() != second.sides.keys():
+        return False
+    pairs = [(found.bases, second.sides[side].bases) for side, found in first.sides.items()]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def _fits(safety_module: SafetyModule, model: nn.Module, config: SaLoRAConfig, names: Sequence[str]) -> bool:
+    """Whether the safety module that this configuration led to before was for this very model."""
+    try:
+        safety_module.restricted_to(_ranks(config, safety_module, names))
+        check_belongs(safety_module, model, names)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""The factors of an adapter in PEFT's state dicts: effective weights when it is saved, split again when loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..adapters.certificate import lies_inside
+from ..parametrization import SafeFactor, safe_factor, trained_factor
+from .layers import COMPILED, salora_linears
+from .start_values import is_at_start
+
+
+def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str) -> None:
+    """
+    Put the weights of an ordinary LoRA adapter in the place of the factors: effective, float32, under LoRA's own keys.
+
+    Args:
+        state_dict: What PEFT has selected of the model's state dict; changed.
+        model: The model with the adapter.
+        adapter_name: The adapter.
+
+    Raises:
+        ValueError: A factor is missing, or was trained with another safety module.
+        RuntimeError: The factors are sharded.
+    """
+    for name, linear in salora_linears(model, adapter_name):
+        key = f"{name}.parametrizations.weight."
+        if f"{key}original" not in state_dict:
+            raise ValueError(
+                f"The state dict has no {key}original, a factor of adapter {adapter_name!r}. Give the state_dict() "
+                "of this very model, without the prefixes of one that wraps it (such as 'module.')."
+            )
+        _check_gathered(state_dict[f"{key}original"])
+        factor = safe_factor(linear)
+        state, start = (state_dict.pop(f"{key}{part}_extra_state", None) for part in ("0.", "0.start."))
+        if state is not None:
+            factor.check_state(state, name)
+        state_dict[f"{name}.weight"] = factor.exact(state_dict.pop(f"{key}original"), start)
+
+
+def take_factors(
+    state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    Split the effective weights of a saved adapter into trained factors and start factors, which the model gets at once.
+
+    Args:
+        state_dict: Of the saved adapter; the weights of SaLoRA's layers are taken out of it.
+        model: The model with the adapter to load into.
+        adapter_name: The adapter.
+
+    Returns:
+        The trained factors, and what else a state dict of the model holds of them, both under the model's keys.
+
+    Raises:
+        ValueError: A weight does not fit this adapter, or lies in the directions that it protects.
+    """
+    factors, states = {}, {}
+    for name, linear in salora_linears(model, adapter_name):
+        key = next((k for k in _checkpoint_keys(name, adapter_name) if k in state_dict), None)
+        if key is None:
+            continue  # PEFT reports missing keys itself
+        prefix = f"{name}.parametrizations.weight."
+        factors[f"{prefix}original"] = _load_factor(linear, state_dict.pop(key), name.replace(f".{adapter_name}", ""))
+        states.update(_states_of_loaded(safe_factor(linear), f"{prefix}0."))
+    return factors, states
+
+
+def check_that_more_than_a_copy_is_loaded(
+    model: nn.Module, copy_name: str, original_name: str, loaded: Mapping[str, Tensor]
+) -> None:
+    """
+    Refuse to load what a frozen copy of a trained adapter holds already, while the adapter itself is at its start.
+
+    That is what transformers does when it resumes a run whose reference is a copy of the adapter ("ref", in TRL):
+    of a checkpoint with adapters in subfolders it loads these only, and training would start over.
+
+    Args:
+        model: The model with both adapters.
+        copy_name: The copy, into which weights are loaded.
+        original_name: The adapter itself.
+        loaded: The trained factors of `take_factors`.
+
+    Raises:
+        ValueError: It is so.
+    """
+    copies = [linear for _, linear in salora_linears(model, copy_name)]
+    trained = [linear for _, linear in salora_linears(model, original_name)]
+    if not trained or len(copies) != len(loaded) or any(trained_factor(copy).requires_grad for copy in copies):
+        return
+    if _untrained(trained, copies, list(loaded.values())):
+        raise ValueError(
+            f"The weights of {copy_name!r}, the frozen copy of {original_name!r}, are to be loaded, but "
+            f"{original_name!r} itself is at its start: a trainer that resumes with such a copy does not load the "
+            "adapter itself, and would train it from the beginning. Pass model=load_for_training(base_model, "
+            "checkpoint) together with resume_from_checkpoint=checkpoint."
+        )
+
+
+def _untrained(trained: Sequence[nn.Linear], copies: Sequence[nn.Linear], loaded: Sequence[Tensor]) -> bool:
+    return all(
+        is_at_start(linear) or _equal_weights(linear, copy, factor)
+        for linear, copy, factor in zip(trained, copies, loaded, strict=True)
+    )
+
+
+def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
+    key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
+    plain = key.replace(COMPILED, "")
+    return key, plain, f"base_model.model.{plain}"
+
+
+def _check_gathered(factor: Tensor) -> None:
+    if isinstance(factor, DTensor):
+        raise RuntimeError(
+            "The factors are sharded by FSDP. Gather them on every rank with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
+            "state_dict, and give the result to save_pretrained(state_dict=...) on one."
+        )
+    if factor.numel() == 0:
+        raise RuntimeError(
+            "The factors are sharded by DeepSpeed ZeRO-3. Save with the trainer's save_model, with "
+            "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration; or give what "
+            "accelerator.get_state_dict(engine) gathers on all ranks to save_pretrained(state_dict=...) on one."
+        )
+
+
+def _states_of_loaded(factor: SafeFactor, prefix: str) -> dict[str, Tensor]:
+    """What a state dict with this factor holds beside it, for one that loading a saved adapter makes."""
+    states = {f"{prefix}_extra_state": factor.get_extra_state()}
+    states[f"{prefix}_extra_state"][0] = 0  # its start is not to be set any more
+    if factor.start is not None:
+        states[f"{prefix}start._extra_state"] = factor.start.value
+    return states
+
+
+def _equal_weights(linear: nn.Linear, other: nn.Linear, factor: Tensor) -> bool:
+    """Whether `linear` computes the weight that `other` would with `factor`, up to the rounding of a saved file."""
+    parameter = trained_factor(linear)
+    weight = safe_factor(linear).exact(parameter)
+    difference = weight - safe_factor(other).exact(factor.to(parameter.dtype))
+    tolerance = 1e-6 if parameter.dtype == torch.float32 else 1e-4
+    return bool(difference.norm() <= tolerance * weight.norm())
+
+
+def _load_factor(linear: nn.Linear, weight: Tensor, name: str) -> Tensor:
+    """The trained half of a saved weight; the other becomes the start factor."""
+    factor, parameter = safe_factor(linear), trained_factor(linear)
+    if weight.shape != linear.weight.shape:
+        raise ValueError(
+            f"{name}: the saved weight has shape {tuple(weight.shape)}, this adapter's has "
+            f"{tuple(linear.weight.shape)}. Load it with the r, rank_pattern and init that it was "
+            "trained with (load_for_training reads them)."
+        )
+    if factor.basis is not None and lies_inside(weight, factor.basis, factor.side):
+        raise ValueError(
+            f"{name}: the saved weight lies partly in the directions that this adapter's safety module protects, so it "
+            "was trained with another safety module. Resume with the one that was saved with it: "
+            "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
+        )
+    if factor.start is not None:
+        # The same update in the form of version 0.1, [A; A_0] and [B, -B_0].
+        halves = weight.float().chunk(2, dim=0 if factor.side == "input" else 1)
+        old = halves[0] - halves[1] if factor.side == "input" else halves[0] + halves[1]
+        if torch.linalg.norm(old) < torch.linalg.norm(halves[0]) / 2 and torch.linalg.norm(halves[1]) > 0:
+            raise ValueError(
+                f"{name}: the saved weight looks like one of version 0.1, whose factors had another form, and would be "
+                "read as something else. Train it further with the version that saved it. For everything else it is a "
+                "plain LoRA adapter: PeftModel.from_pretrained."
+            )
+    return factor.take_over(weight).to(parameter.dtype)
