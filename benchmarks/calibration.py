@@ -28,8 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from salora_plugins import SaLoRAConfig
-from salora_plugins.activations.capture import by_inputs, statistics_dimensions
-from salora_plugins.activations.statistics import SketchedStatistics, choose_engine
+from salora_plugins.activations.collector import by_inputs, statistics_dimensions
+from salora_plugins.activations.statistics import choose_engine
+from salora_plugins.activations.vectors import SketchedStatistics
 from salora_plugins.calibration import calibrate_with, task_bases
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.models.running import cheap_forward_options, input_device

@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 def describe(safety_module: SafetyModule) -> dict[str, Any]:
     """Everything but the bases themselves, as JSON values."""
-    modules = {}
-    for name in safety_module.bases:
-        modules[name] = _sides(safety_module, name)
     return {
         "fingerprint": safety_module.fingerprint,
-        "modules": modules,
+        "modules": _modules(safety_module),
         "provenance": dict(safety_module.provenance),
     }
 
@@ -84,9 +81,9 @@ def table(safety_module: SafetyModule) -> Table:
         result.add_column(f"{side} rank", justify="right")
         result.add_column("captured", justify="right")
         result.add_column("values", justify="right")
-    for name in safety_module.bases:
+    for name, sides in _modules(safety_module).items():
         cells = []
-        for found in _sides(safety_module, name).values():
+        for found in sides.values():
             share, values = found["captured_energy"], found["singular_values"]
             cells += [
                 str(found["rank"]),
@@ -136,16 +133,20 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
     save_png(path, figure)
 
 
-def _sides(safety_module: SafetyModule, name: str) -> dict[Side, dict[str, Any]]:
-    """Of one module."""
+def _modules(safety_module: SafetyModule) -> dict[str, dict[Side, dict[str, Any]]]:
+    """Module name -> side -> what is shown of it."""
+    shares = {side: found.captured_energy for side, found in safety_module.sides.items()}
     return {
-        side: {
-            "dimension": found.bases[name].shape[0],
-            "rank": found.bases[name].shape[1],
-            "captured_energy": found.captured_energy.get(name),
-            "singular_values": found.singular_values[name].tolist() if name in found.singular_values else [],
+        name: {
+            side: {
+                "dimension": found.bases[name].shape[0],
+                "rank": found.bases[name].shape[1],
+                "captured_energy": shares[side].get(name),
+                "singular_values": found.singular_values[name].tolist() if name in found.singular_values else [],
+            }
+            for side, found in safety_module.sides.items()
         }
-        for side, found in safety_module.sides.items()
+        for name in safety_module.bases
     }
 
 

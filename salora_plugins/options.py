@@ -20,7 +20,7 @@ from .ranks import Rank, check_pattern, check_rank
 Variant = Literal["two-sided", "paper"]
 """Which sides of the layers are protected."""
 Positions = Literal["response", "predicting", "prompt", "all"]
-"""Which positions of the safety data count, see `activations.capture.position_mask`."""
+"""Which positions of the safety data count, see `activations.positions.position_mask`."""
 Start = Literal["task", "pissa", "zero"]
 """Start values of the factors."""
 EngineChoice = Literal["auto", "exact", "sketched"]

@@ -19,6 +19,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_extent(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+
+
 def _maybe(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or fits(value)
 
@@ -43,6 +47,9 @@ def _kept_if(fits: Callable[[Any], bool], wanted: str) -> PlainValidator:
 _Text = Annotated[str | None, _kept_if(_maybe(_is_text), "a text")]
 _Number = Annotated[int | float | None, _kept_if(_maybe(_is_number), "a number")]
 _Numbers = Annotated[Mapping[str, int | float], _kept_if(_by_name(_is_number), "a mapping of names to numbers")]
+_Extents = Annotated[
+    Mapping[str, list[int]], _kept_if(_by_name(_is_extent), "a mapping of sides to smallest and largest number")
+]
 _Texts = Annotated[Mapping[str, str], _kept_if(_by_name(_is_text), "a mapping of names to texts")]
 
 
@@ -69,7 +76,7 @@ class Provenance(BaseModel, Mapping[str, Any]):
     chat_template_sha256: Any = None
     modules: Any = None
     """How many layers."""
-    directions: Any = None
+    directions: _Extents = {}
     """Side -> the smallest and the largest number of directions."""
     safety_rank: _Number = None
     safety_rank_pattern: _Numbers = {}

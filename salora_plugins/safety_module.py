@@ -187,10 +187,8 @@ class SafetyModule:
         if absent := [name for name in names if name not in self.bases]:
             raise SafetyModuleError(
                 f"The safety module has no basis for {len(absent)} of {len(names)} target modules: {listed(absent)} "
-                f"(it "
-                f"has, for example, {next(iter(self.bases))!r}). Calibrate again with these target_modules, or leave "
-                f"them "
-                f"out: {advice_to_leave_out(absent, names)}."
+                f"(it has, for example, {next(iter(self.bases))!r}). Calibrate again with these target_modules, or "
+                f"leave them out: {advice_to_leave_out(absent, names)}."
             )
         leading = {side: self._directions(side, by_name) for side, by_name in ranks.items()}
         return SafetyModule(
@@ -268,33 +266,13 @@ class SafetyModule:
             FileNotFoundError: There is no such file.
             SafetyModuleError: The file is damaged, was changed, or is not a safety module; it says which module.
         """
-        given, path = path, Path(path).expanduser()
-        if path.is_dir():
-            path = path / DEFAULT_FILE
-        elif not path.exists() and isinstance(given, str) and is_hub_id(given):
-            path = hub_file(given, DEFAULT_FILE, option="safety_module")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"safety_module: there is no file {str(path)!r}. Give a safety module file, a folder that holds "
-                f"{DEFAULT_FILE}, or a hub repository (organization/name)."
-            )
+        path = _file_of(path)
+        tensors, description = _read(path)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
-        except SafetensorError as error:
-            raise SafetyModuleError(
-                f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it "
-                "again."
-            ) from error
-        if _METADATA_KEY not in metadata:
-            raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
-        try:
-            description = json.loads(metadata[_METADATA_KEY])
             version, digest, provenance = (
                 description[key] for key in ("format_version", "content_sha256", "provenance")
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
         if version not in (1, FORMAT_VERSION):
             raise SafetyModuleError(
@@ -356,6 +334,47 @@ class SafetyModule:
             return cls(sides, kinds[_WEIGHT_SAMPLE], Provenance.of(said))
         except ValueError as error:
             raise SafetyModuleError(f"{error} The file is damaged; calibrate again.") from error
+
+
+def _file_of(source: str | os.PathLike) -> Path:
+    """
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / DEFAULT_FILE
+    elif not path.exists() and isinstance(source, str) and is_hub_id(source):
+        path = hub_file(source, DEFAULT_FILE, option="safety_module")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"safety_module: there is no file {str(path)!r}. Give a safety module file, a folder that holds "
+            f"{DEFAULT_FILE}, or a hub repository (organization/name)."
+        )
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """
+    The tensors of a file and its description, unchecked.
+
+    Raises:
+        SafetyModuleError: They cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
+    except SafetensorError as error:
+        raise SafetyModuleError(
+            f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it again."
+        ) from error
+    if _METADATA_KEY not in metadata:
+        raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
+    try:
+        return tensors, json.loads(metadata[_METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
 
 
 def _check_basis(basis: Tensor, what: str) -> None:

@@ -11,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
-from salora_plugins.activations.capture import collect_statistics, position_mask
-from salora_plugins.activations.statistics import Engine
+from salora_plugins.activations.capture import collect_statistics
+from salora_plugins.activations.positions import position_mask
+from salora_plugins.activations.statistics import Engine, ModuleStatistics
+from salora_plugins.activations.vectors import ExactStatistics
 from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, settings, task_bases
+from salora_plugins.calibration.basis import compute_bases, top_singular_vectors
 from salora_plugins.calibration.refusals import add_own_refusals
 from salora_plugins.calibration.rows import safety_rows
 from salora_plugins.calibration.settings import RowSettings
@@ -187,6 +190,21 @@ def test_every_row_is_rendered_once_and_without_a_model():
     # As it is asked and as it is answered, and once for all what the template writes around a request.
     own = {text: count for text, count in rendered.items() if text != "salora-content"}
     assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 2
+
+
+def test_directions_follow_from_statistics_alone():
+    generator = torch.Generator().manual_seed(0)
+    data = {"output": torch.randn(50, 12, generator=generator), "input": torch.randn(50, 9, generator=generator)}
+    statistics = {side: ExactStatistics(rows.shape[1]) for side, rows in data.items()}
+    for side, rows in data.items():
+        statistics[side].update(rows)
+    layers = {"layer": ModuleStatistics("layer", **statistics)}
+    sides = compute_bases(layers, {"output": {"layer": 3}, "input": {"layer": 0.5}}, top_singular_vectors, "salora")
+    for side, rows in data.items():
+        basis, energy = sides[side].bases["layer"], sides[side].energies["layer"]
+        vectors = torch.linalg.svd(rows.double(), full_matrices=False).Vh[: basis.shape[1]].T
+        assert smallest_cosine(basis, vectors) > 1 - 1e-5 and energy == pytest.approx(rows.square().sum().item())
+    assert sides["output"].least_rank == 3 and 0.5 <= sides["input"].captured_energy["layer"] < 0.7
 
 
 def test_a_calibration_renders_nothing_again(own_cache):

@@ -185,6 +185,7 @@ NO_TEXT = r"provenance: {} is .*, not a"
         ({"safety_positions": {}}, NO_TEXT.format("safety_positions")),
         ({"requests": "many"}, NO_TEXT.format("requests")),
         ({"seed": True}, NO_TEXT.format("seed")),
+        ({"directions": {"output": "many"}}, NO_TEXT.format("directions")),
         ({"base_model": "another/model"}, "the checksum differs"),
         ({"by": "a newer version"}, "the checksum differs"),
     ],

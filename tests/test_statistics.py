@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salora_plugins.activations.statistics import (
-    Engine,
+from salora_plugins.activations.statistics import Engine, choose_engine
+from salora_plugins.activations.vectors import (
     ExactStatistics,
     OutputStatistics,
     SketchedStatistics,
-    choose_engine,
     decompose_together,
 )
 from salora_plugins.initialization import pissa_factors

@@ -99,7 +99,7 @@ class SaLoRAPlugin(BasePlugin):
         config = _config_of(model)
         if config.init != "task" or config.task_data is not None:
             return
-        from ...rows.reading import DataError
+        from ...rows.errors import DataError
 
         rows = _some_rows(trainer.train_dataset, config.num_task_samples, config.seed)
         try:

@@ -6,7 +6,7 @@ a digest), `refusals` (the model's own answers, where rows have none), `basis` (
 `activations` gathers) and `provenance`. `cache` keeps what was calibrated; `task` is the line of the start values.
 """
 
-from ..activations.capture import CalibrationError
+from ..activations.errors import CalibrationError
 from ..rows.errors import DataError
 from .pipeline import calibrate, calibrate_with
 from .task import task_bases

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.capture import CalibrationError
-from ..activations.statistics import ModuleStatistics, VectorStatistics, decompose_together
+from ..activations.errors import CalibrationError
+from ..activations.statistics import ModuleStatistics
+from ..activations.vectors import VectorStatistics, decompose_together
 from ..hookspecs import BasisMethod, hookimpl
 from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
 from ..safety_module import SideBases
@@ -46,7 +47,7 @@ def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) ->
     Returns:
         Basis (d, rank) with orthonormal columns and singular values (rank,), both float32.
     """
-    return getattr(statistics, side).top(rank)
+    return statistics.of(side).top(rank)
 
 
 @hookimpl
@@ -88,11 +89,11 @@ def compute_bases(
     names = list(statistics)
     energies: dict[Side, dict[str, float]] = {}
     for side in ranks:
-        tensors = [getattr(statistics[name], side).energy_tensor for name in names]
+        tensors = [statistics[name].of(side).energy_tensor for name in names]
         energies[side] = dict(zip(names, values_of(tensors), strict=True))
     mine = names[rank::world_size]
     decompose_together(
-        (getattr(statistics[name], side), number)
+        (statistics[name].of(side), number)
         for side, of_names in ranks.items()
         for name in mine
         if not isinstance(number := of_names[name], float)
@@ -100,7 +101,7 @@ def compute_bases(
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
-            vectors: VectorStatistics = getattr(entry, side)
+            vectors = entry.of(side)
             dimensions[side, name] = vectors.dimension
             may_cut = name in defaults.get(side, ())
             source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
@@ -122,17 +123,15 @@ def compute_bases(
     complete = _with_room(computed, dimensions)
     for (_, name), basis in complete.items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
-    found: dict[Side, dict[str, Basis]] = {
-        side: {name: complete[side, source[side, name]] for name in names} for side in ranks
-    }
-    return {
-        side: SideBases(
-            {name: basis.vectors for name, basis in bases.items()},
-            {name: basis.singular_values for name, basis in bases.items()},
-            energies[side],
-        )
-        for side, bases in found.items()
-    }
+    return {side: _side({n: complete[side, source[side, n]] for n in names}, energies[side]) for side in ranks}
+
+
+def _side(bases: Mapping[str, Basis], energies: dict[str, float]) -> SideBases:
+    return SideBases(
+        {name: basis.vectors for name, basis in bases.items()},
+        {name: basis.singular_values for name, basis in bases.items()},
+        energies,
+    )
 
 
 _Problem = dict[str, Any]
@@ -170,9 +169,8 @@ def _too_few(
     if none:
         return (
             f"The {side}s of {listed(names)} are zero on all positions of the safety data that count, so that they "
-            f"have "
-            "no direction to protect: their weights are zero, or the model or the data is broken. Leave them out with "
-            f"exclude_modules={pattern}."
+            "have no direction to protect: their weights are zero, or the model or the data is broken. Leave them out "
+            f"with exclude_modules={pattern}."
         )
     numbers = sorted(set(found.values()))
     have = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
@@ -180,15 +178,13 @@ def _too_few(
         advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
         return (
             f"{option}={wanted}: {have} directions capture less than that share of the energy of {listed(names)}. "
-            f"Lower "
-            f"the share, or give {advice}, or another rank for these modules: {option}_pattern="
-            f"{{{pattern}: ...}}."
+            f"Lower the share, or give {advice}, or another rank for these modules: "
+            f"{option}_pattern={{{pattern}: ...}}."
         )
     return (
         f"{option}={wanted}, but the {side}s of {listed(names)} have only {have} directions on the safety data; the "
-        f"rest "
-        "would be rounding errors. Give more, and more varied, safety data (num_safety_samples, safety_data), lower "
-        f"{option} to {numbers[0]}, or set it for these modules: {option}_pattern={{{pattern}: {numbers[0]}}}."
+        "rest would be rounding errors. Give more, and more varied, safety data (num_safety_samples, safety_data), "
+        f"lower {option} to {numbers[0]}, or set it for these modules: {option}_pattern={{{pattern}: {numbers[0]}}}."
     )
 
 
@@ -208,7 +204,7 @@ def _with_room(
 def _basis(
     entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, method: BasisMethod, method_name: str
 ) -> Basis:
-    vectors: VectorStatistics = getattr(entry, side)
+    vectors = entry.of(side)
     if isinstance(wanted, float):
         found, enough = _rank_by_need(vectors, wanted)
     elif vectors.count < wanted and not may_cut:

@@ -13,7 +13,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..activations.capture import CalibrationError, collect_statistics
+from ..activations.capture import collect_statistics
+from ..activations.errors import CalibrationError
 from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
 from ..inspection import facts

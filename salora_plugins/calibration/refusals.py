@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..activations.capture import CalibrationError
+from ..activations.errors import CalibrationError
 from ..inference.greedy import greedy_answers
 from ..plugins import judges
 from ..rows.examples import IGNORED, RenderedRequest, TokenizedExample
@@ -118,23 +118,33 @@ def add_own_refusals(
         if len(kept) >= num:
             break
     progress.close()
-    answered = len(kept) - counts["refusals"]
-    if len(kept) < min(_ENOUGH, math.ceil((answered + counts["requests"]) / 2)):
+    _check_enough(len(kept), counts, min(num, len(rows)))
+    return kept, counts
+
+
+def _check_enough(kept: int, counts: dict[str, int], wanted: int) -> None:
+    """
+    Say that there are fewer than wanted.
+
+    Raises:
+        CalibrationError: There are too few.
+    """
+    answered = kept - counts["refusals"]
+    if kept < min(_ENOUGH, math.ceil((answered + counts["requests"]) / 2)):
         beside = f", beside {answered} rows with a response" if answered else ""
         raise CalibrationError(
             f"The model refused {counts['refusals']} of {counts['requests']} requests of safety_data{beside}, so there "
             "is too little alignment to preserve. Use an aligned (instruction-tuned, safety-trained) model with its "
             "chat template, or give safety_data with the responses that it should keep."
         )
-    if len(kept) < min(num, len(rows)):
+    if kept < wanted:
         logger.warning(
             "Calibrating on %d safety examples instead of %d: the model refused %d of %d requests.",
-            len(kept),
-            min(num, len(rows)),
+            kept,
+            wanted,
             counts["refusals"],
             counts["requests"],
         )
-    return kept, counts
 
 
 def _batches(rows: Sequence[Row], batch_size: int, world_size: int, num: int) -> Iterator[list[tuple[Row, int | None]]]:

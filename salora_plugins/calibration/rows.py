@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations.capture import CalibrationError
+from ..activations.errors import CalibrationError
 from ..rows.batching import batches
 from ..rows.examples import IGNORED, Example, RenderedRequest, TokenizedExample, data_digest, select_examples
 from ..rows.reading import MAX_ROWS, load_examples

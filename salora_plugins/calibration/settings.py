@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..activations.capture import CalibrationError, statistics_dimensions
+from ..activations.collector import statistics_dimensions
+from ..activations.errors import CalibrationError
 from ..activations.statistics import Engine, choose_engine
 from ..config import SaLoRAConfig
 from ..hookspecs import BasisMethod

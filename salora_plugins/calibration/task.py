@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..activations.capture import CalibrationError, collect_statistics
+from ..activations.capture import collect_statistics
+from ..activations.errors import CalibrationError
 from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator

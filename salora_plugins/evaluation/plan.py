@@ -14,8 +14,9 @@ from typing import Any
 from ..adapters.audit import AuditReport, audit
 from ..hookspecs import JudgeKind
 from ..models.loading import LoadingOptions, load_tokenizer
+from ..rows.errors import DataError
 from ..rows.examples import Example, select_examples
-from ..rows.reading import DataError, load_examples
+from ..rows.reading import load_examples
 from ..rows.sources import describe
 from ..safety_module import SafetyModule
 from .evaluated_models import EvaluatedModel, check_vocabularies, find_models

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..prompts.builtin import builtin_prompts, harmless_prompts
+from ..rows.errors import DataError
 from ..rows.examples import Example
 from ..rows.formats import TEXT_COLUMNS, is_undesirable, parse_row
 from ..rows.reading import MAX_ROWS
-from ..rows.sources import DataError, describe, read_rows
+from ..rows.sources import describe, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..activations.capture import CalibrationError
+from ..activations.errors import CalibrationError
 from ..calibration import calibrate
 from ..models.fingerprint import check_belongs
 from ..models.running import adapters_disabled

@@ -1,1 +1,1 @@
-"""What a model says, and how likely it finds what it might say."""
+"""What a model says (`greedy`), and how likely it finds what it might say (`logits`)."""

@@ -103,9 +103,8 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         raise ValueError(
             f"The model is a {type(model).__name__} already, and a SaLoRA adapter cannot be put around another. Start "
-            f"from "
-            "the base model: model.merge_and_unload() keeps what the adapter has learned, model.unload() drops it; or "
-            "add a SaLoRA adapter to a model of SaLoRA adapters with model.add_adapter(name, config)."
+            "from the base model: model.merge_and_unload() keeps what the adapter has learned, model.unload() drops "
+            "it; or add a SaLoRA adapter to a model of SaLoRA adapters with model.add_adapter(name, config)."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -130,8 +129,8 @@ def _check_not_fused(model: nn.Module, config: LoraConfig) -> None:
         fused = sorted(set(config.target_modules).difference(view.target_modules or ()))
         raise ValueError(
             f"target_modules: {', '.join(map(repr, fused))} of {type(model).__name__} are parameters that hold all "
-            f"experts "
-            f"({', '.join(sorted(view.target_parameters))}), and SaLoRA supports linear layers only. Leave them out."
+            f"experts ({', '.join(sorted(view.target_parameters))}), and SaLoRA supports linear layers only. Leave "
+            "them out."
         )
 
 
@@ -172,8 +171,7 @@ def say_what_is_left_out(model: nn.Module, config: LoraConfig) -> None:
         kept = set(found) - set(left_out)
         logger.warning(
             "target_modules='all-linear': %d layers have too few outputs or inputs for the safety ranks and are left "
-            "out: "
-            "%s. Give them ranks in safety_rank_pattern (and input_safety_rank_pattern) to adapt them.",
+            "out: %s. Give them ranks in safety_rank_pattern (and input_safety_rank_pattern) to adapt them.",
             len(left_out),
             quoted(pattern_for(left_out, kept)),
         )
@@ -199,8 +197,7 @@ def check_reached_by_text(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError(
             f"target_modules: {len(unused)} of {len(names)} are outside of the language model ({listed(unused)}). The "
             "safety data is text and does not pass them, so that there is nothing to calibrate them on. Leave them "
-            "out: "
-            f"{advice_to_leave_out(unused, names, everything)}."
+            f"out: {advice_to_leave_out(unused, names, everything)}."
         )
 
 
@@ -298,7 +295,6 @@ def _too_large(option: str, side: str, rank: Rank, dimension: int, names: list[s
     lower = f"set {option}_pattern={{{quoted(pattern)}: {max(1, dimension // 4)}}}, " if dimension > 1 else ""
     return (
         f"{option}={rank} is not smaller than the {dimension} {side}s of {listed(names)}, which would leave their "
-        f"update no "
-        f"direction at all. Leave them out ({advice_to_leave_out(names, targets)})"
+        f"update no direction at all. Leave them out ({advice_to_leave_out(names, targets)})"
         + (f", or {lower}or {option} to at most {dimension - 1}." if lower else ".")
     )

@@ -67,15 +67,16 @@ def render_rows(
             nothing is left.
     """
     rows: list[TokenizedExample | RenderedRequest] = []
-    renderer = None if tokenizer is None else Renderer(tokenizer)
+    renderer: Renderer | None = None
     left_out = requests = 0
     for example in examples:
         if isinstance(example, Example):
-            if renderer is None:
+            if tokenizer is None:
                 raise DataError(
                     f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
                     "of `input_ids` and `labels`."
                 )
+            renderer = renderer or Renderer(tokenizer)
             if example.response is None:
                 rows.append(RenderedRequest(example.request, tuple(_prompt_ids(example, renderer))))
                 requests += 1

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..activations.capture import position_mask
-from ..activations.statistics import ExactStatistics
+from ..activations.positions import position_mask
+from ..activations.vectors import ExactStatistics
 from ..models.running import adapters_disabled, evaluation_mode
 from ..parametrization import SafeFactor, safe_factor, trained_factor
 from ..support.distributed import gather_from_all_ranks
