@@ -133,7 +133,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         self._refuse_contradicting_options()
         self._refuse_contradicting_lora_options()
         # Not fields, so that they are neither compared nor saved.
-        self._weights_follow = False  # start factors are not needed, since saved ones are loaded next
+        self.weights_follow = False  # start factors are not needed, since saved ones are loaded next
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
 

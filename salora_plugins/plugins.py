@@ -88,9 +88,14 @@ def judge_factories() -> dict[str, JudgeFactory]:
     return dict(_registered("register_judge_factories", "judge factory"))
 
 
-@functools.cache
 def _registered(hook: str, kind: str) -> dict[str, Any]:
     """What plugins hand to the `register` function of `hook`; the first one to take a name keeps it."""
+    # By what is registered now: a plugin may be registered with the manager at any time.
+    return _of_plugins(hook, kind, tuple((name, id(plugin)) for name, plugin in plugin_manager().list_name_plugin()))
+
+
+@functools.cache
+def _of_plugins(hook: str, kind: str, plugins: tuple[tuple[str, int], ...]) -> dict[str, Any]:
     staged: dict[str, Any] = {}
 
     def register(name: str, function: Callable) -> None:

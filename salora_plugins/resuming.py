@@ -100,5 +100,5 @@ def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
         )
     check_saved_together(folder)
     config = read_config(folder)
-    config._weights_follow = True
+    config.weights_follow = True
     return folder, config

@@ -75,7 +75,7 @@ class SaLoRAModel(LoraModel):
             safety_module = given.safety_module_in_force
         else:
             safety_module = safety_module_for(model, given, names)
-        weights_follow = given._weights_follow
+        weights_follow = given.weights_follow
         bases_of_task = None
         if given.init == "task" and given.task_data is not None and twin is None and not weights_follow:
             bases_of_task = task_bases(model, given)

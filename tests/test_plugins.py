@@ -257,3 +257,19 @@ def test_every_phrase_is_recognized():
         assert is_refusal(phrase + " to do that."), phrase
     for phrase in REFUSAL_PHRASES:
         assert is_refusal(f"Well, {phrase} you."), phrase
+
+
+def test_a_plugin_that_is_registered_later_is_seen():
+    class Late:
+        @plugins.hookspecs.hookimpl
+        def register_basis_methods(self, register):
+            register("late", lambda statistics, rank, side: None)
+
+    assert "late" not in plugins.basis_methods()
+    plugin = Late()
+    plugins.plugin_manager().register(plugin)
+    try:
+        assert "late" in plugins.basis_methods()
+    finally:
+        plugins.plugin_manager().unregister(plugin)
+    assert "late" not in plugins.basis_methods()

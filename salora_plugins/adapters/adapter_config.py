@@ -55,7 +55,7 @@ class AdapterConfig(SaLoRAConfig):
             shared = not isinstance(value, (list, dict, set)) or name in ("safety_data", "task_data")
             setattr(own, name, value if shared else copy.copy(value))
         own.safety_module_in_force = safety_module
-        own._weights_follow = False
+        own.weights_follow = False
         return own
 
     def note_heads_added_later(self) -> None:

@@ -26,7 +26,7 @@ from ..safety_module import SafetyModule
 from ..support.notices import tell
 from .basis import compute_bases
 from .cache import calibration_key, load_asked_for, store
-from .provenance import provenance_of
+from .recording import provenance_of
 from .refusals import AnsweredRows, answered_rows
 from .rows import safety_rows, share_of_rank
 from .settings import SafetySettings, safety_settings

@@ -20,6 +20,7 @@ from ..adapters.certificate import covers, largest, norms
 from ..rows.rendering import template_digest, tokenizer_of
 from ..safety_module import SafetyModule
 from ..tuner import SaLoRAModel
+from ..tuning.layers import lora_linears
 from .first_tokens import FirstTokenReference, first_token_kl, first_token_reference, refusal_margins
 from .request_sets import load_requests
 
@@ -235,7 +236,8 @@ def _covered_factors(model: nn.Module, safety_module: SafetyModule) -> Iterator[
             continue
         for adapter in model.active_adapters:
             if adapter in layer.lora_A:
-                a, b = (_whole_weight(part[adapter]) for part in (layer.lora_A, layer.lora_B))
+                linears = lora_linears(layer, adapter)
+                a, b = _whole_weight(linears["input"]), _whole_weight(linears["output"])
                 if covers(safety_module, name, b):
                     yield name, a, b
 
