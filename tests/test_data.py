@@ -20,7 +20,7 @@ from salora_plugins.rows.batching import batches, collate
 from salora_plugins.rows.examples import Example, TokenizedExample, data_digest, select_examples
 from salora_plugins.rows.reading import MAX_ROWS, DataError, load_examples
 from salora_plugins.rows.rendering import TEMPLATE_DATE, tokenizer_of
-from salora_plugins.rows.tokenizing import render_prompt, tokenize_examples
+from salora_plugins.rows.tokenizing import render_prompts, tokenize_examples
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
 
@@ -168,7 +168,7 @@ def test_response_is_marked_for_every_chat_template(template, before, response):
     # A tokenizer that adds special tokens of its own must not add them to what a template wrote.
     tokenizer = build_tokenizer(template, adds_bos=True, adds_eos=True)
     assert tokenize_one({"messages": PAIR}, tokenizer) == (before, response)
-    prompt = tokenizer.decode(render_prompt(Example(tuple(PAIR[:1])), tokenizer))
+    prompt = tokenizer.decode(render_prompts([Example(tuple(PAIR[:1]))], tokenizer)[0])
     assert prompt == before + ("<think>\n" if template == OPENS_THINKING else "")
 
 
@@ -231,7 +231,7 @@ def test_templates_that_write_the_date_render_the_same_every_day(head):
     assert before == todays
     assert "26" in before
     assert response == ANSWERED
-    assert tokenizer.decode(render_prompt(Example(tuple(PAIR[:1])), tokenizer)) == before
+    assert tokenizer.decode(render_prompts([Example(tuple(PAIR[:1]))], tokenizer)[0]) == before
 
 
 class TokenizerWithoutTextControls(PreTrainedTokenizerFast):
@@ -268,7 +268,7 @@ def test_ids_are_those_of_the_tokenizers_own_rendering():
     row = {"prompt": request, "response": "It ends."}
     (tokenized,) = tokenize_examples(load_examples([row], option="d"), tokenizer, max_length=99, option="d")
     asked = tokenizer.apply_chat_template([user(request)], add_generation_prompt=True, return_dict=False)
-    assert render_prompt(Example((user(request),)), tokenizer) == asked
+    assert render_prompts([Example((user(request),))], tokenizer)[0] == asked
     assert [token for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True) if label == -100] == asked
     assert tokenizer.decode(tokenized.input_ids[len(asked) :]) == "It ends.</s>"
     rendered = {"prompt": tokenizer.decode(asked), "response": "It ends."}
@@ -286,7 +286,7 @@ def test_mistral_common(name, mode):
     row = {"prompt": "Say [INST].", "response": "No."}
     if mode == "finetuning":  # cannot ask
         with pytest.raises(DataError, match="chat template refuses the request"):
-            render_prompt(Example((user("Hi"),)), tokenizer)
+            render_prompts([Example((user("Hi"),))], tokenizer)[0]
         return
     (tokenized,) = tokenize_examples(load_examples([row], option="d"), tokenizer, max_length=99, option="d")
     finetuning = MistralCommonBackend(tokenizer_path=folder / name, mode="finetuning")
@@ -348,7 +348,7 @@ def test_plain_text_without_a_chat_template(adds_bos, adds_eos):
     assert tokenize_one({"prompt": "The sky is", "completion": " blue.</s>"}, tokenizer)[1] == " blue.</s>"
     assert tokenize_one({"prompt": "<s>The sky", "completion": "!"}, tokenizer) == ("<s>The sky", "!</s>")
     (example,) = load_examples([{"prompt": "The sky is"}], option="safety_data", allow_missing_response=True)
-    assert tokenizer.decode(render_prompt(example, tokenizer)) == start + "The sky is"
+    assert tokenizer.decode(render_prompts([example], tokenizer)[0]) == start + "The sky is"
 
 
 def test_plain_text_rows_are_not_rendered_as_chat():
@@ -796,7 +796,7 @@ def test_conversations_that_cannot_be_rendered_are_named():
 def test_truncation_keeps_a_part_of_the_response_or_leaves_the_example_out():
     tokenizer = build_tokenizer(CHATML)
     examples = [Example(tuple(PAIR[:1]), ANSWER), Example((user("Long " * 100),), ANSWER)]
-    prompt = render_prompt(examples[0], tokenizer)
+    prompt = render_prompts(examples[:1], tokenizer)[0]
     with pytest.warns(UserWarning, match="1 of 2 examples of task_data have no response token within calibration_max_"):
         (kept,) = tokenize_examples(examples, tokenizer, max_length=len(prompt) + 3, option="task_data")
     assert split_text(kept, tokenizer) == (ASKED, ANSWERED[:3])

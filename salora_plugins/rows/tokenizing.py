@@ -106,11 +106,6 @@ def render_prompts(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBa
     return [_prompt_ids(example, renderer) for example in examples]
 
 
-def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`render_prompts` of one."""
-    return _prompt_ids(example, Renderer(tokenizer))
-
-
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizedExample:
     """
     Render one example and mark its response.
