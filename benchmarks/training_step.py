@@ -1,22 +1,27 @@
 """What a training step costs with SaLoRA, over one with LoRA of the same r (docs/evidence/benchmarks.md).
 
+    python -m benchmarks.training_step table    # all that follows, on a GPU for 8B and 1B, in under 8 minutes
     python -m benchmarks.training_step time
     python -m benchmarks.training_step memory
     python -m benchmarks.training_step operations --shape 24-small-layers --tokens 16
     python -m benchmarks.training_step time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
 
 A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
-paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix.
+paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix. "start" is the
+time from `get_peft_model` to the end of the first step, calibration on 4 rows of 512 tokens included.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,8 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from salora_plugins import SaLoRAConfig
 
-from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes
+from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes, seconds
 
+What = Literal["time", "memory", "operations", "start"]
 RANK = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "two-layers": {
@@ -75,58 +81,147 @@ class DenseProjectorLinear(nn.Module):
         return self.linear(x) + update.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table."""
+
+    what: What
+    shape: str = "two-layers"
+    methods: tuple[str, ...] = ("lora", "salora", "paper", "dense")
+    batch_size: int = 1
+    tokens: int = 512
+    repeats: int = 11
+    gradient_checkpointing: bool = False
+    load_in_4bit: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the row is called."""
+        kinds = [f"{self.batch_size} x {self.tokens} tokens"]
+        kinds += ["checkpointing"] if self.gradient_checkpointing else []
+        kinds += ["4-bit base"] if self.load_in_4bit else []
+        return f"{self.what}, {self.shape}, {', '.join(kinds)}"
+
+
+_OPERATIONS = Measurement("operations", "24-small-layers", ("lora", "salora", "paper"), tokens=16)
+_8B = Measurement("time", "8b", ("lora", "salora", "paper"), batch_size=4, repeats=15)
+TABLE = {
+    "cuda": (
+        _8B,
+        replace(_8B, gradient_checkpointing=True),
+        replace(_8B, shape="1b", repeats=31),
+        replace(_8B, what="start", methods=("lora", "salora"), repeats=1),
+        replace(_8B, what="memory", gradient_checkpointing=True),
+        replace(_8B, what="memory", methods=("lora", "salora"), gradient_checkpointing=True, load_in_4bit=True),
+        _OPERATIONS,
+        replace(_OPERATIONS, gradient_checkpointing=True),
+    ),
+    "cpu": (
+        Measurement("time", repeats=7),
+        Measurement("memory"),
+        Measurement("start", methods=("lora", "salora"), repeats=1),
+        Measurement("memory", methods=("lora", "salora"), load_in_4bit=True),
+        _OPERATIONS,
+        replace(_OPERATIONS, gradient_checkpointing=True),
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "memory", "operations"))
+    parser.add_argument("what", choices=("table", *get_args(What)))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="two-layers")
     parser.add_argument("--methods", default="lora,salora,paper,dense", help="of lora, salora, paper, dense")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of an example")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--load-in-4bit", action="store_true", help="base weights in bitsandbytes' nf4")
     arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
-    if "lora" not in methods:
+    if arguments.what == "table":
+        print(json.dumps(machine()))
+        rows = [table_row(measurement) for measurement in TABLE["cuda" if torch.cuda.is_available() else "cpu"]]
+        header = ["", "LoRA", "SaLoRA / LoRA", "the paper's form / LoRA", "dense projector / LoRA"]
+        print("\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *rows]))
+        return
+    measurement = Measurement(**(vars(arguments) | {"methods": tuple(arguments.methods.split(","))}))
+    if "lora" not in measurement.methods:
         parser.error("--methods: lora is what the others are compared with")
-    result: dict[str, Any] = vars(arguments) | {"machine": machine()}
-    base = base_model(arguments.shape)
-    if arguments.what == "time":
-        steps = {method: training_step(base, method, arguments)[0] for method in methods}
-        times = interleaved(steps, arguments.repeats, warmup=3)
-        result["seconds"] = times
+    print(json.dumps(asdict(measurement) | {"machine": machine()} | measured(measurement), indent=1))
+
+
+def table_row(measurement: Measurement) -> str:
+    """As a row of a Markdown table."""
+    found = measured(measurement)
+    gc.collect()
+    of_lora = found["lora"]
+    cells = [found["over_lora"].get(method, "") for method in ("salora", "paper", "dense")]
+    return f"| {measurement.title} | {of_lora} | " + " | ".join(map(str, cells)) + " |"
+
+
+def measured(measurement: Measurement) -> dict[str, Any]:
+    """What a measurement found: the ratios over LoRA, LoRA's own figure as a text, and all figures."""
+    base, methods = base_model(measurement), measurement.methods
+    if measurement.what == "time":
+        steps = {method: training_step(base, method, measurement)[0] for method in methods}
+        times = interleaved(steps, measurement.repeats, warmup=3)
         # Within a turn, since what else the machine does changes from turn to turn.
         ratios = {m: [a / b for a, b in zip(times[m], times["lora"], strict=True)] for m in methods}
-        result["over_lora"] = {method: round(median(values), 3) for method, values in ratios.items()}
-    elif arguments.what == "operations":
-        counts = {method: operations(training_step(base, method, arguments)[0]) for method in methods}
-        result["operations"] = counts
-        result["over_lora"] = {method: round(count / counts["lora"], 3) for method, count in counts.items()}
+        over_lora = {method: round(median(values), 3) for method, values in ratios.items()}
+        return {"seconds": times, "lora": f"{median(times['lora']):.3f} s", "over_lora": over_lora}
+    # One after the other, so that no other method's adapter is in memory.
+    figures: dict[str, float]
+    if measurement.what == "operations":
+        figures = {method: operations(training_step(base, method, measurement)[0]) for method in methods}
+        lora = f"{figures['lora']}"
+    elif measurement.what == "start":
+        seconds(training_step(base, "lora", measurement)[0])  # what the first use of a device costs
+        figures = {method: seconds(partial(training_step, base, method, measurement)) for method in methods}
+        lora = f"{figures['lora']:.2f} s"
     else:
-        # Alone, so that no other method's adapter is in memory.
-        peaks = {method: memory(base, method, arguments) for method in methods}
-        result["peak_MB"] = {method: round(peak / 1e6, 1) for method, peak in peaks.items()}
-        result["over_lora"] = {method: round(peak / peaks["lora"], 3) for method, peak in peaks.items()}
-    print(json.dumps(result, indent=1))
+        figures = {method: memory(base, method, measurement) / 1e6 for method in methods}
+        lora = f"{figures['lora']:.1f} MB"
+    over_lora = {method: round(figure / figures["lora"], 3) for method, figure in figures.items()}
+    return {"figures": {m: round(figure, 2) for m, figure in figures.items()}, "lora": lora, "over_lora": over_lora}
 
 
-def base_model(shape: str) -> LlamaForCausalLM:
-    """Randomly initialized: bf16 on a GPU, float32 on a CPU."""
+def base_model(measurement: Measurement) -> LlamaForCausalLM:
+    """Randomly initialized: bf16 on a GPU, float32 on a CPU; quantized where that is asked for."""
     on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
     torch.manual_seed(0)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-        return model.to(torch.bfloat16 if on_gpu else torch.float32)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[measurement.shape]))
+        model = model.to(torch.bfloat16 if on_gpu else torch.float32)
+    if measurement.load_in_4bit:
+        quantize(model, device)
+    return model
 
 
-def training_step(base: LlamaForCausalLM, method: str, arguments: argparse.Namespace) -> tuple[Callable[[], None], int]:
+def quantize(model: Any, device: str) -> None:
+    """Put bitsandbytes' nf4 layers in the place of all linear layers but the head, as load_in_4bit does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            layer = Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=module.weight.dtype, quant_type="nf4"
+            )
+            weight = module.weight.data.to("cpu")
+            layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+            model.set_submodule(name, layer.to(device))
+    model.is_loaded_in_4bit = True
+
+
+def training_step(base: LlamaForCausalLM, method: str, measurement: Measurement) -> tuple[Callable[[], None], int]:
     """A function that does one step, and the bytes that weights, adapter and optimizer take between steps."""
-    model = with_shared_weights(base)
-    tokens = torch.randint(0, base.config.vocab_size, (arguments.batch_size, arguments.tokens), device=base.device)
-    if arguments.gradient_checkpointing:
+    model = copy.deepcopy(base) if measurement.load_in_4bit else with_shared_weights(base)
+    tokens = torch.randint(0, base.config.vocab_size, (measurement.batch_size, measurement.tokens), device=base.device)
+    if measurement.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = adapted(model, method)
     # As torch does it on GPUs, so that the count is that of a GPU.
-    foreach = True if arguments.what == "operations" else None
+    foreach = True if measurement.what == "operations" else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=foreach)
     model.train()
 
@@ -177,8 +272,8 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def memory(base: LlamaForCausalLM, method: str, arguments: argparse.Namespace) -> int:
-    step, resident = training_step(base, method, arguments)
+def memory(base: LlamaForCausalLM, method: str, measurement: Measurement) -> int:
+    step, resident = training_step(base, method, measurement)
     peak = resident + peak_tensor_bytes(step)
     del step
     gc.collect()
