@@ -270,15 +270,21 @@ def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> 
     bases = {key: basis for key, basis in computed.items() if basis is not None}
     # An infinite or undefined singular value makes the sum undefined.
     deviations = values_of(
-        [deviation_from_orthonormal(basis.vectors) + 0 * basis.singular_values.sum() for basis in bases.values()]
+        [
+            deviation_from_orthonormal(basis.vectors) + 0 * basis.singular_values.double().sum()
+            for basis in bases.values()
+        ]
     )
     problems: list[_Problem] = []
     for ((_, name), basis), deviation in zip(bases.items(), deviations, strict=True):
         if not math.isfinite(deviation):
-            problems.append({"error": _not_a_basis("NaN or infinity", *basis.vectors.shape, name, method)})
+            found = "NaN or infinity"
         elif deviation > MOST_DEVIATION:
             found = f"columns that are not orthonormal (deviation {deviation:.1e})"
-            problems.append({"error": _not_a_basis(found, *basis.vectors.shape, name, method)})
+        else:
+            continue
+        dimension, rank = basis.vectors.shape
+        problems.append({"error": _not_a_basis(found, dimension, rank, name, method)})
     return problems
 
 

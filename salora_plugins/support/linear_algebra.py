@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -238,7 +239,7 @@ def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[
         squares, left = _leading(eigh(inner), rank)
     else:
         pairs = [
-            top_eigenpairs(lambda block, one=one: one @ block, rows.shape[-2], rank, device=rows.device, seed=seed)
+            top_eigenpairs(partial(torch.matmul, one), rows.shape[-2], rank, device=rows.device, seed=seed)
             for one in inner.reshape(-1, *inner.shape[-2:])
         ]
         values, vectors = zip(*pairs, strict=True)
