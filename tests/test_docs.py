@@ -198,11 +198,9 @@ def plugins_of_the_page():
             exec(compile(code, module.__name__, "exec"), vars(module))
             modules.append(module)
             manager.register(module, name=module.__name__)
-    plugins._registered.cache_clear()
     yield modules
     for module in modules:
         manager.unregister(module)
-    plugins._registered.cache_clear()
 
 
 def test_the_plugins_of_the_page_run(plugins_of_the_page, tmp_path, monkeypatch):

@@ -176,11 +176,9 @@ class JudgePlugin:
 def plugin():
     manager = plugins.plugin_manager()
     registered = JudgePlugin()
-    plugins._registered.cache_clear()
     manager.register(registered, name="judge plugin")
     yield
     manager.unregister(registered)
-    plugins._registered.cache_clear()
 
 
 def test_plugins_add_judges_with_and_without_an_argument(plugin):

@@ -55,7 +55,7 @@ def installed_here(installed, monkeypatch):
     """Makes this process find the installed plugins, and forget them afterwards."""
 
     def forget():
-        for cached in (plugins.plugin_manager, plugins._registered):
+        for cached in (plugins.plugin_manager, plugins._of_plugins):
             cached.cache_clear()
 
     monkeypatch.syspath_prepend(installed["PYTHONPATH"].split(os.pathsep)[0])
