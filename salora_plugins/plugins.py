@@ -88,14 +88,20 @@ def judge_factories() -> dict[str, JudgeFactory]:
     return dict(_registered("register_judge_factories", "judge factory"))
 
 
+_FOUND: dict[str, tuple[list[Any], dict[str, Any]]] = {}
+"""Hook -> the plugins that there were, and what they handed over."""
+
+
 def _registered(hook: str, kind: str) -> dict[str, Any]:
-    """What plugins hand to the `register` function of `hook`; the first one to take a name keeps it."""
-    # By what is registered now: a plugin may be registered with the manager at any time.
-    return _of_plugins(hook, kind, tuple((name, id(plugin)) for name, plugin in plugin_manager().list_name_plugin()))
+    """What plugins hand to the `register` function of `hook`, asked again where there are others than before."""
+    plugins = plugin_manager().list_name_plugin()
+    if hook not in _FOUND or _FOUND[hook][0] != plugins:
+        _FOUND[hook] = plugins, _asked(hook, kind)
+    return _FOUND[hook][1]
 
 
-@functools.cache
-def _of_plugins(hook: str, kind: str, plugins: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+def _asked(hook: str, kind: str) -> dict[str, Any]:
+    """The first plugin to take a name keeps it."""
     staged: dict[str, Any] = {}
 
     def register(name: str, function: Callable) -> None:

@@ -55,8 +55,8 @@ def installed_here(installed, monkeypatch):
     """Makes this process find the installed plugins, and forget them afterwards."""
 
     def forget():
-        for cached in (plugins.plugin_manager, plugins._of_plugins):
-            cached.cache_clear()
+        plugins.plugin_manager.cache_clear()
+        plugins._FOUND.clear()
 
     monkeypatch.syspath_prepend(installed["PYTHONPATH"].split(os.pathsep)[0])
     forget()
