@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,22 @@ def operations(function: Callable[[], Any]) -> int:
     with _Counter() as counter:
         function()
     return counter.operations
+
+
+def python_calls(function: Callable[[], Any]) -> int:
+    """How many functions of Python and of C a call calls, in this thread: what the interpreter has to do meanwhile."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def machine() -> dict[str, str]:

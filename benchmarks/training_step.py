@@ -7,8 +7,9 @@
     python -m benchmarks.training_step time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
 
 A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
-paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix. "start" is the
-time from `get_peft_model` to the end of the first step, calibration on 4 rows of 512 tokens included.
+paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix. "calls" are
+functions that Python calls in it, most of its own time where a step is short. "start" is the time from `get_peft_model`
+to the end of the first step, calibration on 4 rows of 512 tokens included.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from salora_plugins import SaLoRAConfig
 
-from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes, seconds
+from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes, python_calls, seconds
 
-What = Literal["time", "memory", "operations", "start"]
+What = Literal["time", "memory", "operations", "calls", "start"]
 RANK = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "two-layers": {
@@ -115,6 +116,7 @@ TABLE = {
         replace(_8B, what="memory", methods=("lora", "salora"), gradient_checkpointing=True, load_in_4bit=True),
         _OPERATIONS,
         replace(_OPERATIONS, gradient_checkpointing=True),
+        replace(_OPERATIONS, what="calls"),
     ),
     "cpu": (
         Measurement("time", repeats=7),
@@ -123,6 +125,7 @@ TABLE = {
         Measurement("memory", methods=("lora", "salora"), load_in_4bit=True),
         _OPERATIONS,
         replace(_OPERATIONS, gradient_checkpointing=True),
+        replace(_OPERATIONS, what="calls"),
     ),
 }
 
@@ -174,6 +177,9 @@ def measured(measurement: Measurement) -> dict[str, Any]:
     if measurement.what == "operations":
         figures = {method: operations(training_step(base, method, measurement)[0]) for method in methods}
         lora = f"{figures['lora']}"
+    elif measurement.what == "calls":
+        figures = {method: python_calls(training_step(base, method, measurement)[0]) for method in methods}
+        lora = f"{figures['lora']}"
     elif measurement.what == "start":
         seconds(training_step(base, "lora", measurement)[0])  # what the first use of a device costs
         figures = {method: seconds(partial(training_step, base, method, measurement)) for method in methods}
@@ -221,7 +227,7 @@ def training_step(base: LlamaForCausalLM, method: str, measurement: Measurement)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = adapted(model, method)
     # As torch does it on GPUs, so that the count is that of a GPU.
-    foreach = True if measurement.what == "operations" else None
+    foreach = True if measurement.what in ("operations", "calls") else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=foreach)
     model.train()
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measuring import python_calls
 from salora_plugins import calibrate
 from salora_plugins.parametrization import EffectiveWeight, SafeFactor, trained_factor
 from tiny import llama, relative_difference, token_batch, token_rows
@@ -74,6 +75,28 @@ def test_operations_of_a_step(form, checkpointing):
     expected = LORA[checkpointing]
     counts = operations_of_a_step(salora(form, LAYERS), checkpointing)
     assert counts.total() <= 1.02 * expected.total(), (counts - expected).most_common(12)
+
+
+def calls_of_a_step(model: PeftModel) -> int:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=True)
+    tokens = token_batch()
+    model.train()
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    return python_calls(step)
+
+
+@forms
+def test_what_python_calls_in_a_step(form):
+    """A weight that was computed with the others is read without the modules of torch's parametrization."""
+    lora = get_peft_model(llama(num_hidden_layers=LAYERS), LoraConfig(r=4, target_modules="all-linear"))
+    assert calls_of_a_step(salora(form, LAYERS)) <= 1.5 * calls_of_a_step(lora)
 
 
 def each_alone(model: PeftModel) -> PeftModel:
