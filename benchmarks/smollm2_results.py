@@ -1,4 +1,6 @@
-"""Refusals kept and held-out loss reached by LoRA and SaLoRA on a small aligned model (docs/evidence/results.md).
+"""Refusals kept and held-out loss reached on a small aligned model (docs/evidence/results.md).
+
+By LoRA, by the paper's form (`salora`) and by one with an input side, too (`salora-two-sided`).
 
     python -m benchmarks.smollm2_results --model DIR --data ../shared/data --out outputs/results
     python -m benchmarks.smollm2_results --summary --out outputs/results
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="only this method (default: base, LoRA and SaLoRA over a few learning rates)",
+        help="only this method (default: base, LoRA and both forms over a few learning rates)",
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate with --method")
     parser.add_argument("--trainer", choices=tuple(TRAINERS), default="trl")
@@ -405,7 +407,7 @@ def runs_table(runs: list[Run]) -> str:
 
 
 def label(entry: dict[str, Any]) -> str:
-    name = {"base": "base model", "lora": "LoRA", "salora": "SaLoRA", "salora-two-sided": "SaLoRA two-sided"}
+    name = {"base": "base model", "lora": "LoRA", "salora": "paper's form", "salora-two-sided": "two-sided"}
     calibrated = entry.get("calibration", {}).get("safety_data", "builtin")
     return name[entry["method"]] + ("" if calibrated == "builtin" else f" (calibrated on {calibrated})")
 

@@ -11,8 +11,8 @@ from .support.linear_algebra import truncated_svd
 
 def pissa_factors(weights: Tensor, rank: int, scaling: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
-    A_0 = sqrt(S / s) V^T and B_0 = U sqrt(S / s), so that s B_0 A_0 is the best rank-r part of W (PiSSA, and SaLoRA's
-    initialization before the task restriction).
+    A_0 = sqrt(S / s) V^T and B_0 = U sqrt(S / s), so that s B_0 A_0 is the best rank-r part of W (PiSSA, and the
+    paper's start before the task restriction).
 
     Args:
         weights: W (..., d_out, d_in): one weight, or several of one shape at once.

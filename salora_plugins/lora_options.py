@@ -53,7 +53,6 @@ WHAT_TO_USE_INSTEAD = {
     "bitsandbytes instead.",
 }
 
-
 # Of the entries of a LoRA configuration that are needed to read an adapter or to train it: what they may be.
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),

@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the lowest to the highest. A module may import from its own level and from those below; modules of one level must
-# not import one another unless they are of one room. Imports within functions and those for type checkers count.
+# From the lowest to the highest. A module may import from its own room and from rooms of lower levels, not from another
+# room of its level. Imports within functions and those for type checkers count; those by name (importlib) are few:
+# plugins, the exports of the package, and `registration`.
 LAYERS = (
     ("support",),
     ("ranks", "initialization", "provenance"),

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by tools/write_reference.py from the code: change it there, then run `make reference`. -->"
 
-
 _SECTION = re.compile(r"<!-- section: (\w+) -->\n(.*?)<!-- end of section -->", re.DOTALL)
 _REPEATED = re.compile(r"(<!-- section of README.md: (\w+) -->\n).*?(<!-- end of section -->)", re.DOTALL)
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-
 CERTIFICATE_BOUND = 1e-5
 """What an adapter that was trained with SaLoRA keeps to."""
 

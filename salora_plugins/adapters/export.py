@@ -26,7 +26,6 @@ from .writing import check_destination, check_dtype, in_dtype, write_adapter
 if TYPE_CHECKING:
     from rich.table import Table
 
-
 # A share of an update's norm; of one that is kept whole, a decomposition in float64 loses far less.
 _LOST = 1e-6
 

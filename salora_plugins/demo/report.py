@@ -20,7 +20,6 @@ from .experiment import Measurement, Settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 _COLORS = ("#555555", "#c8553d", "#2a6f97", "#2a9d5c")
 
 

@@ -37,7 +37,7 @@ def response_loss(model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, 
         rows: conversations in TRL's prompt-completion form: `prompt` and `completion`, each a list of messages
             with `role` and `content`. The response is the last turn. Its tokens are those that a model that is asked
             would write, up to the one that ends the turn, with that one
-            (`salora_plugins.rows.rendering.prompt_and_response_ids`).
+            (`salora_plugins.rows.rendering.Renderer.prompt_and_response_ids`).
         batch_size: number of conversations in a forward pass; affects memory and speed, not the value.
 
     Returns:

@@ -27,7 +27,6 @@ from .request_sets import load_requests
 if TYPE_CHECKING:
     from transformers import Trainer
 
-
 logger = logging.getLogger(__name__)
 
 _LEAST_REQUESTS = 4

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from .examples import Example
 
-
 # Stand for the content of a turn, to see what is written around it. Their beginnings differ, so that no response begins
 # as both do.
 _MARKER, _OTHER_MARKER = "salora-content", "Another content"

@@ -44,7 +44,7 @@ def advice_to_leave_out(names: Sequence[str], targets: Iterable[str], everything
     advice = f"exclude_modules={quoted(pattern_for(names, kept))}"
     if kept:
         rest = set(everything).difference(kept) | set(names)
-        advice += f" (in Axolotl, which has no such option, lora_target_modules: '{pattern_for(kept, rest)}')"
+        advice += f" (in Axolotl lora_exclude_modules, or lora_target_modules: '{pattern_for(kept, rest)}')"
     return advice
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.text import Text
 
-
 LONGEST = 300
 """Characters of a text of others that are shown on one line."""
 

@@ -1,4 +1,4 @@
-"""Built-in judges of a response; those that are models or services are in `evaluation`."""
+"""The keyword judge: whether a response refuses, by the words that it begins with."""
 
 from __future__ import annotations
 

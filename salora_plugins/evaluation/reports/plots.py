@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-
 _COLORS = ("#555555", "#c8553d", "#2a6f97", "#2a9d5c", "#8e5ea2", "#b8860b", "#17becf", "#d6619d")
 _MARKERS = "osD^vP*X"
 

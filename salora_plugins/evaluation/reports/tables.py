@@ -13,7 +13,6 @@ from .report import SETS, Breakage, EvaluationReport, SetName
 if TYPE_CHECKING:
     from rich.console import Group
 
-
 MISSING = "–"  # noqa: RUF001
 """What was not measured on a model."""
 

@@ -15,7 +15,6 @@ from ..intervals import Mean
 if TYPE_CHECKING:
     from rich.table import Table
 
-
 RANDOM_SUBSPACES = 5
 """How many times random directions are drawn, for a comparison."""
 
