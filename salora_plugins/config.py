@@ -27,7 +27,7 @@ CONFIG_FILE = "salora_config.json"
 DIGEST_KEY = "adapter_sha256"
 """In that file: the digest of the weights that were saved with it, see `adapters.digest.adapter_digest`."""
 
-# Of the factors that are saved with init="task" and "pissa": [A - A_0; A_0] and [B, B - B_0]. Up to version 0.1 it was
+# Of the factors that are saved with init="task" and "pissa": [A - A_0; A_0] and [B, B - B_0]. Before, it was
 # [A; A_0] and [B, -B_0], without a number in the file.
 FORM_KEY, FORM_OF_FACTORS = "form_of_factors", 2
 

@@ -64,6 +64,11 @@ def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: tor
     return torch.cat([factor, factor - offset], dim=-1)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running, so that a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class WeightSource(Protocol):
     """Computes the weights of several factors at once; see `tuning.batched_factors`."""
 
@@ -120,6 +125,11 @@ class SafeFactor(nn.Module):
     def basis(self, value: Tensor | None) -> None:
         self._basis, self._trace = value, None
 
+    def share_basis(self, old: Tensor, new: Tensor) -> None:
+        """Take another tensor of the same numbers in the place of its basis, if that is `old`."""
+        if self._basis is old:
+            self._basis = new  # what tells bases apart, `_trace`, stays true
+
     @property
     def offset(self) -> Tensor | None:
         """A_0 or B_0, float32, of the trained factor's shape."""
@@ -139,7 +149,7 @@ class SafeFactor(nn.Module):
             if weight is not None:
                 return weight
         weight = self.compute(factor)
-        inside = (self.batch is not None and self.batch.in_forward) or torch._C._current_graph_task_id() != -1
+        inside = (self.batch is not None and self.batch.in_forward) or in_backward()
         if inside or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...rows.sources import SUFFIXES
 from .host_options import FUSED_KERNELS
 
 if TYPE_CHECKING:
     from ...config import SaLoRAConfig
-
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 def check_files(options: Mapping[str, Any]) -> None:
@@ -48,7 +47,7 @@ def _is_missing(key: str, value: str) -> bool:
 
     if path.exists() or value in data_sources():
         return False
-    return path.suffix.lower() in _DATA_SUFFIXES or not is_dataset_id(value)
+    return path.suffix.lower() in SUFFIXES or not is_dataset_id(value)
 
 
 def check_basis_method(options: Mapping[str, Any]) -> None:

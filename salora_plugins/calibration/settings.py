@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from ..hookspecs import BasisMethod
 from ..models.embeddings import vocabulary_size
 from ..models.targets import check_ranks, check_reached_by_text, default_input_ranks, target_module_names
 from ..models.weights import base_layer, check_reachable, unreachable_weight
-from ..options import Positions
+from ..options import OPTIONS, Positions
 from ..plugins import basis_methods
 from ..ranks import Side, SideRanks, matching_patterns, of_side
 
@@ -169,9 +168,8 @@ def _row_settings(model: nn.Module, config: SaLoRAConfig, source: Any, option: s
 
 
 def _default_ranks(config: SaLoRAConfig, names: Sequence[str]) -> dict[Side, set[str]]:
-    default = next(f.default for f in dataclasses.fields(SaLoRAConfig) if f.name == "safety_rank")
     is_default: dict[Side, bool] = {
-        "output": config.safety_rank == default,
+        "output": config.safety_rank == OPTIONS["safety_rank"].default,
         "input": config.input_safety_rank is None,
     }
     return {

@@ -53,9 +53,9 @@ def _result(
         harmless=on("harmless"),
         task=None if task is None else TaskResult(loss=folder.measured(name, task.entry), rows=len(task.rows)),
         lm_eval={
-            task: metrics
+            name_of_task: metrics
             for group in plan.lm_eval.tasks
-            for task, metrics in folder.measured(name, plan.lm_eval_entry(group)).items()
+            for name_of_task, metrics in folder.measured(name, plan.lm_eval_entry(group)).items()
         },
         audit=plan.audits.get(name),
     )

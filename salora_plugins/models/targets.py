@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..options import OPTIONS
 from ..ranks import Rank, SideRanks, matching_patterns, of_side
 from ..support.module_names import advice_to_leave_out, listed, pattern_for, quoted
 from .embeddings import input_embeddings, output_embeddings
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 # What PEFT's checks for LoRA are asked with, on behalf of an adapter that is one.
 _LORA = LoraConfig()
-# A share of the energy is not to be had from fewer outputs or inputs; the default of safety_rank.
-_LEAST_FOR_A_SHARE = 32
+# A share of the energy is not to be had from fewer outputs or inputs.
+_LEAST_FOR_A_SHARE = OPTIONS["safety_rank"].default
 
 
 @runtime_checkable

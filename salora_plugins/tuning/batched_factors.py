@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..parametrization import SafeFactor, StartFactor, safe_factor, stacked_halves, weight_holder
+from ..parametrization import SafeFactor, StartFactor, in_backward, safe_factor, stacked_halves, weight_holder
 from ..ranks import Side
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
@@ -67,8 +67,7 @@ class ForwardScope:
         """Let all factors that share a basis share its copy in a stack, so that the memory of the old one is free."""
         for batch in self.batches.values():
             for factor in batch.factors():
-                if factor._basis is old:
-                    factor._basis = new
+                factor.share_basis(old, new)
 
 
 @dataclass
@@ -299,11 +298,6 @@ class _Together(torch.autograd.Function):
         with torch.autocast(some.device.type, enabled=False):
             results = ctx.group.gradients(given).unbind()
         return None, *(r if g is not None else None for g, r in zip(gradients, results, strict=True))
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _kind(factor: Tensor) -> _Kind:

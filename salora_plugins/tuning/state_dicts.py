@@ -163,13 +163,13 @@ def _load_factor(linear: nn.Linear, weight: Tensor, name: str) -> Tensor:
             "SaLoRAConfig(safety_module=<that folder>), or load_for_training."
         )
     if factor.start is not None:
-        # The same update in the form of version 0.1, [A; A_0] and [B, -B_0].
+        # The same update in the form before `form_of_factors` was written, [A; A_0] and [B, -B_0].
         halves = weight.float().chunk(2, dim=0 if factor.side == "input" else 1)
         old = halves[0] - halves[1] if factor.side == "input" else halves[0] + halves[1]
         if torch.linalg.norm(old) < torch.linalg.norm(halves[0]) / 2 and torch.linalg.norm(halves[1]) > 0:
             raise ValueError(
-                f"{name}: the saved weight looks like one of version 0.1, whose factors had another form, and would be "
-                "read as something else. Train it further with the version that saved it. For everything else it is a "
+                f"{name}: the saved weight looks like one that an earlier salora-plugins saved, whose factors "
+                "had another form, and would be read as something else. Train it further with the version that saved it. For everything else it is a "
                 "plain LoRA adapter: PeftModel.from_pretrained."
             )
     return factor.take_over(weight).to(parameter.dtype)
