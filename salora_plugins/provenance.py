@@ -116,6 +116,10 @@ class Provenance(BaseModel, Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]  # a mapping's: pydantic's gives pairs
         return iter(self._said())
 
+    def __eq__(self, other: object) -> bool:
+        """As a mapping is compared with another."""
+        return self._said() == dict(other) if isinstance(other, Mapping) else NotImplemented
+
     def __len__(self) -> int:
         return len(self._said())
 

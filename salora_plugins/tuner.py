@@ -108,8 +108,10 @@ class SaLoRAModel(LoraModel):
         self._twins[adapter_name] = twin
         waits = config.init == "task" and config.task_data is None and not weights_follow
         if waits and (twin is None or twin in self.waiting_for_task_data):
+            first = not self._first_batch_starts.watches
             self._first_batch_starts.add(adapter_name, config.task_rank)
-            self._watch_entry_points()
+            if first:
+                self._watch_entry_points()
 
     def initialize_from_task_data(self, rows: Any, adapter_name: str = "default") -> None:
         """

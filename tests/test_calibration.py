@@ -693,3 +693,18 @@ def test_one_line_says_what_was_calibrated(own_cache, capsys, request, configure
     calibrate(llama(), tokenizer(), **options)
     lines = [line for line in capsys.readouterr().err.splitlines() if "Safety module: " in line]
     assert len(lines) == 1 and "from the cache" in lines[0]
+
+
+def test_layers_that_cannot_be_decomposed_together_are_alone(monkeypatch):
+    """For want of memory, for one; what is found is the same."""
+    options = {"safety_data": token_rows(16), "target_modules": ["q_proj", "v_proj"], "safety_rank": 4}
+    together = calibrate(llama(), **options, calibration_cache=False)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("salora_plugins.activations.vectors._decompose", fail)
+    alone = calibrate(llama(), **options, calibration_cache=False)
+    for side, found in together.sides.items():
+        for name, basis in found.bases.items():
+            assert torch.linalg.matrix_norm(basis.T @ alone.sides[side].bases[name], -2) > 1 - 1e-5

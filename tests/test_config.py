@@ -1,15 +1,18 @@
 """The configuration: contradictions are refused with advice, and it survives being saved."""
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
 import warnings
 
 import pytest
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import EvaConfig
 
 from salora_plugins import SaLoRAConfig
+from tiny import llama, token_rows
 
 
 @pytest.mark.parametrize(
@@ -110,3 +113,15 @@ def test_objects_are_not_written(tmp_path):
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["safety_data"] == "<list>" and "tokenizer" not in saved
+
+
+def test_an_adapters_configuration_is_compared_and_made_anew_as_a_configuration():
+    config = SaLoRAConfig(target_modules=["q_proj"], safety_rank=4, safety_data=token_rows(8))
+    model = get_peft_model(llama(), config)
+    own = model.peft_config["default"]
+    again = dataclasses.replace(own, r=3)
+    assert type(again) is SaLoRAConfig and again.r == 3 and again != own
+    assert dataclasses.replace(own, r=own.r) == own
+    assert copy.deepcopy(own) == own and type(copy.deepcopy(own)) is type(own)
+    model = get_peft_model(llama(), dataclasses.replace(again, safety_data=token_rows(8)))
+    assert model.base_model.safety_module() is not None

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from torch.nn.utils import parametrize
 
 from certificate import largest_share_inside
 from salora_plugins import calibrate, load_for_training
@@ -443,3 +444,35 @@ def test_combinations_of_saved_adapters(tmp_path):
     model.add_adapter("second", config(init="zero", safety_module=module_of("two-sided")))
     with pytest.raises(ValueError, match=r"'linear', 'cat' or 'svd'.*salora project"):
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean")
+
+
+class TimesTen(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 10 * weight
+
+
+def test_what_others_put_beside_a_factor_has_its_part():
+    """A second parametrization, and a hook: the weight is not handed out past them."""
+    model = train(fresh("zero"))
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if hasattr(layer, "lora_A"):
+            layer.scaling["default"] *= 10
+    for linear in linears(model)[1::2]:  # lora_B
+        parametrize.register_parametrization(linear, "weight", TimesTen(), unsafe=True)
+    assert relative_difference(logits(model), logits(other)) < 1e-5
+    calls = []
+    for linear in linears(model):
+        linear.parametrizations.weight.register_forward_hook(lambda *_: calls.append(1))
+    logits(model)
+    assert len(calls) >= len(linears(model))
+
+
+def test_a_replica_of_data_parallel_computes_its_weight():
+    """As torch.nn.parallel.replicate makes it: its parameters are plain attributes."""
+    linear = linears(train(fresh("zero")))[0]
+    replica = linear._replicate_for_data_parallel()
+    lists = replica._modules["parametrizations"] = replica.parametrizations._replicate_for_data_parallel()
+    holder = lists._modules["weight"] = lists.weight._replicate_for_data_parallel()
+    holder.original = trained_factor(linear) + 0
+    assert not holder._parameters and torch.equal(replica.weight, linear.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -41,6 +42,19 @@ class AdapterConfig(SaLoRAConfig):
 
     safety_module_in_force: SafetyModule
     """The one that the adapter is trained with, its tensors on the CPU."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Made anew from its fields, as `dataclasses.replace` does, it belongs to no adapter yet.
+        return SaLoRAConfig(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __eq__(self, other: object) -> bool:
+        """As a configuration is compared with another: by its fields."""
+        if not isinstance(other, SaLoRAConfig):
+            return NotImplemented
+        names = [option.name for option in dataclasses.fields(self)]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]  # as of every dataclass that can be changed
 
     @classmethod
     def of(cls, config: SaLoRAConfig, safety_module: SafetyModule) -> AdapterConfig:

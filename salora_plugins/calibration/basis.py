@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -23,16 +24,24 @@ from ..support.distributed import broadcast, gather_json, rank_and_world_size, s
 from ..support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal, values_of
 from ..support.module_names import listed, pattern_for, quoted
 
+logger = logging.getLogger(__name__)
+
+# Modules whose statistics are decomposed before the first of them is freed.
+_TOGETHER = 64
+
 
 @dataclass(frozen=True)
 class Basis:
     """Directions of one side of one module."""
 
     vectors: Tensor
-    """(d, rank) float32, with orthonormal columns."""
+    """(d, rank) float32 on the CPU, with orthonormal columns."""
 
     singular_values: Tensor
-    """(rank,) float32."""
+    """(rank,) float32 on the CPU."""
+
+    deviation: Tensor | None = None
+    """How far the columns are from orthonormal, where it was computed; NaN where anything is not finite."""
 
 
 def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -91,14 +100,10 @@ def compute_bases(
     for side in ranks:
         tensors = [statistics[name].of(side).energy_tensor for name in names]
         energies[side] = dict(zip(names, values_of(tensors), strict=True))
-    mine = names[rank::world_size]
-    decompose_together(
-        (statistics[name].of(side), number)
-        for side, of_names in ranks.items()
-        for name in mine
-        if not isinstance(number := of_names[name], float)
-    )
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
+        if index % _TOGETHER == 0:
+            mine = [name for i, name in enumerate(names[index : index + _TOGETHER], index) if i % world_size == rank]
+            _prepare({name: statistics[name] for name in mine}, ranks)
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
             vectors = entry.of(side)
@@ -124,6 +129,18 @@ def compute_bases(
     for (_, name), basis in complete.items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
     return {side: _side({n: complete[side, source[side, n]] for n in names}, energies[side]) for side in ranks}
+
+
+def _prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> None:
+    """Decompose the statistics of several modules at once."""
+    wanted = [
+        (entry.of(side), of_names[name]) for side, of_names in ranks.items() for name, entry in statistics.items()
+    ]
+    try:
+        decompose_together((vectors, rank) for vectors, rank in wanted if not isinstance(rank, float))
+    except (RuntimeError, ValueError) as error:
+        # Too much for the device's memory, for one: each of them is decomposed alone next, and says what is wrong.
+        logger.debug("Modules could not be decomposed together: %s", error)
 
 
 def _side(bases: Mapping[str, Basis], energies: dict[str, float]) -> SideBases:
@@ -191,12 +208,10 @@ def _too_few(
 def _with_room(
     computed: Mapping[tuple[Side, str], Basis | None], dimensions: Mapping[tuple[Side, str], int]
 ) -> dict[tuple[Side, str], Basis]:
-    """What this rank has computed, on the CPU, and room for what the other ranks have."""
+    """What this rank has computed, and room for what the other ranks have."""
     ranks = torch.tensor([0 if basis is None else basis.singular_values.shape[0] for basis in computed.values()])
     return {
-        key: Basis(torch.empty(dimensions[key], rank), torch.empty(rank))
-        if basis is None
-        else Basis(basis.vectors.cpu(), basis.singular_values.cpu())
+        key: Basis(torch.empty(dimensions[key], rank), torch.empty(rank)) if basis is None else basis
         for (key, basis), rank in zip(computed.items(), sum_over_ranks(ranks).tolist(), strict=True)
     }
 
@@ -262,21 +277,19 @@ def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: st
         raise CalibrationError(told(f"{basis.dtype} and {values.dtype}"))
     if basis.device.type == "mps":
         basis, values = basis.cpu(), values.cpu()  # no float64 there
-    return Basis(basis.detach().float().contiguous(), values.detach().float().contiguous())
+    basis, values = basis.detach().float().contiguous(), values.detach().float().contiguous()
+    # An infinite or undefined singular value makes the sum undefined.
+    deviation = deviation_from_orthonormal(basis) + 0 * values.double().sum()
+    return Basis(basis.cpu(), values.cpu(), deviation)
 
 
 def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> list[_Problem]:
-    """What is wrong with bases that are none. All are looked at before a device is waited for."""
-    bases = {key: basis for key, basis in computed.items() if basis is not None}
-    # An infinite or undefined singular value makes the sum undefined.
-    deviations = values_of(
-        [
-            deviation_from_orthonormal(basis.vectors) + 0 * basis.singular_values.double().sum()
-            for basis in bases.values()
-        ]
-    )
+    """What is wrong with bases that are none."""
+    checked = [(name, basis, basis.deviation) for (_, name), basis in computed.items() if basis is not None]
+    checked = [(name, basis, deviation) for name, basis, deviation in checked if deviation is not None]
+    deviations = values_of([deviation for *_, deviation in checked])
     problems: list[_Problem] = []
-    for ((_, name), basis), deviation in zip(bases.items(), deviations, strict=True):
+    for (name, basis, _), deviation in zip(checked, deviations, strict=True):
         if not math.isfinite(deviation):
             found = "NaN or infinity"
         elif deviation > MOST_DEVIATION:

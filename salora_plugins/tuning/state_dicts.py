@@ -169,7 +169,7 @@ def _load_factor(linear: nn.Linear, weight: Tensor, name: str) -> Tensor:
         if torch.linalg.norm(old) < torch.linalg.norm(halves[0]) / 2 and torch.linalg.norm(halves[1]) > 0:
             raise ValueError(
                 f"{name}: the saved weight looks like one that an earlier salora-plugins saved, whose factors had "
-                "another form, and would be read as something else. Train it further with the version that saved it. For "
-                "everything else it is a plain LoRA adapter: PeftModel.from_pretrained."
+                "another form, and would be read as something else. Train it further with the version that saved it. "
+                "For everything else it is a plain LoRA adapter: PeftModel.from_pretrained."
             )
     return factor.take_over(weight).to(parameter.dtype)
