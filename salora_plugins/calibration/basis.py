@@ -285,18 +285,21 @@ def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: st
 
 def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> list[_Problem]:
     """What is wrong with bases that are none."""
-    checked = [(name, basis, basis.deviation) for (_, name), basis in computed.items() if basis is not None]
-    checked = [(name, basis, deviation) for name, basis, deviation in checked if deviation is not None]
-    deviations = values_of([deviation for *_, deviation in checked])
+    checked = [
+        (name, basis.vectors, basis.deviation)
+        for (_, name), basis in computed.items()
+        if basis is not None and basis.deviation is not None
+    ]
+    deviations = values_of([deviation for _, _, deviation in checked])
     problems: list[_Problem] = []
-    for (name, basis, _), deviation in zip(checked, deviations, strict=True):
+    for (name, vectors, _), deviation in zip(checked, deviations, strict=True):
         if not math.isfinite(deviation):
             found = "NaN or infinity"
         elif deviation > MOST_DEVIATION:
             found = f"columns that are not orthonormal (deviation {deviation:.1e})"
         else:
             continue
-        dimension, rank = basis.vectors.shape
+        dimension, rank = vectors.shape
         problems.append({"error": _not_a_basis(found, dimension, rank, name, method)})
     return problems
 
