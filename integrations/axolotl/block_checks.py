@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...rows.sources import SUFFIXES
 from .host_options import FUSED_KERNELS
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ def _is_missing(key: str, value: str) -> bool:
     if key == "safety_module":
         return not path.exists() and not is_hub_id(value)
     from ...plugins import data_sources
+    from ...rows.sources import SUFFIXES
 
     if path.exists() or value in data_sources():
         return False
