@@ -459,8 +459,17 @@ def _getter(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
             # Past nn.Module's __getattr__, which is slow; `weight_holder` and `safe_factor` in other words.
             parametrizations: Any = linear._modules["parametrizations"]
             holder = parametrizations._modules["weight"]
-            if _is_plain(holder):
-                factor, trained = holder._modules["0"], holder._parameters.get("original")
+            modules = holder._modules
+            # Where nobody else has a part in it: a wrapper, another parametrization, hooks, or DeepSpeed ZeRO-3, which
+            # puts a dictionary of its own there. Spelled out, since every function that is called here counts.
+            if (
+                type(holder) is parametrize.ParametrizationList
+                and "1" not in modules
+                and type(holder._parameters) is dict
+                and not (holder._forward_hooks or holder._forward_pre_hooks)
+                and not (modules["0"]._forward_hooks or modules["0"]._forward_pre_hooks)
+            ):
+                factor, trained = modules["0"], holder._parameters.get("original")
                 if factor.batch is not None and trained is not None:  # a replica of DataParallel has no parameters
                     found = factor.batch.weight_of(factor.index, trained)
                     if found is not None:
@@ -468,18 +477,6 @@ def _getter(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         return compute(linear)
 
     return weight
-
-
-def _is_plain(holder: Any) -> bool:
-    """Whether a weight is what its factor computes, and nobody else has a part in it."""
-    return (
-        type(holder) is parametrize.ParametrizationList
-        and len(holder._modules) == 1
-        # DeepSpeed's ZeRO-3 puts a dictionary of its own there.
-        and type(holder._parameters) is dict
-        and not (holder._forward_hooks or holder._forward_pre_hooks)
-        and not (holder._modules["0"]._forward_hooks or holder._modules["0"]._forward_pre_hooks)
-    )
 
 
 def _assign(linear: nn.Module, name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.weights import base_layer
+from ..parametrization import project_out
 from ..ranks import Side
 
 
@@ -58,9 +59,7 @@ def _remover(basis: Tensor) -> Callable[[Tensor], Tensor]:
     def remove(vectors: Tensor) -> Tensor:
         if vectors.device not in by_device:
             by_device[vectors.device] = basis.to(vectors.device, torch.float32)
-        q = by_device[vectors.device]
-        wide = vectors.float()
-        return (wide - (wide @ q) @ q.T).to(vectors.dtype)
+        return project_out(vectors.float(), by_device[vectors.device], "input").to(vectors.dtype)
 
     return remove
 
