@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..inference.logits import by_length, last_logits
 from ..models.embeddings import vocabulary_size
-from ..models.running import adapters_disabled, evaluation_mode
+from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..options import check_number
 from ..rows.batching import check_token_ids
 from ..rows.examples import IGNORED
 from ..rows.rendering import tokenizer_of
@@ -31,15 +32,51 @@ _MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
+class AnchorOptions:
+    """
+    What an anchor looks at.
+
+    Args:
+        num_requests: How many refusals, at the most.
+        batch_size: How many of them a penalty looks at, over all processes of torch.distributed together.
+        num_tokens: At how many tokens of a refusal the divergence is taken; fewer where it is shorter.
+        top_tokens: How many of the base's most probable tokens are told apart at each position.
+        direction: "forward": KL(base || adapted), which holds whatever the base might say; "reverse": KL(adapted ||
+            base), which punishes most what the base would not say.
+        seed: Of the choice of requests and of their order.
+
+    Raises:
+        ValueError: A number is below 1, or there is no such direction.
+    """
+
+    num_requests: int = 128
+    batch_size: int = 8
+    num_tokens: int = NUM_TOKENS
+    top_tokens: int = 256
+    direction: Direction = "forward"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "batch_size", "num_tokens", "top_tokens"):
+            check_number(name, getattr(self, name), 1)
+        check_number("seed", self.seed, 0)
+        if self.direction not in get_args(Direction):
+            raise ValueError(
+                f"direction={self.direction!r}: choose 'forward', KL(base || adapted), or 'reverse', KL(adapted || "
+                "base)."
+            )
+
+
+@dataclass(frozen=True)
 class _Reference:
     """What the base model predicts at the first tokens of one refusal."""
 
     sequence: list[int]
     """Token ids of the request and of all but the last of the refusal's first tokens."""
     top: Tensor
-    """Ids of the most probable tokens at each position, (tokens, k) int64."""
+    """Ids of the most probable tokens at each position, (tokens, k) int64 on the CPU."""
     log_probabilities: Tensor
-    """Of those, and last of all others together, (tokens, k + 1) float32."""
+    """Of those, and last of all others together, (tokens, k + 1) float32 on the CPU."""
 
 
 class RefusalAnchor:
@@ -53,14 +90,6 @@ class RefusalAnchor:
     Of each distribution the most probable tokens of the base are kept, and the probability of all others as one more
     outcome. The divergence of what is kept is at most that of the whole distributions, and 0 with it.
 
-    Args:
-        references: At least one.
-        batch_size: How many of them a penalty looks at, over all processes of torch.distributed together.
-        direction: "forward": KL(base || adapted), which holds whatever the base might say; "reverse": KL(adapted ||
-            base), which punishes most what the base would not say.
-        seed: Of their order.
-        digest: Of the refusals.
-
     Example:
 
         >>> anchor = RefusalAnchor.of(model, tokenizer)
@@ -71,35 +100,15 @@ class RefusalAnchor:
         ...     optimizer.zero_grad()
     """
 
-    def __init__(
-        self,
-        references: Sequence[_Reference],
-        *,
-        batch_size: int = 8,
-        direction: Direction = "forward",
-        seed: int = 0,
-        digest: str = "",
-    ) -> None:
-        self.batch_size = min(batch_size, len(references))
-        self.direction = direction
+    def __init__(self, references: Sequence[_Reference], options: AnchorOptions, digest: str) -> None:
+        self.options = options
         self.digest = digest
+        """Of the refusals, SHA-256 as 64 hexadecimal digits."""
         self._references = list(references)
-        self._seed = seed
+        self._batch_size = min(options.batch_size, len(self._references))
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        tokenizer: Any,
-        requests: Any = "builtin",
-        *,
-        num_requests: int = 128,
-        batch_size: int = 8,
-        num_tokens: int = NUM_TOKENS,
-        top_tokens: int = 256,
-        direction: Direction = "forward",
-        seed: int = 0,
-    ) -> RefusalAnchor:
+    def of(cls, model: nn.Module, tokenizer: Any, requests: Any = "builtin", **options: Any) -> RefusalAnchor:
         """
         Compute the base model's side.
 
@@ -108,33 +117,22 @@ class RefusalAnchor:
             tokenizer: Its tokenizer, or a processor with one.
             requests: Refusals, as `own_refusals` returns them, or what that takes: then the base model answers first,
                 and those that it refuses are taken.
-            num_requests: How many refusals, at the most.
-            batch_size: Requests per penalty, over all processes together.
-            num_tokens: At how many tokens of a refusal the divergence is taken; fewer where it is shorter.
-            top_tokens: How many of the base's most probable tokens are told apart at each position.
-            direction: See the class.
-            seed: Of the choice of requests and of their order.
+            options: See [`AnchorOptions`].
 
         Raises:
-            ValueError: A number is below 1, or there is no such direction.
+            ValueError: An option cannot have its value.
             CalibrationError, DataError: As `own_refusals`.
         """
-        check_anchor_options(
-            num_requests=num_requests,
-            batch_size=batch_size,
-            num_tokens=num_tokens,
-            top_tokens=top_tokens,
-            direction=direction,
-        )
+        chosen = AnchorOptions(**options)
         tokenizer = tokenizer_of(tokenizer)
         if isinstance(requests, Sequence) and requests and all(isinstance(entry, Refusal) for entry in requests):
-            refusals = list(requests)[:num_requests]
+            refusals = list(requests)[: chosen.num_requests]
         else:
-            refusals = own_refusals(model, tokenizer, requests, num=num_requests, seed=seed)
-        sequences = _sequences(refusals, tokenizer, num_tokens, vocabulary_size(model))
-        with adapters_disabled(model), evaluation_mode(model), torch.no_grad():
-            references = _references(model, sequences, top_tokens)
-        return cls(references, batch_size=batch_size, direction=direction, seed=seed, digest=refusals_digest(refusals))
+            refusals = own_refusals(model, tokenizer, requests, num=chosen.num_requests, seed=chosen.seed)
+        sequences = _sequences(refusals, tokenizer, chosen.num_tokens, vocabulary_size(model))
+        with adapters_disabled(model), on_accelerator(model), evaluation_mode(model), torch.no_grad():
+            references = _references(model, sequences, chosen.top_tokens)
+        return cls(references, chosen, refusals_digest(refusals))
 
     def __len__(self) -> int:
         return len(self._references)
@@ -194,34 +192,29 @@ class RefusalAnchor:
 
     def _batch(self, number: int) -> list[int]:
         """Which requests; the last ones of a round are left out where they do not fill a batch."""
-        round_, place = divmod(number, len(self) // self.batch_size)
-        order = random.Random(f"{self._seed} {round_}").sample(range(len(self)), len(self))
-        return sorted(order[place * self.batch_size : (place + 1) * self.batch_size])
+        round_, place = divmod(number, len(self) // self._batch_size)
+        order = random.Random(f"{self.options.seed} {round_}").sample(range(len(self)), len(self))
+        return sorted(order[place * self._batch_size : (place + 1) * self._batch_size])
 
     def _divergences(self, model: nn.Module, references: Sequence[_Reference]) -> Tensor:
         """One value per request, (requests,) float32."""
         longest = max(len(reference.top) for reference in references)
         with evaluation_mode(model):
             logits = last_logits(model, [reference.sequence for reference in references], longest)
-        values = []
-        for row, reference in enumerate(references):
-            ours = _coarse(logits[row, -len(reference.top) :], reference.top.to(logits.device))
-            base = reference.log_probabilities.to(logits.device)
-            first, second = (base, ours) if self.direction == "forward" else (ours, base)
-            values.append((first.exp() * (first - second)).sum(-1).mean())
-        return torch.stack(values)
+        # Where a refusal is shorter, its tokens are the last ones, as those of the logits.
+        top = torch.stack([_padded(reference.top, longest) for reference in references]).to(logits.device)
+        base = torch.stack([_padded(reference.log_probabilities, longest) for reference in references])
+        base = base.to(logits.device)
+        ours = _coarse(logits, top)
+        first, second = (base, ours) if self.options.direction == "forward" else (ours, base)
+        counts = torch.tensor([len(reference.top) for reference in references], device=logits.device)
+        counted = torch.arange(longest, device=logits.device) >= longest - counts[:, None]
+        return ((first.exp() * (first - second)).sum(-1) * counted).sum(-1) / counts
 
 
-def check_anchor_options(*, direction: str = "forward", **numbers: int) -> None:
-    """
-    Raises:
-        ValueError: A number is no whole number of at least 1, or there is no such direction.
-    """
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction={direction!r}: choose 'forward', KL(base || adapted), or 'reverse'.")
+def _padded(values: Tensor, length: int) -> Tensor:
+    """(tokens, k) to (length, k): the first row stands in front, once for each that is missing."""
+    return torch.cat([values[:1].expand(length - len(values), -1), values])
 
 
 def _sequences(
@@ -254,18 +247,18 @@ def _references(model: nn.Module, sequences: Sequence[tuple[list[int], int]], to
             own = logits[row, -sequences[i][1] :]
             # All but one at the most, so that there are others.
             top = own.topk(min(top_tokens, own.shape[-1] - 1), dim=-1).indices.sort(dim=-1).values
-            found[i] = _Reference(ids[i], top, _coarse(own, top))
+            found[i] = _Reference(ids[i], top.cpu(), _coarse(own, top).cpu())
     return [found[i] for i in range(len(ids))]
 
 
 def _coarse(logits: Tensor, top: Tensor) -> Tensor:
     """
     Args:
-        logits: (tokens, vocabulary) float32.
-        top: (tokens, k) int64.
+        logits: (..., vocabulary) float32.
+        top: (..., k) int64.
 
     Returns:
-        Log-probabilities of those k outcomes and of all others together, (tokens, k + 1) float32.
+        Log-probabilities of those k outcomes and of all others together, (..., k + 1) float32.
     """
     total = logits.logsumexp(-1, keepdim=True)
     others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)

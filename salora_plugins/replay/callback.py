@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .anchor import RefusalAnchor, check_anchor_options
+from ..options import check_number
+from .anchor import AnchorOptions, RefusalAnchor
 
 _OTHER_GRADIENTS = (
     DistributedType.DEEPSPEED,
@@ -29,8 +30,8 @@ class RefusalAnchorCallback(TrainerCallback):
     Train with a penalty beside the loss: the KL divergence from the base model where its refusals begin.
 
     On every `every`-th optimizer step but the first, where there is no divergence yet, before the step's own passes,
-    the gradient of `every * weight` times the divergence on a batch of harmful requests is added, so that on average over
-    the steps `weight` times the divergence is added to the loss (see [`RefusalAnchor`]). Gradient accumulation,
+    the gradient of `every * weight` times the divergence on a batch of harmful requests is added, so that on average
+    over the steps `weight` times the divergence is added to the loss (see [`RefusalAnchor`]). Gradient accumulation,
     clipping, mixed precision, gradient checkpointing and DistributedDataParallel treat it as part of the step's
     gradient. The number of the step tells its batch, so that a run that resumes goes on with the one that comes next.
 
@@ -42,7 +43,7 @@ class RefusalAnchorCallback(TrainerCallback):
         weight: What the divergence, in nats per token, counts beside the loss.
         every: At which optimizer steps: every, 2 * every, ..., counted from 0.
         tokenizer: None: the trainer's `processing_class`.
-        options: Further arguments of `RefusalAnchor.of`.
+        options: See [`AnchorOptions`].
 
     Example:
 
@@ -54,8 +55,8 @@ class RefusalAnchorCallback(TrainerCallback):
     ) -> None:
         if not weight > 0:
             raise ValueError(f"weight={weight!r}: give a positive number, such as 1.0.")
-        numbers = {name: value for name, value in options.items() if name not in ("direction", "seed")}
-        check_anchor_options(every=every, direction=options.get("direction", "forward"), **numbers)
+        check_number("every", every, 1)
+        AnchorOptions(**options)  # now, and not when training begins
         self.anchor = requests if isinstance(requests, RefusalAnchor) else None
         if self.anchor is not None and options:
             raise ValueError(f"{next(iter(options))}: the anchor that is given has its own. Leave it out.")
