@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..rows.examples import IGNORED
+from ..rows.examples import IGNORED, TokenizedExample
 from ..rows.rendering import tokenizer_of
 from ..rows.tokenizing import tokenize_examples
 from ..support.notices import tell
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+MAX_REPEATS = 4
+"""How often a refusal may stand among the rows without a warning."""
 
 _SHAREGPT_ROLES = {"user": "human", "assistant": "gpt"}
 _UNKNOWN_LENGTH = 1 << 30
@@ -31,13 +34,51 @@ def check_share(share: float, option: str = "share") -> None:
         raise ValueError(f"{option}={share!r}: give a share of the rows between 0 and 1, such as 0.05.")
 
 
+def check_can_be_mixed_into(dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: It is no training set whose rows are supervised examples, one each.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"refusals can be mixed into a datasets.Dataset, and this is a {type(dataset).__name__}. Give the training "
+            "split, loaded and not streamed."
+        )
+    if not len(dataset):
+        raise ValueError("refusals cannot be mixed into a training set without rows.")
+    columns = set(dataset.column_names)
+    if preferences := columns & {"chosen", "rejected", "chosen_ids", "chosen_input_ids", "label"}:
+        raise ValueError(
+            f"refusals cannot be mixed into preferences (the rows have {sorted(preferences)[0]!r}): there is no answer "
+            "of the model that would be the worse one. Use salora_plugins.replay.RefusalAnchorCallback instead."
+        )
+    positions = dataset.with_format(None)[0].get("position_ids") or []
+    if "seq_lengths" in columns or 0 in positions[1:]:
+        raise ValueError(
+            "refusals cannot be mixed into rows that are packed already (seq_lengths, position_ids). Mix them in "
+            "before the rows are packed, or pack in the data loader."
+        )
+
+
+def number_of_refusals(rows: int, share: float) -> int:
+    """How many refusals a training set needs for each to stand there no more than MAX_REPEATS times, at least 128."""
+    return max(128, -(-_number_of_rows(rows, share) // MAX_REPEATS))
+
+
+def _number_of_rows(rows: int, share: float) -> int:
+    """How many rows are to be mixed into `rows`."""
+    return max(1, round(share / (1 - share) * rows))
+
+
 def mix_refusals(
     dataset: Dataset,
     refusals: Sequence[Refusal],
     share: float,
     *,
     seed: int = 0,
-    max_repeats: int = 4,
+    max_repeats: int = MAX_REPEATS,
     tokenizer: Any = None,
     max_length: int | None = None,
 ) -> Dataset:
@@ -66,14 +107,10 @@ def mix_refusals(
     from datasets import Dataset, concatenate_datasets
 
     check_share(share)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"refusals can be mixed into a datasets.Dataset, and this is a {type(dataset).__name__}. Give the training "
-            "split, loaded and not streamed."
-        )
-    if not len(dataset) or not refusals:
-        raise ValueError(f"there are {len(dataset)} rows and {len(refusals)} refusals: give at least one of each.")
-    count = max(1, round(share / (1 - share) * len(dataset)))
+    check_can_be_mixed_into(dataset)
+    if not refusals:
+        raise ValueError("there are no refusals to mix in: give at least one.")
+    count = _number_of_rows(len(dataset), share)
     repeats = -(-count // len(refusals))
     if repeats > max_repeats:
         logger.warning(
@@ -83,7 +120,7 @@ def mix_refusals(
             len(refusals),
             repeats,
         )
-    rows = _rows(dataset, refusals, tokenizer, _UNKNOWN_LENGTH if max_length is None else max_length)
+    rows = _rows(dataset, refusals, tokenizer, max_length)
     order = _rounds(len(rows), count, seed)
     features = dataset.features
     filled = [{name: row.get(name) for name in features} for row in rows]
@@ -114,16 +151,13 @@ def _rounds(size: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def _rows(dataset: Dataset, refusals: Sequence[Refusal], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+def _rows(
+    dataset: Dataset, refusals: Sequence[Refusal], tokenizer: Any, max_length: int | None
+) -> list[dict[str, Any]]:
     """The refusals as rows of the data set; only the columns of its format."""
     columns, first = set(dataset.column_names), dataset.with_format(None)[0]
-    if preferences := columns & {"chosen", "rejected", "chosen_ids", "chosen_input_ids", "label"}:
-        raise ValueError(
-            f"refusals cannot be mixed into preferences (the rows have {sorted(preferences)[0]!r}): there is no answer "
-            "of the model that would be the worse one. Use salora_plugins.replay.RefusalAnchorCallback instead."
-        )
     if "input_ids" in columns:
-        return _token_rows(columns, first, refusals, tokenizer, max_length)
+        return _token_rows(dataset.features, refusals, tokenizer, max_length)
     for column in ("messages", "conversations"):
         if column in columns:
             return [{column: _conversation(refusal, first[column])} for refusal in refusals]
@@ -157,21 +191,15 @@ def _texts(refusals: Sequence[Refusal], tokenizer: Any, kind: str) -> Iterator[t
     """What stands before a refusal and the refusal with its end, as text that a trainer tokenizes again."""
     tokenizer = _needed(tokenizer, kind)
     bos = tokenizer.bos_token or ""
-    for refusal in refusals:
-        (row,) = tokenize_examples([refusal.example], tokenizer, max_length=_UNKNOWN_LENGTH, option="refusals")
+    for row in _tokenized(refusals, tokenizer):
         start = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         prompt, completion = (tokenizer.decode(ids) for ids in (row.input_ids[:start], row.input_ids[start:]))
         yield prompt.removeprefix(bos), completion  # the trainer's tokenizer writes the beginning itself
 
 
 def _token_rows(
-    columns: set[str], first: Mapping[str, Any], refusals: Sequence[Refusal], tokenizer: Any, max_length: int
+    features: Mapping[str, Any], refusals: Sequence[Refusal], tokenizer: Any, max_length: int | None
 ) -> list[dict[str, Any]]:
-    if "seq_lengths" in columns or 0 in list(first.get("position_ids") or [])[1:]:
-        raise ValueError(
-            "refusals cannot be mixed into rows that are packed already (seq_lengths, position_ids). Mix them in "
-            "before the rows are packed, or pack in the data loader."
-        )
     made = {
         "input_ids": lambda row: list(row.input_ids),
         "labels": lambda row: list(row.labels),
@@ -182,16 +210,34 @@ def _token_rows(
         "assistant_masks": lambda row: [int(label != IGNORED) for label in row.labels],
         "length": lambda row: len(row.input_ids),
     }
-    if unknown := columns - made.keys():
+    if unknown := [name for name, feature in features.items() if name not in made and _holds_numbers(feature)]:
         raise ValueError(
-            f"refusals cannot be mixed into tokenized rows with the column {sorted(unknown)[0]!r}, whose value for "
-            "them is not known. Remove the column."
+            f"refusals cannot be mixed into tokenized rows with the column {unknown[0]!r}, whose value for them is not "
+            "known. Remove the column."
         )
     tokenizer = _needed(tokenizer, "input_ids")
-    examples = tokenize_examples(
-        [refusal.example for refusal in refusals], tokenizer, max_length=max_length, option="refusals"
-    )
-    return [{name: made[name](row) for name in columns} for row in examples]
+    examples = [
+        cut
+        for row in _tokenized(refusals, tokenizer)
+        if (cut := TokenizedExample(row.input_ids[:max_length], row.labels[:max_length])).has_response
+    ]
+    if not examples:
+        raise ValueError(
+            f"max_length={max_length}: no refusal has a token of its response within it, so that there is nothing to "
+            "mix in. Raise it, or give shorter requests."
+        )
+    return [{name: make(row) for name, make in made.items() if name in features} for row in examples]
+
+
+def _holds_numbers(feature: Any) -> bool:
+    """Whether a column is of numbers, or of lists of them, which a collator may look at."""
+    inner = getattr(feature, "feature", feature)
+    return str(getattr(inner, "dtype", "")).startswith(("int", "uint", "float", "bool"))
+
+
+def _tokenized(refusals: Sequence[Refusal], tokenizer: Any) -> list[TokenizedExample]:
+    examples = [refusal.example for refusal in refusals]
+    return tokenize_examples(examples, tokenizer, max_length=_UNKNOWN_LENGTH, option="refusals")
 
 
 def _needed(tokenizer: Any, kind: str) -> Any:

@@ -120,7 +120,9 @@ def own_refusals(
             "(instruction-tuned, safety-trained) model with its chat template, or give requests with the responses "
             "that it should keep."
         )
-    tell(logger, "%d refusals of the base model's own to %d requests.", len(found), len(answers))
+    if asked:
+        refused = sum(map(bool, answers))
+        tell(logger, "The base model refused %d of %d requests that it was asked.", refused, len(answers))
     return found
 
 

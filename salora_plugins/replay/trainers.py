@@ -1,19 +1,26 @@
-"""The refusal anchor in trainers of transformers and TRL."""
+"""Refusals in the training set of a trainer of transformers or TRL, and the anchor beside its loss."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapters.adapter_config import AdapterConfig
 from ..options import check_number
 from .anchor import AnchorOptions, RefusalAnchor
+from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
+from .refusals import own_refusals, refusals_digest
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _OTHER_GRADIENTS = (
     DistributedType.DEEPSPEED,
@@ -93,6 +100,12 @@ class RefusalAnchorCallback(TrainerCallback):
                     "or give the callback a tokenizer."
                 )
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
+        note_for_card(
+            model,
+            "Refusal anchor",
+            f"KL to the base model on {len(self.anchor)} of its refusals, weight {self.weight:g}, every {self.every} "
+            f"steps; SHA-256 {self.anchor.digest}",
+        )
 
     def on_step_begin(
         self,
@@ -125,6 +138,59 @@ class RefusalAnchorCallback(TrainerCallback):
         """Put the last divergence beside the loss, in the trainer's history and for the callbacks behind this one."""
         if self._last is not None and logs is not None and "loss" in logs:
             logs["refusal_anchor/kl"] = state.log_history[-1]["refusal_anchor/kl"] = self._last.item()
+
+
+def mix_into_training_set(
+    trainer: Trainer, share: float, requests: Any = "builtin", *, seed: int = 0, max_length: int | None = None
+) -> None:
+    """
+    Mix the base model's own refusals into the training set of a trainer that is made and has not begun.
+
+    They are rendered with the trainer's tokenizer, and only their responses are trained on.
+
+    Args:
+        trainer: A supervised one, of transformers, TRL or Axolotl, with rows of token ids. Its set must not be packed
+            yet.
+        share: See `mix_refusals`.
+        requests: See `own_refusals`.
+        seed: Of the choice of requests and of their order.
+        max_length: Tokens of a row that are kept; None: the trainer's `max_length`, if it has one.
+
+    Raises:
+        ValueError: See `mix_refusals`.
+        CalibrationError, DataError: See `own_refusals`.
+    """
+    check_share(share)
+    dataset: Any = trainer.train_dataset
+    check_can_be_mixed_into(dataset)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = trainer.processing_class
+    refusals = own_refusals(model, tokenizer, requests, num=number_of_refusals(len(dataset), share), seed=seed)
+    mixed = mix_refusals(
+        dataset,
+        refusals,
+        share,
+        seed=seed,
+        tokenizer=tokenizer,
+        max_length=max_length or getattr(trainer.args, "max_length", None),
+    )
+    trainer.train_dataset = mixed
+    note_for_card(
+        model,
+        "Refusals mixed in",
+        f"{len(mixed) - len(dataset)} rows of {len(refusals)} refusals of the base model's own among {len(mixed)}; "
+        f"SHA-256 {refusals_digest(refusals)}",
+    )
+
+
+def note_for_card(model: nn.Module, name: str, text: str) -> None:
+    """Have a SaLoRA adapter's model card say what it was trained on beside the task; other adapters have none."""
+    if not isinstance(model, PeftModel):
+        return
+    for adapter in model.active_adapters:
+        config = model.peft_config[adapter]
+        if isinstance(config, AdapterConfig):
+            config.training_notes[name] = text
 
 
 def _has_adapter(model: nn.Module) -> bool:
