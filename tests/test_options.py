@@ -136,9 +136,10 @@ def test_trls_arguments(option: Option):
 def test_trls_arguments_have_nothing_else():
     pytest.importorskip("trl")
     from salora_plugins.integrations.trl import SaLoRAArguments
+    from salora_plugins.integrations.trl.arguments import OF_THE_RUN as OF_TRLS_RUN
 
     names = ["salora_init" if n == "init" else n for n in OPTIONS if n not in LEFT_OUT["trl"]]
-    assert [f.name for f in dataclasses.fields(SaLoRAArguments)] == ["use_salora", *names]
+    assert [f.name for f in dataclasses.fields(SaLoRAArguments)] == ["use_salora", *names, *OF_TRLS_RUN]
 
 
 @pytest.fixture(scope="module")

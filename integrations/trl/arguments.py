@@ -29,7 +29,7 @@ _TYPES: dict[Any, Any] = {Any: str, Rank: float, RankPattern: RankPattern | str}
 # argparse adds "(default: None)" to what has no default in it; this prints nothing.
 _NO_DEFAULT = "%(default).0s"
 
-_OF_THE_RUN = {
+OF_THE_RUN = {
     "refusal_share": "Share of the training rows that are the base model's own refusals of the requests in "
     "safety_data, with SaLoRA or any other adapter. Default: none.",
     "refusal_anchor": "Weight of the KL divergence from the base model where its refusals of the requests in "
@@ -46,7 +46,7 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
             kind = _TYPES.get(option.type, option.type) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
 
-    for name, text in _OF_THE_RUN.items():
+    for name, text in OF_THE_RUN.items():
         yield name, float | None, field(default=None, metadata={"help": text + _NO_DEFAULT})
 
 
@@ -96,9 +96,9 @@ def get_peft_config(
     Raises:
         ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses.
     """
-    given = {name: value for name, value in salora_args.given().items() if name not in _OF_THE_RUN}
+    given = {name: value for name, value in salora_args.given().items() if name not in OF_THE_RUN}
     if not salora_args.use_salora:
-        if any(getattr(salora_args, name) for name in _OF_THE_RUN):
+        if any(getattr(salora_args, name) for name in OF_THE_RUN):
             given.pop("safety_data", None)  # whose requests are refused
         if given:
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
