@@ -67,6 +67,16 @@ def peak_tensor_bytes(function: Callable[[], Any]) -> int:
     return peak
 
 
+def peak_allocated(step: Callable[[], Any], steps: int) -> int:
+    """The most bytes that tensors took on the GPU during some steps, those from before included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from salora_plugins import SaLoRAConfig
 
-from .measuring import LLAMA_8B, interleaved, machine, operations, peak_tensor_bytes, python_calls, seconds
+from .measuring import (
+    LLAMA_8B,
+    interleaved,
+    machine,
+    operations,
+    peak_allocated,
+    peak_tensor_bytes,
+    python_calls,
+    seconds,
+)
 
 What = Literal["time", "memory", "operations", "calls", "start"]
 RANK = 16
@@ -220,7 +229,7 @@ def quantize(model: Any, device: str) -> None:
 
 
 def training_step(base: LlamaForCausalLM, method: str, measurement: Measurement) -> tuple[Callable[[], None], int]:
-    """A function that does one step, and the bytes that weights, adapter and optimizer take between steps."""
+    """A function that does one step, and the bytes of weights, adapter and optimizer on the model's device."""
     model = copy.deepcopy(base) if measurement.load_in_4bit else with_shared_weights(base)
     tokens = torch.randint(0, base.config.vocab_size, (measurement.batch_size, measurement.tokens), device=base.device)
     if measurement.gradient_checkpointing:
@@ -274,13 +283,19 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    device = next(model.parameters()).device
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.device == device}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def memory(base: LlamaForCausalLM, method: str, measurement: Measurement) -> int:
+    """The peak of a step, the base model and all that lasts included."""
     step, resident = training_step(base, method, measurement)
-    peak = resident + peak_tensor_bytes(step)
+    if torch.cuda.is_available():
+        peak = peak_allocated(step, steps=3)
+    else:
+        step()
+        peak = resident + peak_tensor_bytes(step)
     del step
     gc.collect()
     return peak

@@ -7,6 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol, SupportsIndex
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .ranks import Side
@@ -64,9 +66,53 @@ def stacked_halves(factor: Tensor, offset: Tensor | None, side: Side, dtype: tor
     return torch.cat([factor, factor - offset], dim=-1)
 
 
+graph_task = torch._C._current_graph_task_id
+"""The number of the backward pass that is running, another for each; -1 where none is."""
+
+
 def in_backward() -> bool:
     """Whether a backward pass is running, so that a forward pass is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
+
+
+NO_PASS, FORWARD_PASS = -2, -1
+"""Numbers of a `RunningPass`; that of a backward pass is what `graph_task` tells."""
+
+
+@dataclass
+class RunningPass:
+    """The weights of all layers as they are during one pass. Lists are in one order of the factors."""
+
+    number: int = NO_PASS
+    grad: bool = False
+    """Whether gradients were enabled when the weights were computed."""
+    weights: list[Tensor | None] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    """The trained factors that the weights are of."""
+    versions: list[int] = field(default_factory=list)
+    """The factors' counts of writes then."""
+    used: list[bool] = field(default_factory=list)
+    """Whether the forward pass took a weight: only then a backward pass recomputes with it."""
+
+
+class PassWeight:
+    """
+    Where a layer finds its weight during a pass. It lies in the layer, since reading it is to take about as long as
+    reading a parameter: on a small model all else of a step hardly takes longer.
+
+    Args:
+        running: The weights of the pass that runs.
+        index: Of this layer's.
+        owner: The layer's `id`: a replica of nn.DataParallel has all that lies in the layer, but no weight.
+    """
+
+    __slots__ = ("index", "owner", "running")
+
+    def __init__(self, running: RunningPass, index: int, owner: int) -> None:
+        self.running, self.index, self.owner = running, index, owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # the copy of the layer gets its own in its first pass
 
 
 class WeightSource(Protocol):
@@ -78,6 +124,9 @@ class WeightSource(Protocol):
 
     def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
         """The weight of a factor, by its index; None where it has to be computed alone."""
+
+    def regroup(self) -> None:
+        """A factor has another basis, or hooks."""
 
 
 class SafeFactor(nn.Module):
@@ -109,12 +158,12 @@ class SafeFactor(nn.Module):
     def __init__(self, side: Side, basis: Tensor | None, offset: Tensor | None) -> None:
         super().__init__()
         self.side = side
+        self.batch: WeightSource | None = None
+        self.index = 0
         self.basis = basis
         self.start = None if offset is None else StartFactor(offset)
         self.awaits_task_data = False
         self._registered = False
-        self.batch: WeightSource | None = None
-        self.index = 0
 
     @property
     def basis(self) -> Tensor | None:
@@ -124,11 +173,27 @@ class SafeFactor(nn.Module):
     @basis.setter
     def basis(self, value: Tensor | None) -> None:
         self._basis, self._trace = value, None
+        self._tell_batch()
 
     def share_basis(self, old: Tensor, new: Tensor) -> None:
         """Take another tensor of the same numbers in the place of its basis, if that is `old`."""
         if self._basis is old:
             self._basis = new  # what tells bases apart, `_trace`, stays true
+            self._tell_batch()
+
+    def _tell_batch(self) -> None:
+        if self.batch is not None:
+            self.batch.regroup()
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of any module; from then on this factor's weight is computed alone, so that the hook is called."""
+        self._tell_batch()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As of any module; from then on this factor's weight is computed alone, so that the hook is called."""
+        self._tell_batch()
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     @property
     def offset(self) -> Tensor | None:
@@ -159,11 +224,14 @@ class SafeFactor(nn.Module):
         self.follow(factor.device)
         if self.start is None and self.basis is None:
             return factor
+        basis = self.basis
+        if basis is not None and basis.device != factor.device:
+            basis = basis.to(factor.device, non_blocking=True)
         # Autocast would run the projection in bf16 and let three digits of the safety directions through.
         with torch.autocast(device_type=factor.device.type, enabled=False):
             stacked = stacked_halves(factor.float(), self.offset, self.side, factor.dtype)
-            if self.basis is not None:
-                stacked = project_out(stacked, self.basis, self.side)
+            if basis is not None:
+                stacked = project_out(stacked, basis, self.side)
             return stacked.to(factor.dtype)
 
     @torch.no_grad()
@@ -287,9 +355,10 @@ class SafeFactor(nn.Module):
         return trace
 
     def follow(self, device: torch.device) -> None:
-        """Dispatching a model over devices moves parameters only; move along once."""
-        if self._basis is not None and self._basis.device != device:
+        """Dispatching a model over devices moves parameters only; move along once, unless a `BasisStack` streams it."""
+        if self._basis is not None and self._basis.device != device and not _streamed(self._basis, device):
             self._basis = moved_once(self._basis, device)
+            self._tell_batch()
         if self.start is not None and self.start.value.device != device:
             self.start.value = self.start.value.to(device)
 
@@ -298,13 +367,18 @@ class SafeFactor(nn.Module):
         super()._apply(fn, recurse)
         if self.basis is not None:
             device = fn(self.basis.new_empty(0)).device
-            if device.type != "meta":
+            if device.type != "meta" and not _streamed(self.basis, device):
                 self.follow(device)
         return self
 
     def extra_repr(self) -> str:
         basis = None if self.basis is None else tuple(self.basis.shape)
         return f"side={self.side}, basis={basis}, offset={self.start is not None}"
+
+
+def _streamed(basis: Tensor, device: torch.device) -> bool:
+    """Whether a basis is in the host's page-locked memory, from where a GPU takes it (`tuning.basis_stack`)."""
+    return basis.device.type == "cpu" and device.type in ("cpu", "cuda") and basis.is_pinned()
 
 
 # Basis -> device -> its copy there, as long as both are in use.
@@ -443,6 +517,7 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     factor._registered = True
     own_class: Any = type(linear)  # that of this one module, which torch made for its parametrization
     own_class.__setattr__ = _assign
+    vars(linear)["_pass_weight"] = None
     own_class.weight = property(_getter(own_class.weight.fget), own_class.weight.fset)
     weight_holder(linear).register_load_state_dict_pre_hook(_check_loaded)
     linear.out_features, linear.in_features = linear.weight.shape
@@ -450,30 +525,27 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
 
 def _getter(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """
-    What reads the weight: within a forward pass it has been computed together with others, and is handed out without
-    the calls of two modules that torch's parametrization makes, which on a small model cost more than the numbers.
+    What reads the weight: within a pass it is at hand, and is taken without the calls of two modules that torch's
+    parametrization makes. Spelled out, since on a small model every function that is called here counts.
     """
+    is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 
     def weight(linear: Any) -> Tensor:  # of the class that torch made
-        if not torch.compiler.is_compiling():
-            # Past nn.Module's __getattr__, which is slow; `weight_holder` and `safe_factor` in other words.
-            parametrizations: Any = linear._modules["parametrizations"]
-            holder = parametrizations._modules["weight"]
-            modules = holder._modules
-            # Where nobody else has a part in it: a wrapper, another parametrization, hooks, or DeepSpeed ZeRO-3, which
-            # puts a dictionary of its own there. Spelled out, since every function that is called here counts.
-            if (
-                type(holder) is parametrize.ParametrizationList
-                and "1" not in modules
-                and type(holder._parameters) is dict
-                and not (holder._forward_hooks or holder._forward_pre_hooks)
-                and not (modules["0"]._forward_hooks or modules["0"]._forward_pre_hooks)
-            ):
-                factor, trained = modules["0"], holder._parameters.get("original")
-                if factor.batch is not None and trained is not None:  # a replica of DataParallel has no parameters
-                    found = factor.batch.weight_of(factor.index, trained)
-                    if found is not None:
-                        return found
+        place: PassWeight | None = linear.__dict__["_pass_weight"]
+        if place is not None and not is_compiling():
+            running = place.running
+            number = running.number
+            if (number == FORWARD_PASS or number == graph_task()) and running.grad is is_grad_enabled():
+                index = place.index
+                found = running.weights[index]
+                if (
+                    found is not None
+                    and place.owner == id(linear)
+                    and running.factors[index]._version == running.versions[index]
+                    and (number == FORWARD_PASS or running.used[index])
+                ):
+                    running.used[index] = True
+                    return found
         return compute(linear)
 
     return weight

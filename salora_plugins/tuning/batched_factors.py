@@ -11,22 +11,32 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
-from ..parametrization import SafeFactor, StartFactor, in_backward, safe_factor, stacked_halves, weight_holder
+from ..parametrization import (
+    FORWARD_PASS,
+    NO_PASS,
+    PassWeight,
+    RunningPass,
+    SafeFactor,
+    StartFactor,
+    graph_task,
+    safe_factor,
+    stacked_halves,
+    weight_holder,
+)
 from ..ranks import Side
+from .basis_stack import BasisStack, stacked
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
-
-# Bases that are slices of a stack already.
-_slices = WeakIdKeyDictionary()
 
 
 class ForwardScope:
@@ -39,7 +49,7 @@ class ForwardScope:
         """The ids of the entry points that are running, the outermost first."""
         self.passes = 0
 
-    def watch(self, entry: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    def watch(self, entry: nn.Module) -> list[RemovableHandle]:
         """Call `enter` and `leave` around every forward pass of a module, also where it fails."""
         return [
             entry.register_forward_pre_hook(self.enter),
@@ -51,6 +61,8 @@ class ForwardScope:
             return
         if id(module) in self.running:
             self.running.clear()  # a pass that Ctrl-C ended, of which hooks hear nothing
+            for batch in self.batches.values():
+                batch.close()
         if not self.running:
             self.passes += 1
         self.running.append(id(module))
@@ -99,8 +111,13 @@ class FactorBatch:
 
     def __init__(self, adapter_name: str, linears: Sequence[nn.Module], scope: ForwardScope) -> None:
         # Weak: the factors refer to this object.
+        self._linears: list[weakref.ref[Any]] = [weakref.ref(linear) for linear in linears]
         self._holders: list[weakref.ref[Any]] = [weakref.ref(weight_holder(linear)) for linear in linears]
         self._groups: list[_Group] = []
+        self._grouped: list[tuple[Tensor, int, torch.dtype, bool]] = []
+        """The factors as they were grouped, and what tells whether they are still so."""
+        self._running = RunningPass()
+        self._prefetches: RemovableHandle | None = None
         self.scope = scope
         self.weights: dict[bool, _Weights] = {}
         scope.batches[adapter_name] = self
@@ -113,12 +130,12 @@ class FactorBatch:
         """Whether a forward pass of the model is running."""
         return bool(self.scope.running)
 
-    def factors(self) -> Iterator[SafeFactor]:
+    def factors(self) -> list[SafeFactor]:
         """The factors that are still there."""
-        for reference in self._holders:
-            holder = reference()
-            if holder is not None:
-                yield holder._modules["0"]  # as holder[0], in a tenth of the calls
+        holders = [reference() for reference in self._holders]
+        return [
+            holder._modules["0"] for holder in holders if holder is not None
+        ]  # as holder[0], in a tenth of the calls
 
     def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
         """
@@ -128,41 +145,117 @@ class FactorBatch:
             index: Of the factor.
             factor: The trained factor, as the parametrization was given it.
         """
-        grad = torch.is_grad_enabled()
-        if in_backward():
+        grad, task = torch.is_grad_enabled(), graph_task()
+        if task != FORWARD_PASS:
             found = self.weights.get(True) if grad else None
-            if found is None or not found.used[index]:
+            if found is None:
+                return None
+            if self._running.number != task:
+                self._run(found, task)
+            if not found.used[index]:
                 return None
         elif not self.scope.running:
             return None
         else:
             found = self.weights.get(grad)
             if found is None or found.forward_pass != self.scope.passes:
+                self._stop()
                 self.weights.pop(grad, None)  # the memory of the last pass, before that of this one
                 found = self.weights[grad] = self._compute()
-        if found.factors[index] is not factor or found.versions[index] != factor._version:
+                self._run(found, task)
+        if found.weights[index] is None or found.factors[index] is not factor:
+            return None
+        if found.versions[index] != factor._version:
             return None
         found.used[index] = True
         return found.weights[index]
 
+    def _run(self, found: _Weights, number: int) -> None:
+        """Let the layers find these weights at once in a pass."""
+        running = self._running
+        running.number, running.grad, running.weights = number, torch.is_grad_enabled(), found.weights
+        running.factors, running.versions, running.used = found.factors, found.versions, found.used
+
+    def _stop(self) -> None:
+        """Let the layers' weights be computed again."""
+        self._running.number, self._running.weights = NO_PASS, []
+
     def _compute(self) -> _Weights:
         count = len(self._holders)
-        factors = self._trained_factors()
-        if factors is None:
-            nothing: list[Any] = [None] * count
-            return _Weights(self.scope.passes, nothing, nothing, nothing, [], [False] * count)
-        safe_factors = list(self.factors())
-        if not self._groups or not all(group.fits(safe_factors, factors) for group in self._groups):
-            self._groups = []  # the stacks of the last grouping, before those of this one
-            self._groups = _grouped(safe_factors, factors, self.scope)
+        if not self._as_grouped():
+            factors = self._trained_factors()
+            if factors is None:
+                nothing: list[Any] = [None] * count
+                return _Weights(self.scope.passes, nothing, nothing, nothing, [], [False] * count)
+            self.regroup()  # the stacks of the last grouping, before those of this one
+            self._groups = _grouped(self.factors(), factors, self.scope)
+            self._grouped = [(f, f.data_ptr(), f.dtype, f.requires_grad) for f in factors]
+            self._place()
+            self._watch_middle()
+        factors = [factor for factor, *_ in self._grouped]
         weights: list[Tensor | None] = [None] * count
         of_groups = []
         for group in self._groups:
-            results = _Together.apply(group, *(factors[i] for i in group.indices))
+            results = _Together.apply(group, *[factors[i] for i in group.indices])
             for i, weight in zip(group.indices, results, strict=True):
                 weights[i] = weight
             of_groups.append(results[0])
+            if group.stack is not None and torch.is_grad_enabled():
+                group.stack.release()
         return _Weights(self.scope.passes, factors, [f._version for f in factors], weights, of_groups, [False] * count)
+
+    def regroup(self) -> None:
+        """A factor has another basis, is another tensor, or is looked at by a hook."""
+        self._groups, self._grouped = [], []
+
+    def _as_grouped(self) -> bool:
+        """Whether the trained factors are what and where they were when they were grouped."""
+        if not self._grouped or peek_interpreter_stack() is not None:  # torch.func
+            return False
+        for reference, (factor, pointer, dtype, requires_grad) in zip(self._holders, self._grouped, strict=True):
+            holder = reference()
+            # Spelled out: this is asked of every factor in every pass.
+            if (
+                holder is None
+                or type(parameters := holder._parameters) is not dict
+                or parameters["original"] is not factor
+                or factor.data_ptr() != pointer
+                or factor.dtype is not dtype
+                or factor.requires_grad is not requires_grad
+                or holder._forward_hooks
+                or holder._forward_pre_hooks
+                or "1" in holder._modules
+            ):
+                return False
+        return True
+
+    def _place(self) -> None:
+        """Tell the layers where they find their weights, unless somebody else has a part in what these are."""
+        for index, (of_linear, of_holder) in enumerate(zip(self._linears, self._holders, strict=True)):
+            linear, holder = of_linear(), of_holder()
+            if linear is not None:
+                # A wrapper, another parametrization, or hooks.
+                alone = type(holder) is parametrize.ParametrizationList and len(holder) == 1
+                alone = alone and not any(m._forward_hooks or m._forward_pre_hooks for m in (holder, holder[0]))
+                vars(linear)["_pass_weight"] = PassWeight(self._running, index, id(linear)) if alone else None
+
+    def _watch_middle(self) -> None:
+        """Where bases are on the host, let the backward pass fetch them when it has half of the layers behind it."""
+        if self._prefetches is not None:
+            self._prefetches.remove()
+            self._prefetches = None
+        middle = self._linears[len(self._linears) // 2]()
+        if middle is not None and any(group.stack is not None and group.stack.streamed for group in self._groups):
+            self._prefetches = middle.register_forward_hook(self._at_middle)
+
+    def _at_middle(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not torch.compiler.is_compiling() and output.requires_grad:
+            output.register_hook(self._prefetch)
+
+    def _prefetch(self, gradient: Tensor) -> None:
+        for group in self._groups:
+            if group.stack is not None and group.stack.streamed:
+                group.stack.prefetch()
 
     def close(self) -> None:
         """
@@ -171,6 +264,7 @@ class FactorBatch:
         Raises:
             RuntimeError: A weight was written to within it, which the factors do not hear of.
         """
+        self._stop()
         for found in self.weights.values():
             if any(not weight.is_inference() and weight._version for weight in found.of_groups):
                 self.weights.clear()
@@ -210,15 +304,20 @@ class FactorBatch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
         result = memo[id(self)] = object.__new__(FactorBatch)
-        result._groups, result.weights = [], {}
-        holders = [reference() for reference in self._holders]
-        # One that is gone stays a reference to nothing.
-        result._holders = [
-            reference if holder is None else weakref.ref(copy.deepcopy(holder, memo))
-            for reference, holder in zip(self._holders, holders, strict=True)
-        ]
+        result.regroup()
+        result.weights, result._prefetches, result._running = {}, None, RunningPass()
+        result._linears, result._holders = (_copied(references, memo) for references in (self._linears, self._holders))
         result.scope = copy.deepcopy(self.scope, memo)
         return result
+
+
+def _copied(references: list[weakref.ref[Any]], memo: dict[int, Any]) -> list[weakref.ref[Any]]:
+    """References to the copies; one to what is gone stays one to nothing."""
+    modules = [reference() for reference in references]
+    return [
+        reference if module is None else weakref.ref(copy.deepcopy(module, memo))
+        for reference, module in zip(references, modules, strict=True)
+    ]
 
 
 @dataclass
@@ -233,23 +332,11 @@ class _Group:
     """Of every factor; empty where they start at a zero update."""
     bases: list[Tensor]
     """Every basis once; empty where there is no projection."""
-    stack: Tensor | None
-    """The same as one tensor, (m, d, k)."""
+    stack: BasisStack | None
+    """The same as one tensor; None where they are parts of other groups' stacks, too."""
 
     def __post_init__(self) -> None:
         self._sharing = len(self.indices) // max(1, len(self.bases))  # how many factors share a basis
-
-    def fits(self, safe_factors: list[SafeFactor], factors: list[Tensor]) -> bool:
-        """Whether everything is still where and what it was when the factors were grouped."""
-        for slot, i in enumerate(self.indices):
-            factor = safe_factors[i]
-            if (
-                _kind(factors[i]) != self.kind
-                or (self.bases and factor._basis is not self.bases[slot // self._sharing])
-                or factor.start is not (self.starts[slot] if self.starts else None)
-            ):
-                return False
-        return True
 
     def weights(self, factors: tuple[Tensor, ...]) -> Tensor:
         """(n, ...): what `SafeFactor.compute` computes of every factor."""
@@ -260,7 +347,7 @@ class _Group:
         halves = stacked_halves(stacked.float(), offset, self.side, stacked.dtype)
         return self.projected(halves).to(stacked.dtype)
 
-    def gradients(self, gradients: tuple[Tensor, ...]) -> Tensor:
+    def gradients(self, gradients: Sequence[Tensor]) -> Tensor:
         """(n, ...): the gradients of the trained factors, of those of the weights: the projection is symmetric."""
         stacked = torch.stack(gradients)
         dtype = stacked.dtype
@@ -273,11 +360,14 @@ class _Group:
         """`project_out` of all at once; stacked is (n, k, d_in) for the input side and (n, d_out, k) for the output."""
         if not self.bases:
             return stacked
-        bases = torch.stack(self.bases) if self.stack is None else self.stack
+        if self.stack is None:
+            bases = torch.stack([basis.to(stacked.device, non_blocking=True) for basis in self.bases])
+        else:
+            bases = self.stack.on_device()
         if self.side == "output":
-            return torch.baddbmm(stacked, bases, bases.mT @ stacked, alpha=-1)
+            return torch.baddbmm(stacked, bases, torch.bmm(bases.mT, stacked), alpha=-1)
         rows = stacked if self._sharing == 1 else stacked.reshape(len(self.bases), -1, stacked.shape[2])
-        rows = torch.baddbmm(rows, rows @ bases, bases.mT, alpha=-1)
+        rows = torch.baddbmm(rows, torch.bmm(rows, bases), bases.mT, alpha=-1)
         return rows.view(stacked.shape)
 
 
@@ -293,11 +383,17 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        some = next(gradient for gradient in gradients if gradient is not None)
-        given = tuple(torch.zeros_like(some) if gradient is None else gradient for gradient in gradients)
-        with torch.autocast(some.device.type, enabled=False):
-            results = ctx.group.gradients(given).unbind()
-        return None, *(r if g is not None else None for g, r in zip(gradients, results, strict=True))
+        unused = [i for i, gradient in enumerate(gradients) if gradient is None]
+        given = [gradient for gradient in gradients if gradient is not None]
+        for i in unused:
+            given.insert(i, torch.zeros_like(given[0]))
+        if ctx.group.stack is not None:
+            ctx.group.stack.used_in_backward()
+        with torch.autocast(given[0].device.type, enabled=False):
+            results: list[Tensor | None] = list(ctx.group.gradients(given).unbind())
+        for i in unused:
+            results[i] = None
+        return None, *results
 
 
 def _kind(factor: Tensor) -> _Kind:
@@ -321,35 +417,18 @@ def _grouped(safe_factors: list[SafeFactor], factors: list[Tensor], scope: Forwa
     groups = []
     for (side, kind, width, _, sharing), indices in members.items():
         starts = [start for i in indices if (start := safe_factors[i].start) is not None]
-        of_bases = [safe_factors[i] for i in indices[::sharing]] if width else []
-        stack = _stack_in_place(_bases(of_bases), scope) if width else None
-        groups.append(_Group(side, indices, kind, starts, _bases(of_bases), stack))
+        stack = None
+        if width:
+            bases = _bases(safe_factors[i] for i in indices[::sharing])
+            stack = stacked(bases, kind[2])
+            for old, new in zip(bases, bases if stack is None else stack.slices, strict=True):
+                if new is not old:
+                    scope.replace_basis(old, new)
+        of_bases = _bases(safe_factors[i] for i in indices[::sharing]) if width else []
+        groups.append(_Group(side, indices, kind, starts, of_bases, stack))
     return groups
 
 
-def _bases(safe_factors: list[SafeFactor]) -> list[Tensor]:
+def _bases(safe_factors: Iterable[SafeFactor]) -> list[Tensor]:
     """Of a group, in which all have one."""
     return [factor._basis for factor in safe_factors if factor._basis is not None]
-
-
-def _stack_in_place(bases: list[Tensor], scope: ForwardScope) -> Tensor | None:
-    """
-    The bases as one tensor (m, d, k) that holds the memory of them all; None where they are slices of other stacks.
-
-    Bases are most of the memory of an adapter, so that there must not be a second copy.
-    """
-    first, size = bases[0], bases[0].numel()
-    if all(
-        basis.is_contiguous()
-        and basis.untyped_storage()._cdata == first.untyped_storage()._cdata
-        and basis.storage_offset() == first.storage_offset() + i * size
-        for i, basis in enumerate(bases)
-    ):
-        return first.as_strided((len(bases), *first.shape), (size, first.shape[1], 1))
-    if any(basis in _slices for basis in bases):
-        return None
-    stack = torch.stack(bases)
-    for old, new in zip(bases, stack.unbind(), strict=True):
-        _slices[new] = True
-        scope.replace_basis(old, new)
-    return stack
