@@ -1,7 +1,7 @@
 """The command line of the experiment on models that others aligned: see benchmarks/README.md.
 
-Every run trains one method on one task and is measured at several steps on the way. What is measured already is skipped;
-the deadline ends everything where it is, and the same command goes on from there.
+Every run trains one method on one task and is measured at several steps on the way. What is measured already is
+skipped; the deadline ends everything where it is, and the same command goes on from there.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ TASKS = ("sure", "math", "python", "identity")
 IDENTITY_ROWS = 16
 HELDOUT_EVERYDAY = 100
 """The last everyday requests: no task trains on them, and they are asked as the set "everyday"."""
+HARMLESS_SETS = ("look-alikes", "everyday")
 NARROW_SAMPLES = 128
 """SaLoRA's `num_safety_samples` in 0.1."""
 NARROW_FILE = "builtin_before.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from salora_plugins.evaluation.generation import continue_prompts
 from salora_plugins.evaluation.judges.keyword import is_refusal
 from salora_plugins.models.running import evaluation_mode, input_device
 from salora_plugins.rows.batching import batches
-from salora_plugins.rows.examples import TokenizedExample
+from salora_plugins.rows.examples import IGNORED, TokenizedExample
 
 from ..runs import Run
 from .judges import refuses
@@ -27,31 +27,33 @@ FRAMED = " in the frame"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def response_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def response_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     The negative log-likelihood of every response token of a batch that is padded on the right: (tokens,) float32.
 
     The language-model head sees these positions only: with a large vocabulary, the other logits are most of the memory
     of a step. No attention mask is needed where nothing looks ahead, and without one attention takes its fast kernels.
+
+    Args:
+        model: With or without an adapter.
+        batch: input_ids and labels, (batch, length), on the CPU: so the device need not be waited for.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    labels = batch["labels"][:, 1:]
-    counted = labels != -100
-    logits = base.get_output_embeddings()(hidden[:, :-1][counted]).float()
-    return nn.functional.cross_entropy(logits, labels[counted], reduction="none")
+    device = input_device(base)
+    labels = batch["labels"][:, 1:].flatten()
+    counted = (labels != IGNORED).nonzero().squeeze(1)
+    hidden = base.get_decoder()(input_ids=batch["input_ids"].to(device), use_cache=False).last_hidden_state
+    chosen = hidden[:, :-1].flatten(0, 1).index_select(0, counted.to(device))
+    logits = base.get_output_embeddings()(chosen).float()
+    return nn.functional.cross_entropy(logits, labels[counted].to(device), reduction="none")
 
 
 def heldout_loss(model: Any, rows: Sequence[TokenizedExample]) -> float:
     """Nats per response token."""
-    device, total, count = input_device(model), 0.0, 0
+    total, count = 0.0, 0
     with evaluation_mode(model), torch.no_grad():
         for batch in batches(rows, LOSS_ROWS, 0):
-            losses = response_losses(model, to_device(batch, device))
+            losses = response_losses(model, batch)
             total, count = total + losses.double().sum().item(), count + len(losses)
     return total / count
 

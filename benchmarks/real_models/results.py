@@ -12,7 +12,7 @@ from typing import Any
 from ..runs import EVIDENCE, Run, write_text
 
 PUBLISHED = EVIDENCE / "real-models"
-POINTS, ANSWERS, ERRORS, PREDICTIONS = "points.jsonl", "answers.jsonl.gz", "errors.jsonl", "predictions.md"
+POINTS, ANSWERS, ERRORS, PREDICTIONS = "points.jsonl", "answers.jsonl.gz", "errors.jsonl", "predictions.txt"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Scale:
     """The most requests of the broad set that are answered."""
     anchored: int = 128
     """Requests of the anchor."""
-    batch: int = 256
+    batch: int = 400
     """Answers at once."""
 
 

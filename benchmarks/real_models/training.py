@@ -27,7 +27,7 @@ from ..runs import Run, read_json, write_json
 from ..small_model import WARMUP_STEPS, lora_options
 from .jobs import Job, module_file
 from .material import Material
-from .measures import measure, response_losses, scaled, to_device, update_norm
+from .measures import measure, response_losses, scaled, update_norm
 from .methods import METHODS, TARGET_MODULES, Method
 
 BATCH_SIZE = 8
@@ -111,10 +111,7 @@ def run(job: Job, model: Any, material: Material, report: Report, norms: dict[in
         adapted: Any = get_peft_model(model, adapter_config(job, material, rows))
     try:
         facts = {"start_seconds": round(time.monotonic() - started, 1), **_calibration_facts(job, material)}
-        steps = job.steps(material.setup)
-        for step, timing in train_steps(adapted, job, material, rows, max(steps)):
-            if step not in steps:
-                continue
+        for step, timing in train_steps(adapted, job, material, rows, job.steps(material.setup)):
             with ExitStack() as stack:
                 if method.norm_of is not None:
                     stack.enter_context(scaled(adapted, norms[step] / max(update_norm(adapted), 1e-12)))
@@ -125,40 +122,42 @@ def run(job: Job, model: Any, material: Material, report: Report, norms: dict[in
 
 
 def train_steps(
-    model: Any, job: Job, material: Material, rows: list[TokenizedExample], last: int
+    model: Any, job: Job, material: Material, rows: list[TokenizedExample], steps: tuple[int, ...]
 ) -> Iterator[tuple[int, Run]]:
     """
     Train with AdamW at a constant learning rate after some steps, gradients clipped to norm 1.
 
     Yields:
-        Every step, with its training loss and the seconds so far, those in which the caller measures left out.
+        The steps after which is to be measured, with the training loss and the seconds so far, without the caller's.
     """
-    method, device = METHODS[job.method], input_device(model)
+    method = METHODS[job.method]
     refusals = material.refusal_rows if method.replay else []
     anchor = _anchor(model, material, job.seed) if method.anchor is not None else None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job.rate, weight_decay=0.0)
+    on_gpu = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, lr=job.rate, weight_decay=0.0, fused=on_gpu)
     batches = _batches(rows, refusals, method.replay, job.seed)
     model.train()
-    seconds = 0.0
-    for step in range(last):
-        started = time.perf_counter()
+    seconds, started = 0.0, time.perf_counter()
+    for step in range(max(steps)):
         for group in optimizer.param_groups:
             group["lr"] = job.rate * min(1.0, (step + 1) / WARMUP_STEPS)
         if anchor is not None and method.anchor is not None and step % method.anchor.every == 0:
             weight = method.anchor.every * method.anchor.weight
             anchor.backward(model, step // method.anchor.every, weight=weight)
-        loss = _loss(model, to_device(collate(next(batches), 0), device), method)
+        loss = _loss(model, collate(next(batches), 0), method)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()  # waits for the device
-        if not math.isfinite(value):
-            raise ValueError(f"the loss of step {step + 1} is {value}")
-        seconds += time.perf_counter() - started
-        yield step + 1, {"training_loss": round(value, 4), "training_seconds": round(seconds, 2)}
-        model.train()
+        if step + 1 in steps:
+            value = loss.item()  # waits for the device, which it does not do at the other steps
+            if not math.isfinite(value):
+                raise ValueError(f"the loss of step {step + 1} is {value}")
+            seconds += time.perf_counter() - started
+            yield step + 1, {"training_loss": round(value, 4), "training_seconds": round(seconds, 2)}
+            model.train()
+            started = time.perf_counter()
 
 
 def _loss(model: Any, batch: dict[str, Tensor], method: Method) -> Tensor:
@@ -166,6 +165,7 @@ def _loss(model: Any, batch: dict[str, Tensor], method: Method) -> Tensor:
         return response_losses(model, batch).mean()
     from ..retention.anchored import base_log_probabilities, constrained_sft_loss
 
+    batch = {name: values.to(input_device(model)) for name, values in batch.items()}
     with torch.no_grad(), adapters_disabled(model):
         base = base_log_probabilities(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["labels"])
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
