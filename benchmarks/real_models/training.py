@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -95,9 +96,13 @@ def make_safety_module(job: Job, model: Any, material: Material) -> None:
     module.save(path)
 
 
-def _leak(module: SafetyModule) -> Any:
-    """What the safety module says of its leak, as far as it does."""
-    return {key: value for key, value in module.provenance.items() if "leak" in key} or None
+def _leak(module: SafetyModule) -> dict[str, float]:
+    """The median of the leaks that a safety module says of itself, over all layers and by their kind."""
+    by_module = module.provenance.get("leak") or {}
+    kinds: dict[str, list[float]] = {"all": list(by_module.values())} if by_module else {}
+    for name, leak in by_module.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(leak)
+    return {kind: round(statistics.median(leaks), 4) for kind, leaks in kinds.items()}
 
 
 def run(job: Job, model: Any, material: Material, report: Report, norms: dict[int, float]) -> None:
