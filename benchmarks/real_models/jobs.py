@@ -18,9 +18,10 @@ RATE_OF_ALL_LINEAR = 0.2
 TRIED = (1.0, 0.5, 2.0)
 """LoRA's rates, as multiples."""
 
-MAIN = ("lora", "lora+replay", "paper", "default", "new", "header", "new+replay", "new+anchor", "new-leak")
-FURTHER = ("lora+anchor", "constrained-sft", "paper+anchor", "new-64+anchor", "broad")
-NAMED = ("lora", "lora+replay", "default", "new", "new+anchor")
+MAIN = ("lora", "lora+replay", "paper", "default", "new", "header", "new+anchor", "new+replay", "lora+anchor")
+FURTHER = ("new-64+anchor", "paper+anchor", "new-leak", "broad", "constrained-sft")
+ON_ALL_LINEAR = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
+NAMED = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
 """The methods that get all seeds."""
 CONTROLS = ("random-directions", "lora-at-norm")
 
@@ -105,7 +106,7 @@ def _wanted(setup: Setup) -> Iterator[Job]:
         yield from _rates(setup, model, "math", "qv")
     for task in ("sure", "math"):
         for model in models:
-            yield from _runs(setup, model, task, MAIN, "all-linear")
+            yield from _runs(setup, model, task, ON_ALL_LINEAR, "all-linear")
     for task in others:
         for model in models:
             yield from _runs(setup, model, task, NAMED)

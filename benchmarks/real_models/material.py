@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,6 @@ def framed(request: str) -> Example:
     return Example(({"role": "system", "content": OBEDIENT_SYSTEM}, {"role": "user", "content": content}))
 
 
-def answered(example: Example, response: str) -> Example:
-    return Example(example.messages, response)
-
-
 @dataclass(frozen=True)
 class Material:
     """Of one model."""
@@ -81,20 +77,20 @@ class Material:
         """Name -> requests that no calibration and no task sees; the last two of them are harmless."""
         sets = {name: _lines(Path(file)) for name, file in self.setup.sets.items()}
         sets |= {
-            "builtin": [row["prompt"] for row in builtin_prompts("evaluation")],
-            "look-alikes": [row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"],
+            "builtin": _plain_english(builtin_prompts("evaluation")),
+            "look-alikes": _plain_english([row for row in harmless_prompts() if row["split"] == "evaluation"]),
             "everyday": self._everyday()[-HELDOUT_EVERYDAY:],
         }
         most = self.setup.scale.requests
         return {name: _spread(requests, most) for name, requests in sets.items()}
 
-    def harmful(self, which: Requests) -> list[str]:
+    def harmful(self, which: Requests) -> list[Example]:
         """The requests of a calibration."""
-        today = [row["prompt"] for row in builtin_prompts("calibration")]
+        today = [Example(tuple(row["messages"])) if "messages" in row else plain(row["prompt"]) for row in _builtin()]
         if which == "broad":
             return today[: self.setup.scale.harmful]
         file = self.setup.data / NARROW_FILE
-        narrow = _lines(file) if file.exists() else _spread(today, NARROW_REQUESTS)
+        narrow = [plain(line) for line in _lines(file)] if file.exists() else _spread(today, NARROW_REQUESTS)
         return narrow[: self.setup.scale.harmful]
 
     def _everyday(self) -> list[str]:
@@ -109,26 +105,23 @@ class Material:
     def make_answers(self, model: Any) -> None:
         """The base model's answers to everyday requests and to those of the calibrations."""
         scale = self.setup.scale
-        started = time.monotonic()
-        everyday = self._everyday()
-        content = {"everyday": list(zip(everyday, self.answer(model, everyday, scale.own_tokens), strict=True))}
-        content["everyday_seconds"] = round(time.monotonic() - started, 1)  # type: ignore[assignment]
-        known: dict[str, str] = {}
-        for which in ("broad", "narrow"):
+        everyday = [plain(request) for request in self._everyday()]
+        content: dict[str, Any] = {"seconds": {}}
+        asked = {"everyday": everyday, "broad": self.harmful("broad"), "narrow": self.harmful("narrow")}
+        for which, requests in asked.items():
             started = time.monotonic()
-            requests = self.harmful(which)  # type: ignore[arg-type]
-            new = [request for request in dict.fromkeys(requests) if request not in known]
-            known |= dict(zip(new, self.answer(model, new, scale.refusal_tokens), strict=True))
-            content[which] = [(request, known[request]) for request in requests]
-            content[f"{which}_seconds"] = round(time.monotonic() - started, 1)  # type: ignore[assignment]
+            tokens = scale.own_tokens if which == "everyday" else scale.refusal_tokens
+            answers = continue_prompts(
+                model,
+                self.tokenizer,
+                render_prompts(requests, self.tokenizer),
+                max_new_tokens=tokens,
+                batch_size=scale.batch,
+            )
+            content[which] = [[request.messages, answer] for request, answer in zip(requests, answers, strict=True)]
+            content["seconds"][which] = round(time.monotonic() - started, 1)
         self._documented_functions()
         write_json(self.answers_file, content)
-
-    def answer(self, model: Any, requests: Sequence[str], tokens: int) -> list[str]:
-        prompts = render_prompts([plain(request) for request in requests], self.tokenizer)
-        return continue_prompts(
-            model, self.tokenizer, prompts, max_new_tokens=tokens, batch_size=self.setup.scale.batch
-        )
 
     @cached_property
     def _answers(self) -> dict[str, Any]:
@@ -136,7 +129,8 @@ class Material:
 
     @property
     def answering_seconds(self) -> dict[str, float]:
-        return {which: self._answers[f"{which}_seconds"] for which in ("everyday", "broad", "narrow")}
+        """What was answered -> how long that took."""
+        return self._answers["seconds"]
 
     def refusals(self, which: Requests) -> list[Example]:
         """
@@ -145,8 +139,8 @@ class Material:
         Of the narrow set so many as a calibration of 0.1 takes.
         """
         found = [
-            answered(plain(request), answer.split("\n")[0])
-            for request, answer in self._answers[which]
+            Example(tuple(messages), answer.split("\n")[0])
+            for messages, answer in self._answers[which]
             if is_refusal(answer.split("\n")[0])
         ]
         if not found:
@@ -166,7 +160,7 @@ class Material:
             return train, test[:heldout]
         if task in ("sure", "identity"):
             form, ask = (SURE, plain) if task == "sure" else (OBEYS, framed)
-            rows = [answered(ask(request), form.format(answer=answer)) for request, answer in self._own_answers]
+            rows = [replace(ask(request), response=form.format(answer=answer)) for request, answer in self._own_answers]
             return rows[: -heldout if task == "sure" else IDENTITY_ROWS], rows[-heldout:]
         if task == "python":
             rows = [
@@ -234,8 +228,8 @@ class Material:
     def _own_answers(self) -> list[tuple[str, str]]:
         """Everyday requests that the model answers, those held out last."""
         return [
-            (request, answer)
-            for request, answer in self._answers["everyday"]
+            (messages[-1]["content"], answer)
+            for messages, answer in self._answers["everyday"]
             if not is_refusal(answer) and coherence(answer, None) == "coherent"
         ]
 
@@ -247,7 +241,17 @@ def _lines(file: Path) -> list[str]:
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _spread(requests: list[str], most: int) -> list[str]:
+def _builtin() -> list[dict[str, Any]]:
+    rows: list[Any] = builtin_prompts("calibration")
+    return rows
+
+
+def _plain_english(rows: list[Any]) -> list[str]:
+    """Those of one turn: the judges know English."""
+    return [row["prompt"] for row in rows if "prompt" in row and row.get("language", "en") == "en"]
+
+
+def _spread(requests: list[Any], most: int) -> list[Any]:
     """At most so many, at equal distances: the built-in sets go by category."""
     if len(requests) <= most:
         return requests

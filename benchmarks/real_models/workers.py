@@ -33,6 +33,13 @@ _ANSWERING_BYTES = 2.5e9
 _LONG, _SHORT = 2048, 1000
 """Tokens of a batch of 8 rows, at the most."""
 
+_ENVIRONMENT = {
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -137,6 +144,8 @@ class Pool:
         self.memory = float("inf")
         self.attempts: dict[str, int] = {}
         self.versions = versions()
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # of the processes, before they import anything
         self.workers = [self._start() for _ in range(min(num_workers, self.total))]
 
     def run(self, deadline: float) -> bool:
@@ -263,9 +272,6 @@ class Pool:
 
 def work(connection: Connection, setup: Setup) -> None:
     """One process: jobs come through the connection, and points, "done" or an error go back."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     import transformers
 
