@@ -77,8 +77,8 @@ class Material:
         """Name -> requests that no calibration and no task sees; the last two of them are harmless."""
         sets = {name: _lines(Path(file)) for name, file in self.setup.sets.items()}
         sets |= {
-            "builtin": _plain_english(builtin_prompts("evaluation")),
-            "look-alikes": _plain_english([row for row in harmless_prompts() if row["split"] == "evaluation"]),
+            "builtin": plain_english(builtin_prompts("evaluation")),
+            "look-alikes": plain_english([row for row in harmless_prompts() if row["split"] == "evaluation"]),
             "everyday": self._everyday()[-HELDOUT_EVERYDAY:],
         }
         most = self.setup.scale.requests
@@ -246,7 +246,7 @@ def _builtin() -> list[dict[str, Any]]:
     return rows
 
 
-def _plain_english(rows: list[Any]) -> list[str]:
+def plain_english(rows: list[Any]) -> list[str]:
     """Those of one turn: the judges know English."""
     return [row["prompt"] for row in rows if "prompt" in row and row.get("language", "en") == "en"]
 
