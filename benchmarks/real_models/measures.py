@@ -124,7 +124,9 @@ def update_norm(model: nn.Module) -> float:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-                down, up = (factor["default"].weight.float() for factor in (layer.lora_A, layer.lora_B))
+                a: Any = layer.lora_A["default"]  # linear layers, whose weights are computed with SaLoRA
+                b: Any = layer.lora_B["default"]
+                down, up = a.weight.float(), b.weight.float()
                 # ‖B A‖² = tr(BᵀB AAᵀ), without the product
                 squares.append(layer.scaling["default"] ** 2 * ((up.T @ up) * (down @ down.T)).sum())
     return torch.stack(squares).sum().clamp(min=0).sqrt().item() if squares else 0.0

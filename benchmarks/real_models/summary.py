@@ -22,6 +22,7 @@ from .results import PUBLISHED, Results
 
 DOCUMENT = EVIDENCE / "real-models.md"
 PLOTTED = ("lora", "lora+replay", "lora+anchor", "paper", "default", "new", "new+replay", "new+anchor")
+MOST_COLUMNS = 4
 KINDS = ("refused", "refused_second", "broken", "requests")
 
 Key = tuple[str, str, str, str, float, int]
@@ -107,6 +108,7 @@ def all_runs(measured: dict[Key, Row], bases: dict[tuple[str, str], Run]) -> str
             *sets,
             "broken",
             "‖ΔW‖",
+            "leak",
             "calibration, training, s",
         ]
         rows = []
@@ -123,6 +125,7 @@ def all_runs(measured: dict[Key, Row], bases: dict[tuple[str, str], Run]) -> str
                     *cells,
                     _broken(row),
                     f"{_mean(row, 'norm'):.2f}",
+                    _leak(row),
                     _seconds(row),
                 ]
             )
@@ -185,6 +188,12 @@ def _mean(row: Row, name: str) -> float:
     return statistics.mean(point.get(name, 0.0) for point in row["points"])
 
 
+def _leak(row: Row) -> str:
+    """The median over the layers, as calibration has measured it on requests that it held out."""
+    leaks = [point["leak"]["all"] for point in row["points"] if point.get("leak")]
+    return f"{statistics.mean(leaks):.3f}" if leaks else "-"
+
+
 def _seconds(row: Row) -> str:
     calibration = statistics.mean(point.get("calibration_seconds", 0.0) for point in row["points"])
     return f"{calibration:.0f}, {_mean(row, 'training_seconds'):.0f}"
@@ -193,10 +202,14 @@ def _seconds(row: Row) -> str:
 def draw(model: str, measured: dict[Key, Row], bases: dict[tuple[str, str], Run], path: Path) -> None:
     """A panel a task: refusals kept over all harmful sets against held-out loss, a line a method through its steps."""
     panels = list(dict.fromkeys(key[1:3] for key in measured if key[0] == model and (model, key[1]) in bases))
-    figure = new_figure((4.4 * len(panels), 4.4))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = min(len(panels), MOST_COLUMNS)
+    lines = -(-len(panels) // columns)
+    figure = new_figure((4.4 * columns, 3.6 * lines + 0.8))
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     handles: dict[str, Any] = {}
-    for axis, (task, targets) in zip(axes, panels, strict=True):
+    for axis, (task, targets) in zip(axes, panels, strict=False):
         base = bases[model, task]
         handles["base model"] = axis.axhline(100, color="#777777", linestyle=":")
         for number, method in enumerate(PLOTTED):
