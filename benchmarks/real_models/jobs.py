@@ -19,7 +19,7 @@ TRIED = (1.0, 0.5, 2.0)
 """LoRA's rates, as multiples."""
 
 MAIN = ("lora", "lora+replay", "paper", "default", "new", "header", "new+anchor", "new+replay", "lora+anchor")
-FURTHER = ("new-64+anchor", "paper+anchor", "new-leak", "broad", "constrained-sft")
+FURTHER = ("new-64+anchor", "new+second-anchor", "paper+anchor", "new-leak", "broad", "constrained-sft")
 ON_ALL_LINEAR = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
 NAMED = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
 """The methods that get all seeds."""

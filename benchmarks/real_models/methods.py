@@ -55,6 +55,8 @@ class Method:
     replay: float = 0.0
     """Share of the rows that are the base model's own refusals of the broad set."""
     anchor: Anchor | None = None
+    second_adapter: bool = False
+    """Only a second adapter, which reacts to nothing but V_C, is trained by the anchor."""
     constrained: bool = False
     """The loss of constrained SFT (Qi et al. 2024, arXiv 2406.05946), heavy on a response's first tokens."""
     random_directions: bool = False
@@ -81,6 +83,7 @@ METHODS: dict[str, Method] = {
     "new": Method(NEW),
     "new+replay": Method(NEW, replay=REPLAY),
     "new+anchor": Method(NEW, anchor=ANCHOR),
+    "new+second-anchor": Method(NEW, anchor=ANCHOR, second_adapter=True),
     "new-leak": Method(replace(NEW, input_safety_rank="leak:0.05")),
     "new-64+anchor": Method(replace(NEW, input_safety_rank=64), anchor=ANCHOR),
     "random-directions": Method(NEW, random_directions=True),

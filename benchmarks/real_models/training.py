@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +138,27 @@ def train_steps(
     method = METHODS[job.method]
     refusals = material.refusal_rows if method.replay else []
     anchor = _anchor(model, material, job.seed) if method.anchor is not None else None
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_gpu = parameters[0].is_cuda
-    optimizer = torch.optim.AdamW(parameters, lr=job.rate, weight_decay=0.0, fused=on_gpu)
+    second = _second_adapter(model) if method.second_adapter else None
+    first = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [first] if second is None else [first, second.parameters]
+    optimizer = torch.optim.AdamW(
+        [parameter for group in groups for parameter in group], lr=job.rate, weight_decay=0.0, fused=first[0].is_cuda
+    )
     batches = _batches(rows, refusals, method.replay, job.seed)
     model.train()
     seconds, started = 0.0, time.perf_counter()
     for step in range(max(steps)):
         for group in optimizer.param_groups:
             group["lr"] = job.rate * min(1.0, (step + 1) / WARMUP_STEPS)
-        if anchor is not None and method.anchor is not None and step % method.anchor.every == 0:
-            weight = method.anchor.every * method.anchor.weight
-            anchor.backward(model, step // method.anchor.every, weight=weight)
+        # At the first step the divergence is 0, and so is its gradient.
+        if anchor is not None and method.anchor is not None and step and step % method.anchor.every == 0:
+            number, weight = step // method.anchor.every, method.anchor.every * method.anchor.weight
+            with nullcontext() if second is None else second.trained_alone():
+                anchor.backward(model, number, weight=weight)
         loss = _loss(model, collate(next(batches), 0), method)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for parameters in groups:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 in steps:
@@ -175,6 +181,12 @@ def _loss(model: Any, batch: dict[str, Tensor], method: Method) -> Tensor:
         base = base_log_probabilities(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["labels"])
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     return constrained_sft_loss(logits, base, batch["labels"])
+
+
+def _second_adapter(model: Any) -> Any:
+    from ..retention.anchored import SecondAdapter
+
+    return SecondAdapter(model)
 
 
 def _anchor(model: Any, material: Material, seed: int) -> Any:
