@@ -31,6 +31,8 @@ class Scale:
     """The most requests of the broad set that are answered."""
     anchored: int = 128
     """Requests of the anchor."""
+    anchor_every: int | None = None
+    """At which steps the anchor counts, in the place of what its record says."""
     batch: int = 400
     """Answers at once."""
 
@@ -49,6 +51,7 @@ SMOKE = Scale(
     everyday=40,
     harmful=64,
     anchored=8,
+    anchor_every=1,
     batch=32,
 )
 

@@ -29,7 +29,7 @@ from ..small_model import WARMUP_STEPS, lora_options
 from .jobs import Job, module_file
 from .material import Material
 from .measures import measure, response_losses, scaled, update_norm
-from .methods import METHODS, TARGET_MODULES, Method
+from .methods import METHODS, TARGET_MODULES, Anchor, Method
 
 BATCH_SIZE = 8
 TASK_ROWS = 128
@@ -137,7 +137,9 @@ def train_steps(
     """
     method = METHODS[job.method]
     refusals = material.refusal_rows if method.replay else []
-    anchor = _anchor(model, material, job.seed) if method.anchor is not None else None
+    penalty = method.anchor or Anchor(weight=0.0)
+    anchor = _anchor(model, material, job.seed) if penalty.weight else None
+    every = material.setup.scale.anchor_every or penalty.every
     second = _second_adapter(model) if method.second_adapter else None
     first = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [first] if second is None else [first, second.parameters]
@@ -151,10 +153,9 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = job.rate * min(1.0, (step + 1) / WARMUP_STEPS)
         # At the first step the divergence is 0, and so is its gradient.
-        if anchor is not None and method.anchor is not None and step and step % method.anchor.every == 0:
-            number, weight = step // method.anchor.every, method.anchor.every * method.anchor.weight
+        if anchor is not None and step and step % every == 0:
             with nullcontext() if second is None else second.trained_alone():
-                anchor.backward(model, number, weight=weight)
+                anchor.backward(model, step // every, weight=every * penalty.weight)
         loss = _loss(model, collate(next(batches), 0), method)
         loss.backward()
         for parameters in groups:
