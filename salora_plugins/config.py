@@ -77,10 +77,11 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
-        safety_positions (`"response"`, `"predicting"`, `"prompt"` or `"all"`, *optional*):
+        safety_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"` or `"all"`, *optional*):
             Which positions of the safety data count, for both sides: those whose input is a response token (the paper's
-            code), or those that predict one, which include the last prompt token, or those of the prompt, or every
-            token of both.
+            code), or those that predict one, which include the last prompt token, or those of the prompt, or of these
+            the ones behind the request's own text ("header": the end of the turn and the assistant's header, as the
+            chat template writes them; the answer begins at the last of them), or every token of prompt and response.
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
@@ -113,6 +114,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Keep the calibrated safety module in the folder that the environment variable `SALORA_CACHE` names (default:
             `~/.cache/salora-plugins`), and take it from there when model, data and settings are the same.
         seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
+        header_weight (`float`, defaults to 1.0):
+            How many times as much as another position one of the header counts, where `safety_positions` is "prompt" or
+            "all": with 10 its vectors count ten times in the sums of outer products. 0 leaves the header out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` takes that of the
             trainer that is being made, or the one in the model's own folder or repository.
@@ -160,6 +164,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError(
                 "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
                 "their defaults, or set input_safety_rank for the modules that it does not name, too."
+            )
+        positions = self.resolved_safety_positions
+        if self.header_weight != 1 and positions not in ("prompt", "all"):
+            raise ValueError(
+                f"header_weight={self.header_weight!r} has no effect with safety_positions={positions!r}, where no "
+                "position of the header counts beside others: leave it out, or choose safety_positions 'prompt' or "
+                "'all'."
             )
         if isinstance(self.task_data, str) and self.task_data == "builtin":
             raise ValueError(

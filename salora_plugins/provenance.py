@@ -67,6 +67,8 @@ class Provenance(BaseModel, Mapping[str, Any]):
     safety_data_sha256: _Text = None
     safety_samples: _Number = None
     safety_positions: _Text = None
+    header_weight: _Number = None
+    """Of the header's positions against the others; absent where all count alike."""
     positions_counted: _Number = None
     requests: _Number = None
     refusals: _Number = None

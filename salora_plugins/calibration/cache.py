@@ -19,6 +19,7 @@ from torch import nn
 from ..inference.greedy import end_tokens
 from ..models.fingerprint import check_belongs, model_fingerprint
 from ..ranks import of_side
+from ..rows.headers import Headers
 from ..safety_module import SafetyModule
 from ..support.distributed import gather_json
 from .rows import SafetyRows
@@ -57,6 +58,7 @@ def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows
         "examples": rows.digest,
         "ranks": settings.ranks,
         "positions": settings.positions,
+        "header": [settings.header_weight, Headers(rows.tokenizer).forms] if settings.needs_headers else [],
         "engine": dataclasses.astuple(settings.engine),
         "num_safety_samples": settings.rows.num,
         "batch_size": settings.batch_size,

@@ -15,6 +15,8 @@ from torch import nn
 
 from ..activations.capture import collect_statistics
 from ..activations.errors import CalibrationError
+from ..activations.positions import CountedPositions
+from ..activations.positions import Headers as HeadersOfBatch
 from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
 from ..inspection import facts
@@ -22,6 +24,7 @@ from ..models.fingerprint import weight_samples
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
 from ..models.targets import say_what_is_left_out
 from ..models.weights import base_layer, check_weights
+from ..rows.headers import Headers
 from ..safety_module import SafetyModule
 from ..support.notices import tell
 from .basis import compute_bases
@@ -106,7 +109,7 @@ def _statistics(model: nn.Module, answered: AnsweredRows, settings: SafetySettin
         {name: base_layer(model.get_submodule(name)) for name in settings.names},
         share_of_rank(answered.examples, settings.batch_size),
         settings.engine,
-        positions=settings.positions,
+        positions=CountedPositions(settings.positions, _headers(answered, settings), settings.header_weight),
         with_inputs="input" in settings.ranks,
         description="calibrating the safety module",
     )
@@ -117,3 +120,20 @@ def _statistics(model: nn.Module, answered: AnsweredRows, settings: SafetySettin
             "safety_positions."
         )
     return statistics
+
+
+def _headers(answered: AnsweredRows, settings: SafetySettings) -> HeadersOfBatch | None:
+    """What finds the header's positions, where they count otherwise than others; with a notice where there are none."""
+    if not settings.needs_headers:
+        return None
+    headers = Headers(answered.tokenizer)
+    if not headers.forms:
+        option = "header_weight" if settings.header_weight != 1 else "safety_positions='header'"
+        logger.warning(
+            "%s: %s, so that the last token of the prompt alone counts as the header.",
+            option,
+            "no tokenizer was given with these rows of token ids"
+            if answered.tokenizer is None
+            else "the tokenizer's chat template writes nothing behind a request, or it has none",
+        )
+    return headers.mask

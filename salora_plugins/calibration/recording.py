@@ -34,6 +34,7 @@ def provenance_of(
             "safety_data_sha256": data_digest(answered.examples),
             "safety_samples": len(answered.examples),
             "safety_positions": settings.positions,
+            **({"header_weight": settings.header_weight} if settings.header_weight != 1 else {}),
             "positions_counted": positions_counted,
             **answered.counts,
             **_tokenizer_facts(answered.tokenizer),

@@ -60,6 +60,7 @@ class SafetySettings:
     rows: RowSettings
     batch_size: int
     positions: Positions
+    header_weight: float
     ranks: SideRanks
     default_ranks: Mapping[Side, Set[str]]
     """
@@ -77,6 +78,11 @@ class SafetySettings:
     def names(self) -> list[str]:
         """The modules, in the model's order."""
         return list(self.ranks["output"])
+
+    @property
+    def needs_headers(self) -> bool:
+        """Whether the header's positions are told apart from the others."""
+        return self.positions == "header" or self.header_weight != 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         rows=_row_settings(model, config, config.safety_data, "safety_data", config.num_safety_samples),
         batch_size=config.calibration_batch_size,
         positions=config.resolved_safety_positions,
+        header_weight=float(config.header_weight),
         ranks=ranks,
         default_ranks=_default_ranks(config, names),
         basis_method=methods[config.basis_method],
