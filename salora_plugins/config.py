@@ -73,9 +73,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         input_safety_rank (`int`, `float` or `str`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
             the energy of the layer's inputs that they capture, or "leak:0.05": the smallest of 16, 32, 64, ... that
-            leaks no more than that (see docs/choose.md), at most half of the inputs. `None`: those of `safety_module` where one is given,
-            otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the safety data. 0 is no
-            input side.
+            leaks no more than that (see docs/choose.md), at most half of the inputs. `None`: those of `safety_module`
+            where one is given, otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the
+            safety data. 0 is no input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float | str]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
         safety_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"` or `"all"`, *optional*):

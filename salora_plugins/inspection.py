@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 LARGE_LEAK = 0.1
 """Above this median leak of a kind of layer, a safety module is said to leak."""
 WHAT_HELPS = (
-    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then safety_positions='header' or "
-    "a header_weight, then a larger input_safety_rank."
+    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then safety_positions='header' "
+    "or a header_weight, then a larger input_safety_rank."
 )
 _WORST = 3  # layers that are named
 
@@ -57,18 +57,18 @@ def facts(provenance: Mapping[str, Any]) -> str:
 
 
 def leak_line(provenance: Mapping[str, Any]) -> str:
-    """The leak by kind of layer and where it is largest; or that it was not measured, and why; empty if nothing says."""
+    """The leak by kind of layer and where it is largest, or why it was not measured; empty where nothing is said."""
     leaks: Mapping[str, float] = provenance.get("leak") or {}
     if not leaks:
         reason = provenance.get("leak_unknown")
         return f"Leak: not measured, since {one_line(reason)}" if reason else ""
     worst = sorted(leaks, key=lambda name: -leaks[name])[:_WORST]
-    return one_line(
+    return (
         f"Leak at the last prompt token, on {provenance.get('leak_requests', '?')} harmful requests that were held out "
         "(0: an update cannot react to them, 1: as to everyday ones; median): "
-        + ", ".join(f"{kind} {value:.3f}" for kind, value in leak_by_kind(leaks).items())
+        + ", ".join(f"{one_line(kind)} {value:.3f}" for kind, value in leak_by_kind(leaks).items())
         + "; largest: "
-        + ", ".join(f"{name} {leaks[name]:.3f}" for name in worst)
+        + ", ".join(f"{one_line(name)} {leaks[name]:.3f}" for name in worst)
     )
 
 
@@ -82,7 +82,7 @@ def leak_warning(provenance: Mapping[str, Any]) -> str:
     large = {kind: leak for kind, leak in leak_by_kind(provenance.get("leak") or {}).items() if leak > LARGE_LEAK}
     if not large:
         return ""
-    found = ", ".join(f"{kind} {leak:.2f}" for kind, leak in large.items())
+    found = ", ".join(f"{one_line(kind)} {leak:.2f}" for kind, leak in large.items())
     return (
         f"The safety module leaks: an update could react to harmful requests that calibration did not see (median leak "
         f"above {LARGE_LEAK}: {found}), so that training which teaches compliance may cost refusals. {WHAT_HELPS}"

@@ -62,9 +62,8 @@ class AdapterOptions:
     input_safety_rank: Rank | None = field(
         default=None,
         metadata=about(
-            "Input directions per layer that the update may not react to, or a share of the energy, or leak:0.05: as few "
-            "as leak no more than that (how it could react to harmful requests that were held out, over everyday ones); "
-            "0: none.",
+            "Input directions per layer that the update may not react to, or a share of the energy, or leak:0.05: as "
+            "few as leak no more (how an update could react to unseen harmful requests, over everyday ones); 0: none.",
             least=0,
             if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
         ),

@@ -94,7 +94,7 @@ class Provenance(BaseModel, Mapping[str, Any]):
     input_safety_rank_pattern: _Ranks = {}
     input_safety_rank_cut: Any = None
     leak: _Numbers = {}
-    """Layer -> how an adapter could react to harmful requests that were held out, over everyday ones (0: not at all)."""
+    """Layer -> how an update could react to harmful requests that were held out, over everyday ones; 0: not at all."""
     leak_requests: _Number = None
     """How many were held out."""
     leak_everyday: _Text = None

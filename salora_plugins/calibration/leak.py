@@ -142,6 +142,12 @@ def leak_of(basis: Tensor, task: Tensor, everyday: Tensor, harmful: Tensor) -> f
     return (to_harmful / torch.maximum(to_everyday, least)).item()
 
 
+def energy_left(basis: Tensor, inputs: Tensor) -> float:
+    """The share of the squared norms of inputs (n, d_in) that V_C (d_in, r_in) leaves."""
+    rows, vectors = inputs.to(basis.device).double(), basis.double()
+    return 1 - ((rows @ vectors).square().sum() / rows.square().sum()).item()
+
+
 def _by_module(
     statistics: dict[str, ModuleStatistics], inputs: Mapping[str, Tensor], num_held_out: int, settings: SafetySettings
 ) -> dict[str, tuple[int, float]]:

@@ -183,11 +183,10 @@ def _row_settings(model: nn.Module, config: SaLoRAConfig, source: Any, option: s
 
 def _known_task_rows(model: nn.Module, config: SaLoRAConfig) -> RowSettings | None:
     """None where there are none, or none that can be read a second time for the start values."""
-    if config.task_data is None or not (
-        isinstance(config.task_data, os.PathLike) or hasattr(config.task_data, "__len__")
-    ):
+    data = config.task_data
+    if data is None or not (isinstance(data, os.PathLike) or hasattr(data, "__len__")):
         return None
-    return _row_settings(model, config, config.task_data, "task_data", config.num_task_samples)
+    return _row_settings(model, config, data, "task_data", config.num_task_samples)
 
 
 def _default_ranks(config: SaLoRAConfig, ranks: SideRanks) -> dict[Side, set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from .errors import DataError
 from .examples import IGNORED
 from .rendering import Renderer
 
-# Two requests that end in different characters, so that a tokenizer merges the border of neither as it does the other's.
+# Two requests that end in different characters, so that no tokenizer merges both with what follows in the same way.
 _REQUESTS = ("salora-content", "Another content.")
 
 
@@ -34,10 +35,8 @@ class Headers:
         self.forms: tuple[tuple[int, ...], ...] = ()
         """The token ids of the header in every form of the template; none where it writes nothing there."""
         if tokenizer is not None and hasattr(tokenizer, "apply_chat_template"):
-            try:
+            with contextlib.suppress(DataError):  # the template refuses a lone request
                 self.forms = Renderer(tokenizer).headers(*_REQUESTS)
-            except DataError:  # the template refuses a lone request
-                pass
 
     def length(self, prompt: Sequence[int]) -> int:
         """How many tokens at the end of a prompt are its header: at least 1 of a prompt that is not empty."""
