@@ -194,8 +194,22 @@ class SafetyModule:
         return SafetyModule(
             sides={side: found.leading(leading[side]) for side, found in self.sides.items() if side in leading},
             weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
-            provenance=self.provenance,
+            provenance=self._provenance_with(leading.get("input", {})),
         )
+
+    def _provenance_with(self, input_directions: Mapping[str, int]) -> Provenance:
+        """Without the leak of modules that are left out, or of which fewer directions are taken than it is of."""
+        leaks = self.provenance.get("leak") or {}
+        kept = {
+            name: leak for name, leak in leaks.items() if input_directions.get(name) == self.input_bases[name].shape[1]
+        }
+        if len(kept) == len(leaks):
+            return self.provenance
+        said = {key: value for key, value in self.provenance.items() if not key.startswith("leak")}
+        if not kept:
+            reason = "fewer directions were taken of the safety module than it was measured with"
+            return Provenance.of({**said, "leak_unknown": reason})
+        return Provenance.of({**self.provenance, "leak": kept})
 
     def _directions(self, side: Side, ranks: Mapping[str, Rank]) -> dict[str, int]:
         """Module name -> how many of its directions are wanted."""

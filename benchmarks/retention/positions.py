@@ -128,7 +128,7 @@ def sums(model: Any, modules: Mapping[str, Any], prompts: Sequence[Prompt], head
         def add(module: Any, args: tuple[Tensor, ...]) -> None:
             rows = [args[0][mask].double() for mask in masks]
             products = [of.T @ of for of in rows]
-            found[name] = [a + b for a, b in zip(found.get(name, products), products)] if name in found else products
+            found[name] = [a + b for a, b in zip(found[name], products, strict=True)] if name in found else products
 
         return add
 
