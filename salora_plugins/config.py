@@ -70,17 +70,19 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
             docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
-        input_safety_rank (`int` or `float`, *optional*):
+        input_safety_rank (`int`, `float` or `str`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
-            the energy of the layer's inputs that they capture. `None`: those of `safety_module` where one is given,
-            otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the safety data. 0 is no
-            input side.
-        safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
+            the energy of the layer's inputs that they capture, or "leak:0.05": the smallest of 16, 32, 64, ... that
+            leaks no more than that (see docs/choose.md), at most half of the inputs. `None`: those of `safety_module`
+            where one is given, otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the
+            safety data. 0 is no input side.
+        safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float | str]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
-        safety_positions (`"response"`, `"predicting"`, `"prompt"` or `"all"`, *optional*):
+        safety_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"` or `"all"`, *optional*):
             Which positions of the safety data count, for both sides: those whose input is a response token (the paper's
-            code), or those that predict one, which include the last prompt token, or those of the prompt, or every
-            token of both.
+            code), or those that predict one, which include the last prompt token, or those of the prompt, or of these
+            the ones behind the request's own text ("header": the end of the turn and the assistant's header, as the
+            chat template writes them; the answer begins at the last of them), or every token of prompt and response.
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
@@ -113,6 +115,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Keep the calibrated safety module in the folder that the environment variable `SALORA_CACHE` names (default:
             `~/.cache/salora-plugins`), and take it from there when model, data and settings are the same.
         seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
+        header_weight (`float`, defaults to 1.0):
+            How many times as much as another position one of the header counts, where `safety_positions` is "prompt" or
+            "all": with 10 its vectors count ten times in the sums of outer products. 0 leaves the header out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` takes that of the
             trainer that is being made, or the one in the model's own folder or repository.
@@ -160,6 +165,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError(
                 "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
                 "their defaults, or set input_safety_rank for the modules that it does not name, too."
+            )
+        positions = self.resolved_safety_positions
+        if self.header_weight != 1 and positions not in ("prompt", "all"):
+            raise ValueError(
+                f"header_weight={self.header_weight!r} has no effect with safety_positions={positions!r}, where no "
+                "position of the header counts beside others: leave it out, or choose safety_positions 'prompt' or "
+                "'all'."
             )
         if isinstance(self.task_data, str) and self.task_data == "builtin":
             raise ValueError(

@@ -9,6 +9,7 @@ them this module, at every start.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,7 +20,7 @@ from .ranks import Rank, check_pattern, check_rank
 
 Variant = Literal["two-sided", "paper"]
 """Which sides of the layers are protected."""
-Positions = Literal["response", "predicting", "prompt", "all"]
+Positions = Literal["response", "predicting", "prompt", "header", "all"]
 """Which positions of the safety data count, see `activations.positions.position_mask`."""
 Start = Literal["task", "pissa", "zero"]
 """Start values of the factors."""
@@ -61,7 +62,8 @@ class AdapterOptions:
     input_safety_rank: Rank | None = field(
         default=None,
         metadata=about(
-            "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
+            "Input directions per layer that the update may not react to, or a share of the energy, or leak:0.05: as "
+            "few as leak no more (how an update could react to unseen harmful requests, over everyday ones); 0: none.",
             least=0,
             if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
         ),
@@ -78,7 +80,7 @@ class AdapterOptions:
         default=None,
         metadata=about(
             "Positions of the safety data that count: those whose input is a response token, those that predict one, "
-            "those of the prompt, or all.",
+            "those of the prompt, those of the prompt behind the request's own text (header), or all.",
             if_none="prompt, and response without an input side",
         ),
     )
@@ -129,6 +131,14 @@ class AdapterOptions:
         metadata=about("Reuse a calibration of the same model, data and settings, and keep this one."),
     )
     seed: int = field(default=0, metadata=about("Seed of the selection of examples and of decompositions.", least=0))
+    header_weight: float = field(
+        default=1.0,
+        metadata=about(
+            "How many times as much as another position one of the header counts, with the safety_positions prompt and "
+            "all.",
+            least=0,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,8 @@ class Option:
             raise ValueError(f"{self.name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
         if self.type is int:
             check_number(self.name, value, self.least)
+        elif self.type is float:
+            _check_float(self.name, value, self.least)
         elif self.type == Rank:
             check_rank(self.name, value, self.least)
         elif self.type == RankPattern:
@@ -190,6 +202,11 @@ def check_number(name: str, value: object, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def _check_float(name: str, value: object, least: int) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number of at least {least}.")
 
 
 def _declared() -> Mapping[str, Option]:

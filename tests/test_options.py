@@ -118,7 +118,7 @@ def test_trls_arguments(option: Option):
     assert option.help in action.help and f"Default: {option.default_in_words}." in shown
     assert action.default is None and "(default: None)" not in shown
     assert tuple(action.choices or ()) == (option.choices if option.type is not bool else ())
-    kinds = {int: int, str: str, Any: str, Rank: float, RankPattern: str}
+    kinds = {int: int, float: float, str: str, Any: str, Rank: str, RankPattern: str}
     assert option.type not in kinds or action.type is kinds[option.type]
 
 

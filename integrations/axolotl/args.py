@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
 
 from ...options import OPTIONS, Option, RankPattern
-from ...ranks import Rank
+from ...ranks import RULES, Rank, side_of
 from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm
 from .host_options import check_host_options
 
@@ -27,10 +27,14 @@ def _kind(option: Option) -> Any:
         return str
     if option.type is int:
         return number
+    if option.type is float:
+        return Annotated[float, Field(ge=option.least)]
+    rules = [name for name, rule in RULES.items() if side_of(option.name) in rule.sides]
+    rank = number | _Share | Annotated[str, Field(pattern=f"^({'|'.join(rules)}):")] if rules else number | _Share
     if option.type == Rank:
-        return number | _Share
+        return rank
     if option.type == RankPattern:
-        return dict[str, number | _Share]
+        return dict[str, rank]
     return option.type
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..options import Option, RankPattern
-from ..ranks import Rank
+from ..ranks import Rank, check_rank, rank_of_text
 from .parameters import CommandFunction, in_place_of
 
 
@@ -46,7 +46,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     elif option.type == Rank:
         kind, metavar = str, "RANK"
         default = None if default is None else str(default)
-    elif option.type not in (bool, int):  # a choice is checked with the configuration; anything else is a name
+    elif option.type not in (bool, int, float):  # a choice is checked with the configuration; anything else is a name
         kind = str
         metavar = f"[{'|'.join(option.choices)}]" if option.choices else None
     return inspect.Parameter(
@@ -66,14 +66,10 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _rank(name: str, text: str) -> Rank:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} {text}: give a whole number, or a share between 0 and 1 such as 0.95.") from None
+    rank = rank_of_text(text)
+    if isinstance(rank, str):
+        check_rank(name.removeprefix("--").replace("-", "_"), rank, 0)
+    return rank
 
 
 def _pattern(name: str, entries: Iterable[str]) -> RankPattern:

@@ -1,4 +1,4 @@
-"""The built-in prompts: harmful requests in two parts, and harmless ones that look alike."""
+"""The built-in prompts: harmful requests in two parts, harmless ones that look alike, and everyday ones."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def builtin_prompts(split: str) -> list[dict[str, str]]:
 def harmless_prompts() -> list[dict[str, str]]:
     """Harmless requests whose wording resembles harmful ones, to measure over-refusal; rows with `prompt`."""
     return _read("harmless_prompts.jsonl")
+
+
+def everyday_prompts() -> list[dict[str, str]]:
+    """Plain everyday requests, which stand for a task where its own rows are not known; rows with `prompt`."""
+    return _read("everyday_prompts.jsonl")
 
 
 def _read(name: str) -> list[dict[str, str]]:

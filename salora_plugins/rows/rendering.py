@@ -101,6 +101,33 @@ class Renderer:
             )
         return whole[: _end_of_turn(whole, start, self._tokenizer)], start
 
+    def headers(self, *requests: str) -> tuple[tuple[int, ...], ...]:
+        """
+        What the template writes behind a request up to the answer, as token ids, once for each of its forms that has
+        any: the tokens at the end that these requests, none of which ends as another does, have in common.
+
+        Raises:
+            DataError: The template refuses a lone request.
+        """
+        if not self._has_template:
+            return ()
+        found = []
+        for form in self._forms():
+            first, *others = (
+                self._template_ids(({"role": "user", "content": request},), "a lone request", True, form)[::-1]
+                for request in requests
+            )
+            common = min(common_prefix_length(first, other) for other in others)
+            found.append(tuple(first[:common][::-1]))
+        return tuple(form for form in dict.fromkeys(found) if form)
+
+    def _forms(self) -> list[dict[str, Any]]:
+        """The options of every form of the template: with what it is given here, and as it is by itself."""
+        forms = [self._options]
+        if "enable_thinking" in self._options:
+            forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
+        return forms
+
     def _uses_template(self, example: Example, name: str) -> bool:
         if not example.messages or self._is_rendered(example, name):
             return False
@@ -134,11 +161,8 @@ class Renderer:
         """What is written behind a request, in every form of the template; and a whole one as text and as ids."""
         if self._requests is None:
             conversation = ({"role": "user", "content": _MARKER},)
-            forms = [self._options]
-            if "enable_thinking" in self._options:
-                forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
             found = []
-            for form in forms:
+            for form in self._forms():
                 ids = self._template_ids(conversation, name, True, form)
                 if self._tokenizer.chat_template:
                     rendered = self._apply_template(conversation, name, True, form, tokenize=False)
