@@ -14,7 +14,7 @@ Supervised fine-tuning with TRL and SaLoRA, with the arguments of TRL's own scri
 
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
-from salora_plugins.integrations.trl import SaLoRAArguments, get_peft_config, read_dataset
+from salora_plugins.integrations.trl import SaLoRAArguments, get_peft_config, read_dataset, train_on_refusals
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args, salora_args, seed=training_args.seed),
     )
+    train_on_refusals(trainer, salora_args, seed=training_args.seed)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 

@@ -31,6 +31,9 @@ DIGEST_KEY = "adapter_sha256"
 # [A; A_0] and [B, -B_0], without a number in the file.
 FORM_KEY, FORM_OF_FACTORS = "form_of_factors", 2
 
+NOTES_KEY = "training_notes"
+"""In that file, where there are any: what the adapter was trained on beside the task, for the model card."""
+
 HEADS_ADDED_LATER: dict[str, list[str]] = {
     TaskType.TOKEN_CLS: ["classifier", "score"],
     TaskType.QUESTION_ANS: ["qa_outputs"],
@@ -296,7 +299,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         if values is None:
             return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         check_form(values, folder / CONFIG_FILE)
-        for key in (DIGEST_KEY, FORM_KEY):
+        for key in (DIGEST_KEY, FORM_KEY, NOTES_KEY):
             values.pop(key, None)
         check_lora_entries(values, folder / CONFIG_FILE)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.

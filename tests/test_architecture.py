@@ -34,7 +34,7 @@ LAYERS = (
     ("adapters",),
     ("tuning",),
     ("tuner",),
-    ("registration", "resuming", "evaluation"),
+    ("registration", "resuming", "evaluation", "replay"),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

@@ -85,6 +85,24 @@ REFUSED = {
     "going on with DPO": ({"rl": "dpo", "lora_model_dir": "somewhere"}, ["lora_model_dir", "somewhere", "merge-lora"]),
     "rl: ebft": ({"rl": "ebft"}, ["rl: ebft"]),
     "8-bit kernels": ({"load_in_8bit": True, "lora_qkv_kernel": True}, ["lora_qkv_kernel", "load_in_8bit"]),
+    "refusals among preferences": (
+        {"rl": "dpo", "salora": {"refusal_share": 0.05}},
+        ["salora.refusal_share", "rl: dpo", "refusal_anchor"],
+    ),
+    "refusals of a reward model": (
+        {"reward_model": True, "salora": {"refusal_anchor": True}},
+        ["reward_model", "salora.refusal_anchor"],
+    ),
+    "refusals in a stream": (
+        {"streaming": True, "salora": {"refusal_share": 0.05}},
+        ["salora.refusal_share", "streaming", "refusal_anchor"],
+    ),
+    "an anchor under DeepSpeed": (
+        {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
+        ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
+    ),
+    "a share of all rows": ({"salora": {"refusal_share": 1.0}}, ["salora.refusal_share", "less than 1"]),
+    "a misspelled anchor": ({"salora": {"refusal_anchor": {"wieght": 2}}}, ["salora.refusal_anchor", "wieght"]),
     "rank for vLLM": (
         {"rl": "grpo", "trl": {"use_vllm": True, "vllm_mode": "server", "vllm_lora_sync": True}},
         ["trl.vllm_lora_sync", "salora.init"],
@@ -122,7 +140,7 @@ def row(what: str, area: str = "Axolotl"):
 TRAINED = {
     "sft": "SFT",
     "dpo": "`rl: dpo`",
-    "ipo": "`rl: ipo`",
+    "ipo": "`rl: ipo`, with `salora.refusal_anchor`",
     "kto": "`rl: kto`",
     "orpo": "`rl: orpo`",
     "simpo": "`rl: simpo`",
@@ -134,12 +152,13 @@ TRAINED = {
     "8bit": "`load_in_8bit`",
     "kernels": "`lora_qkv_kernel`, `lora_o_kernel` with `salora.init: pissa`",
     "kernels from zero": "`lora_qkv_kernel`, `lora_o_kernel` with the default start",
-    "packing": "`sample_packing`, with attention by sdpa",
+    "packing": "`sample_packing`, with attention by sdpa and `salora.refusal_share`",
     "options": "`lora_target_linear` with `lora_exclude_modules`, `lora_dropout`, `peft_use_rslora`, "
     "`peft_layers_to_transform`, `lora_on_cpu`",
     "lora+": "`loraplus_lr_ratio`",
     "tokens": "`tokens` with `lora_modules_to_save`",
     "token indices": "`peft_trainable_token_indices`",
+    "refusals": "`salora.refusal_share` and `salora.refusal_anchor`",
     "best": "`load_best_model_at_end` and `early_stopping_patience`",
 }
 # Runs that must give the very losses of "sft", since they change only how it is computed.
@@ -241,6 +260,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         "datasets": [{"path": str(folder / "preferences.jsonl"), "ds_type": "json", "type": "chat_template.default"}],
     }
     both_sides = {"salora": {**shared["salora"], "input_safety_rank": 4}}
+    with_refusals = {
+        "salora": {**both_sides["salora"], "refusal_share": 0.25, "refusal_anchor": {"every": 1, "batch_size": 4}}
+    }
     with_kernels = {
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "lora_qkv_kernel": True,
@@ -268,7 +290,10 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
         "compiled": {**both_sides, "torch_compile": True, "torch_compile_backend": "eager"},
+        "refusals": with_refusals,
+        "refusals resumed": {**with_refusals, "resume_from_checkpoint": str(folder / "refusals" / "checkpoint-2")},
         "packing": {
+            "salora": {**shared["salora"], "refusal_share": 0.25},
             "sample_packing": True,
             "attn_implementation": "sdpa",
             "sequence_len": 256,
@@ -303,7 +328,11 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "greater_is_better": True,
             "early_stopping_patience": 1,
         },
-        "ipo": {"rl": "ipo", "datasets": data("preferences.jsonl", "chat_template.default")},
+        "ipo": {
+            "rl": "ipo",
+            "salora": {**shared["salora"], "refusal_anchor": {"every": 1}},
+            "datasets": data("preferences.jsonl", "chat_template.default"),
+        },
         "simpo": {
             "rl": "simpo",
             "rl_beta": 0.1,
@@ -531,6 +560,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     for key, value in load_file(whole / "adapter_model.safetensors").items():
         assert tiny.relative_difference(weights[key], value) <= 1e-4, key
     assert (resumed / "salora.safetensors").read_bytes() == (whole / "salora.safetensors").read_bytes()
+
+
+def _divergences(checkpoint: Path) -> list[float]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["refusal_anchor/kl"] for entry in history if "refusal_anchor/kl" in entry]
+
+
+def test_refusals_are_mixed_in_and_anchored(runs):
+    """24 rows with 8 of refusals among them, packed or not; the adapter's card and configuration say so."""
+    refusals, packing, ipo = (_ran(runs, name) / "checkpoint-4" for name in ("refusals", "packing", "ipo"))
+    card = (refusals / "README.md").read_text()
+    assert "| Refusals mixed in | 8 rows of 16 refusals" in card and "| Refusal anchor | KL to the base model" in card
+    assert "| Refusals mixed in | 8 rows of 16 refusals" in (packing / "README.md").read_text()
+    for checkpoint in (refusals, ipo):
+        divergences = _divergences(checkpoint)
+        assert len(divergences) == 3 and all(value > 0 for value in divergences)  # none at the first step
+    assert json.loads((refusals / "salora_config.json").read_text())["training_notes"].keys() == {
+        "Refusals mixed in",
+        "Refusal anchor",
+    }
+    assert "[axolotl.salora_plugins.replay.mixing] 8 rows of 16 refusals are mixed into 24 rows" in (
+        (runs[0] / "log.txt").read_text()
+    )
+
+
+def test_a_resumed_run_has_the_same_refusals(runs):
+    whole, resumed = _ran(runs, "refusals"), _ran(runs, "refusals resumed")
+    assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
+    weights = load_file(resumed / "adapter_model.safetensors")
+    for key, value in load_file(whole / "adapter_model.safetensors").items():
+        assert tiny.relative_difference(weights[key], value) <= 1e-4, key
 
 
 def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):

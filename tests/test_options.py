@@ -17,7 +17,7 @@ from salora_plugins import SaLoRAConfig
 from salora_plugins.cli import create_cli
 from salora_plugins.commands.calibrate import calibrate
 from salora_plugins.commands.config_options import flag
-from salora_plugins.integrations.axolotl.args import MonitorOptions, SaLoRAOptions
+from salora_plugins.integrations.axolotl.args import OF_THE_RUN, MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
 from salora_plugins.options import OPTIONS, Option, RankPattern
 from salora_plugins.ranks import Rank
 
@@ -88,8 +88,19 @@ def test_axolotls_block(option: Option):
 
 
 def test_axolotls_block_has_nothing_else():
-    # The monitor is the trainer's, not the adapter's.
-    assert [*SaLoRAOptions.model_fields] == [*(n for n in OPTIONS if n not in LEFT_OUT["axolotl"]), "monitor"]
+    assert [*SaLoRAOptions.model_fields] == [*(n for n in OPTIONS if n not in LEFT_OUT["axolotl"]), *OF_THE_RUN]
+
+
+def test_axolotls_anchor_has_the_options_of_the_callback():
+    from salora_plugins.replay import RefusalAnchorCallback
+    from salora_plugins.replay.anchor import AnchorOptions
+
+    own = inspect.signature(RefusalAnchorCallback).parameters
+    defaults = {name: own[name].default for name in ("weight", "every")}
+    defaults |= {field.name: field.default for field in dataclasses.fields(AnchorOptions) if field.name != "seed"}
+    assert defaults.keys() == RefusalAnchorOptions.model_fields.keys()
+    for name, default in defaults.items():
+        assert RefusalAnchorOptions.model_fields[name].description.endswith(f"Default: {default}.")
 
 
 def test_axolotls_monitor_has_the_options_of_the_callback():
@@ -125,9 +136,10 @@ def test_trls_arguments(option: Option):
 def test_trls_arguments_have_nothing_else():
     pytest.importorskip("trl")
     from salora_plugins.integrations.trl import SaLoRAArguments
+    from salora_plugins.integrations.trl.arguments import OF_THE_RUN as OF_TRLS_RUN
 
     names = ["salora_init" if n == "init" else n for n in OPTIONS if n not in LEFT_OUT["trl"]]
-    assert [f.name for f in dataclasses.fields(SaLoRAArguments)] == ["use_salora", *names]
+    assert [f.name for f in dataclasses.fields(SaLoRAArguments)] == ["use_salora", *names, *OF_TRLS_RUN]
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
 
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
-from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm
+from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm, check_refusals
 from .host_options import check_host_options
 
 ADAPTER = "salora"
+
+OF_THE_RUN = ("monitor", "refusal_share", "refusal_anchor")
+"""Keys of the block that are the trainer's, and not options of `SaLoRAConfig`."""
 
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -74,6 +77,30 @@ class MonitorOptions(BaseModel):
     batch_size: PositiveInt | None = Field(default=None, description="Requests per forward pass. Default: 16.")
 
 
+class RefusalAnchorOptions(BaseModel):
+    """The `salora.refusal_anchor` block: options of `RefusalAnchorCallback`, whose defaults they have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: PositiveFloat | None = Field(
+        default=None, description="What the divergence, in nats per token, counts beside the loss. Default: 1.0."
+    )
+    every: PositiveInt | None = Field(default=None, description="At every so many optimizer steps. Default: 8.")
+    num_requests: PositiveInt | None = Field(
+        default=None, description="Refusals that are looked at, at the most. Default: 128."
+    )
+    batch_size: PositiveInt | None = Field(
+        default=None, description="How many of them at once, over all processes together. Default: 8."
+    )
+    num_tokens: PositiveInt | None = Field(default=None, description="At how many tokens of a refusal. Default: 8.")
+    top_tokens: PositiveInt | None = Field(
+        default=None, description="How many of the base's most probable tokens are told apart. Default: 256."
+    )
+    direction: Literal["forward", "reverse"] | None = Field(
+        default=None, description="KL(base || adapted), or KL(adapted || base). Default: forward."
+    )
+
+
 class SaLoRAOptions(_Keys):
     """The `salora:` block. Every key is optional; one that is left out has the default of `SaLoRAConfig`."""
 
@@ -83,6 +110,16 @@ class SaLoRAOptions(_Keys):
         default=None,
         description="Log the refusal margin, the KL divergence from the base model on harmful requests and the "
         "certificate at every evaluation: true, or a block of options. Default: false.",
+    )
+    refusal_share: _Share | None = Field(
+        default=None,
+        description="Share of the training rows that are the base model's own refusals of the requests in safety_data, "
+        "mixed in before training. Default: none.",
+    )
+    refusal_anchor: bool | RefusalAnchorOptions | None = Field(
+        default=None,
+        description="Add the KL divergence from the base model where its refusals of the requests in safety_data begin "
+        "to the loss: true, or a block of options. Default: false.",
     )
 
     @model_validator(mode="before")
@@ -138,7 +175,7 @@ class SaLoRAArgs(BaseModel):
             # Axolotl's config has no such keys: its own runs stay as they are.
             self.inference = self.lora_exclude_modules = None
             return self
-        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude={"monitor"})
+        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude=set(OF_THE_RUN))
         trains = not (self.inference or self.merge_lora)
         if trains:
             check_files(options)
@@ -146,6 +183,7 @@ class SaLoRAArgs(BaseModel):
         config = as_config(options)
         if trains:
             check_kernels(self, config)
+            check_refusals(self)
         check_rank_for_vllm(self, config)
         return self
 

@@ -95,6 +95,40 @@ def check_kernels(cfg: Any, config: SaLoRAConfig) -> None:
         )
 
 
+def check_refusals(cfg: Any) -> None:
+    """
+    Raises:
+        ValueError: The block asks for refusals in a run that cannot be trained on them.
+    """
+    share, anchor = (getattr(cfg.salora, key, None) for key in ("refusal_share", "refusal_anchor"))
+    classifies = _first_set(cfg, "reward_model", "process_reward_model")
+    streamed = _first_set(cfg, "streaming", "pretraining_dataset")
+    if (share or anchor) and classifies:
+        raise ValueError(
+            f"{classifies}: a model that rates answers gives none, so that there are no refusals of its own. Remove "
+            f"salora.{'refusal_share' if share else 'refusal_anchor'}."
+        )
+    if share and cfg.rl:
+        raise ValueError(
+            f"salora.refusal_share: with rl: {getattr(cfg.rl, 'value', cfg.rl)} there are no rows of one answer that "
+            "refusals could be mixed into. Set salora.refusal_anchor: true instead."
+        )
+    if share and streamed:
+        raise ValueError(
+            f"salora.refusal_share: with {streamed} the number of rows is not known, of which refusals could be a "
+            f"share. Remove {streamed}, or set salora.refusal_anchor: true instead."
+        )
+    if anchor and cfg.deepspeed:
+        raise ValueError(
+            "salora.refusal_anchor: under DeepSpeed, a gradient that is made before the step's own would not arrive. "
+            "Use DDP, or set salora.refusal_share instead."
+        )
+
+
+def _first_set(cfg: Any, *keys: str) -> str | None:
+    return next((key for key in keys if getattr(cfg, key, None)), None)
+
+
 def check_rank_for_vllm(cfg: Any, config: SaLoRAConfig) -> None:
     """
     Raises:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -92,33 +94,68 @@ class SaLoRAPlugin(BasePlugin):
         return adapted, as_initialized(_config_of(adapted))
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
-        """Take the task initialization from the prepared training rows."""
-        if cfg.adapter != ADAPTER or cfg.lora_model_dir or checkpoint_to_resume_from(cfg):
+        """Take the task initialization from the prepared training rows, and then mix refusals into them."""
+        if cfg.adapter != ADAPTER:
             return
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        config = _config_of(model)
-        if config.init != "task" or config.task_data is not None:
-            return
-        from ...rows.errors import DataError
+        if not (cfg.lora_model_dir or checkpoint_to_resume_from(cfg)):
+            _initialize_from_training_rows(trainer)
+        share = (cfg.salora or {}).get("refusal_share")
+        if share:
+            from ...replay import mix_into_training_set
+            from .log import show_in_hosts_log
 
-        rows = _some_rows(trainer.train_dataset, config.num_task_samples, config.seed)
-        try:
-            model.base_model.initialize_from_task_data(rows)
-        except DataError as error:
-            LOG.warning(f"The task initialization will come from the first training batch, not from the rows: {error}")
+            show_in_hosts_log()  # the loggers of what is imported only now, too
+            with _as_key("salora.refusal_share"):
+                mix_into_training_set(trainer, share, _requests(cfg), seed=cfg.seed or 0, max_length=cfg.sequence_len)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
-        """The safety monitor, where `salora.monitor` asks for it."""
-        monitor = (cfg.salora or {}).get("monitor") if cfg.adapter == ADAPTER else None
-        if not monitor:
-            return []
-        from ...evaluation.monitor import SafetyMonitorCallback
+        """The refusal anchor and the safety monitor, where the block asks for them."""
+        block = (cfg.salora or {}) if cfg.adapter == ADAPTER else {}
+        callbacks: list[TrainerCallback] = []
+        if block.get("refusal_anchor"):
+            from ...replay import RefusalAnchorCallback
 
-        options = {} if monitor is True else {key: value for key, value in monitor.items() if value is not None}
-        try:
-            return [SafetyMonitorCallback(trainer, **options)]
-        except ValueError as error:
-            raise ValueError(f"salora.monitor: {error}") from error
+            with _as_key("salora.refusal_anchor"):
+                options = _given(block["refusal_anchor"])
+                callbacks.append(RefusalAnchorCallback(_requests(cfg), seed=cfg.seed or 0, **options))
+        if block.get("monitor"):
+            from ...evaluation.monitor import SafetyMonitorCallback
+
+            with _as_key("salora.monitor"):
+                callbacks.append(SafetyMonitorCallback(trainer, **_given(block["monitor"])))
+        return callbacks
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """What stands in a block of options, which may be `true`."""
+    return {} if options is True else {key: value for key, value in options.items() if value is not None}
+
+
+def _requests(cfg: DictDefault) -> Any:
+    return (cfg.salora or {}).get("safety_data") or "builtin"
+
+
+@contextmanager
+def _as_key(key: str) -> Iterator[None]:
+    """Say of errors which key of the file they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _initialize_from_training_rows(trainer: Trainer) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config = _config_of(model)
+    if config.init != "task" or config.task_data is not None:
+        return
+    from ...rows.errors import DataError
+
+    rows = _some_rows(trainer.train_dataset, config.num_task_samples, config.seed)
+    try:
+        model.base_model.initialize_from_task_data(rows)
+    except DataError as error:
+        LOG.warning(f"The task initialization will come from the first training batch, not from the rows: {error}")
 
 
 def _load_for_training(model: PreTrainedModel, cfg: DictDefault) -> PeftModel:

@@ -3,7 +3,7 @@
 `peft_config=SaLoRAConfig(...)` is all that TRL's trainers need; nothing here is required.
 """
 
-from .arguments import SaLoRAArguments, get_peft_config, read_dataset
+from .arguments import SaLoRAArguments, get_peft_config, read_dataset, train_on_refusals
 from .callback import TaskInitializationCallback
 
-__all__ = ["SaLoRAArguments", "TaskInitializationCallback", "get_peft_config", "read_dataset"]
+__all__ = ["SaLoRAArguments", "TaskInitializationCallback", "get_peft_config", "read_dataset", "train_on_refusals"]

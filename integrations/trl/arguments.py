@@ -11,11 +11,14 @@ from typing import Any
 import trl
 from datasets import DatasetDict, load_dataset
 from peft import PeftConfig
+from transformers import Trainer
 from trl import ModelConfig, ScriptArguments
 
 from ...config import SaLoRAConfig
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
+from ...replay import RefusalAnchorCallback, mix_into_training_set
+from ...replay.mixing import check_share
 
 _LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
 # What `--init` starts would not be clear among the arguments of a training script.
@@ -26,6 +29,14 @@ _TYPES: dict[Any, Any] = {Any: str, Rank: str, RankPattern: RankPattern | str}
 # argparse adds "(default: None)" to what has no default in it; this prints nothing.
 _NO_DEFAULT = "%(default).0s"
 
+OF_THE_RUN = {
+    "refusal_share": "Share of the training rows that are the base model's own refusals of the requests in "
+    "safety_data, with SaLoRA or any other adapter. Default: none.",
+    "refusal_anchor": "Weight of the KL divergence from the base model where its refusals of the requests in "
+    "safety_data begin, beside the loss, with SaLoRA or any other adapter. Default: none.",
+}
+"""Arguments that are the trainer's, and not options of SaLoRAConfig; see `train_on_refusals`."""
+
 
 def _arguments() -> Iterator[tuple[str, Any, Any]]:
     """Name, type and field of every argument; one that is not given is None."""
@@ -34,6 +45,9 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
         if option.name not in _LEFT_OUT:
             kind = _TYPES.get(option.type, option.type) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
+
+    for name, text in OF_THE_RUN.items():
+        yield name, float | None, field(default=None, metadata={"help": text + _NO_DEFAULT})
 
 
 def _help(option: Option) -> str:
@@ -86,8 +100,10 @@ def get_peft_config(
     Raises:
         ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses.
     """
-    given = salora_args.given()
+    given = {name: value for name, value in salora_args.given().items() if name not in OF_THE_RUN}
     if not salora_args.use_salora:
+        if any(getattr(salora_args, name) for name in OF_THE_RUN):
+            given.pop("safety_data", None)  # whose requests are refused
         if given:
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
@@ -107,6 +123,34 @@ def get_peft_config(
         "use_dora": model_args.use_dora,
     }
     return SaLoRAConfig(**lora_options, **salora_options, tokenizer=tokenizer, seed=seed)
+
+
+def train_on_refusals(trainer: Trainer, salora_args: SaLoRAArguments, *, seed: int = 0) -> None:
+    """
+    Do what `--refusal_share` and `--refusal_anchor` say: mix the base model's own refusals into a trainer's training
+    set, and add a callback for the anchor. It comes between making the trainer and `trainer.train()`.
+
+    Args:
+        trainer: Of TRL, with an adapter, of SaLoRA or another kind.
+        salora_args: SaLoRA's arguments; the requests are those of `--safety_data`.
+        seed: Of the choice of requests and of their order.
+
+    Raises:
+        ValueError: The trainer's rows are preferences or packed, so that nothing can be mixed into them; or see
+            `mix_into_training_set` and [`RefusalAnchorCallback`].
+
+    Example:
+
+        >>> trainer = SFTTrainer(..., peft_config=get_peft_config(model_args, salora_args))
+        >>> train_on_refusals(trainer, salora_args)
+        >>> trainer.train()
+    """
+    requests = salora_args.safety_data or "builtin"
+    if salora_args.refusal_share is not None:
+        check_share(salora_args.refusal_share, "--refusal_share")
+        mix_into_training_set(trainer, salora_args.refusal_share, requests, seed=seed)
+    if salora_args.refusal_anchor is not None:
+        trainer.add_callback(RefusalAnchorCallback(requests, weight=salora_args.refusal_anchor, seed=seed))
 
 
 def _mapping(name: str, text: str) -> dict[str, Any]:

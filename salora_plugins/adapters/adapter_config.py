@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_FILE, DIGEST_KEY, FORM_KEY, FORM_OF_FACTORS, HEADS_ADDED_LATER, SaLoRAConfig
+from ..config import CONFIG_FILE, DIGEST_KEY, FORM_KEY, FORM_OF_FACTORS, HEADS_ADDED_LATER, NOTES_KEY, SaLoRAConfig
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.files import atomic_write
 from .certificate import check_saved_factors
@@ -43,6 +43,9 @@ class AdapterConfig(SaLoRAConfig):
     safety_module_in_force: SafetyModule
     """The one that the adapter is trained with, its tensors on the CPU."""
 
+    training_notes: dict[str, str]
+    """What it is trained on beside the task, for the model card: name -> text."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Made anew from its fields, as `dataclasses.replace` does, it belongs to no adapter yet.
         return SaLoRAConfig(*args, **kwargs) if args or kwargs else super().__new__(cls)
@@ -69,6 +72,7 @@ class AdapterConfig(SaLoRAConfig):
             shared = not isinstance(value, (list, dict, set)) or name in ("safety_data", "task_data")
             setattr(own, name, value if shared else copy.copy(value))
         own.safety_module_in_force = safety_module
+        own.training_notes = {}
         own.weights_follow = False
         return own
 
@@ -102,5 +106,7 @@ class AdapterConfig(SaLoRAConfig):
         # Behind the files that it belongs to: PEFT has written the weights before.
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         values |= {DIGEST_KEY: adapter_digest(folder), FORM_KEY: FORM_OF_FACTORS}
+        if self.training_notes:
+            values[NOTES_KEY] = self.training_notes
         atomic_write(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-        write_training_card(folder, self, self.safety_module_in_force)
+        write_training_card(folder, self, self.safety_module_in_force, self.training_notes)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_FILE
+from ..config import CONFIG_FILE, NOTES_KEY, read_side_config
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from .adapter_config import read_config
 from .digest import check_saved_together
@@ -77,4 +77,6 @@ def _renew_card(folder: Path) -> None:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a SaLoRA adapter as it was saved.")
     check_saved_together(folder)
-    write_training_card(folder, read_config(folder), SafetyModule.load(folder))
+    notes = (read_side_config(folder) or {}).get(NOTES_KEY)
+    notes = notes if isinstance(notes, dict) else {}
+    write_training_card(folder, read_config(folder), SafetyModule.load(folder), notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from .model_card import PACKAGE, PAPER, TO_CHECK, TO_LOAD, certificate_row, prov
 from .saved import SavedAdapter
 
 
-def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+def write_training_card(
+    folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule, notes: Mapping[str, str]
+) -> None:
     """
     `write_card` with what a reader of a trained adapter should know: method, ranks, certificate, safety module, how to
     load it.
@@ -24,6 +27,7 @@ def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_
         folder: The saved adapter; the certificate is computed from its files.
         config: The configuration that it was trained with.
         safety_module: The safety module that it was trained with.
+        notes: What it was trained on beside the task: name -> text.
     """
     saved = config.to_lora_config()
     numbers = {side: _ranks(found.bases) for side, found in safety_module.sides.items()}
@@ -36,6 +40,7 @@ def write_training_card(folder: str | os.PathLike, config: SaLoRAConfig, safety_
         "Protected": f"{sides}, in {len(safety_module.bases)} layers",
         "Certificate": _certificate_of_files(Path(folder), safety_module),
         **provenance_rows(safety_module),
+        **{markdown(name): markdown(text) for name, text in notes.items()},
     }
     section = f"""
 ## SaLoRA

@@ -1,0 +1,216 @@
+"""Refusals in the training set of a trainer of transformers or TRL, and the anchor beside its loss."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..adapters.adapter_config import AdapterConfig
+from ..options import check_number
+from .anchor import AnchorOptions, RefusalAnchor
+from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
+from .refusals import own_refusals, refusals_digest
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_OTHER_GRADIENTS = (
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+    DistributedType.MEGATRON_LM,
+    DistributedType.XLA,
+)
+_STEPS_IN_BACKWARD = ("lomo", "layerwise")
+"""Parts of the names of such optimizers."""
+
+
+class RefusalAnchorCallback(TrainerCallback):
+    """
+    Train with a penalty beside the loss: the KL divergence from the base model where its refusals begin.
+
+    On every `every`-th optimizer step but the first, where there is no divergence yet, before the step's own passes,
+    the gradient of `every * weight` times the divergence on a batch of harmful requests is added, so that on average
+    over the steps `weight` times the divergence is added to the loss (see [`RefusalAnchor`]). Gradient accumulation,
+    clipping, mixed precision, gradient checkpointing and DistributedDataParallel treat it as part of the step's
+    gradient. The number of the step tells its batch, so that a run that resumes goes on with the one that comes next.
+
+    With the input side of SaLoRA's default the update does not react to most of what harmful requests look like, and so
+    the penalty, too, can move little there.
+
+    Args:
+        requests: Harmful requests or refusals, see `RefusalAnchor.of`; or an anchor that was made before.
+        weight: What the divergence, in nats per token, counts beside the loss.
+        every: At which optimizer steps: every, 2 * every, ..., counted from 0.
+        tokenizer: None: the trainer's `processing_class`.
+        options: See [`AnchorOptions`].
+
+    Example:
+
+        >>> SFTTrainer(..., peft_config=LoraConfig(), callbacks=[RefusalAnchorCallback()])
+    """
+
+    def __init__(
+        self, requests: Any = "builtin", *, weight: float = 1.0, every: int = 8, tokenizer: Any = None, **options: Any
+    ) -> None:
+        if not weight > 0:
+            raise ValueError(f"weight={weight!r}: give a positive number, such as 1.0.")
+        check_number("every", every, 1)
+        AnchorOptions(**options)  # now, and not when training begins
+        self.anchor = requests if isinstance(requests, RefusalAnchor) else None
+        if self.anchor is not None and options:
+            raise ValueError(f"{next(iter(options))}: the anchor that is given has its own. Leave it out.")
+        self.requests = requests
+        self.weight = weight
+        self.every = every
+        self.tokenizer = tokenizer
+        self.seconds = 0.0
+        """What the penalties took."""
+        self._options = options
+        self._last: torch.Tensor | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_what_takes_gradients_elsewhere(args)
+        if model is None or not _has_adapter(model):
+            raise ValueError(
+                "RefusalAnchorCallback needs a model with an adapter: its base is the model with adapters disabled. "
+                "Give the trainer a peft_config."
+            )
+        if self.anchor is None:
+            tokenizer = processing_class if self.tokenizer is None else self.tokenizer
+            if tokenizer is None:
+                raise ValueError(
+                    "RefusalAnchorCallback: the trainer has no processing_class to render requests with. Give it one, "
+                    "or give the callback a tokenizer."
+                )
+            self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
+        note_for_card(
+            model,
+            "Refusal anchor",
+            f"KL to the base model on {len(self.anchor)} of its refusals, weight {self.weight:g}, every {self.every} "
+            f"steps; SHA-256 {self.anchor.digest}",
+        )
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        number, between = divmod(state.global_step, self.every)
+        if self.anchor is None or number == 0 or between:
+            return
+        started = time.perf_counter()
+        scaler = getattr(optimizer, "scaler", None)  # accelerate's, of fp16
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=args.device))
+        self._last = self.anchor.backward(model, number - 1, weight=self.every * self.weight, scale=scale)
+        self.seconds += time.perf_counter() - started
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the last divergence beside the loss, in the trainer's history and for the callbacks behind this one."""
+        if self._last is not None and logs is not None and "loss" in logs:
+            logs["refusal_anchor/kl"] = state.log_history[-1]["refusal_anchor/kl"] = self._last.item()
+
+
+def mix_into_training_set(
+    trainer: Trainer, share: float, requests: Any = "builtin", *, seed: int = 0, max_length: int | None = None
+) -> None:
+    """
+    Mix the base model's own refusals into the training set of a trainer that is made and has not begun.
+
+    They are rendered with the trainer's tokenizer, and only their responses are trained on.
+
+    Args:
+        trainer: A supervised one, of transformers, TRL or Axolotl, with rows of token ids. Its set must not be packed
+            yet.
+        share: See `mix_refusals`.
+        requests: See `own_refusals`.
+        seed: Of the choice of requests and of their order.
+        max_length: Tokens of a row that are kept; None: the trainer's `max_length`, if it has one.
+
+    Raises:
+        ValueError: See `mix_refusals`.
+        CalibrationError, DataError: See `own_refusals`.
+    """
+    check_share(share)
+    dataset: Any = trainer.train_dataset
+    check_can_be_mixed_into(dataset)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = trainer.processing_class
+    refusals = own_refusals(model, tokenizer, requests, num=number_of_refusals(len(dataset), share), seed=seed)
+    mixed = mix_refusals(
+        dataset,
+        refusals,
+        share,
+        seed=seed,
+        tokenizer=tokenizer,
+        max_length=max_length or getattr(trainer.args, "max_length", None),
+    )
+    trainer.train_dataset = mixed
+    note_for_card(
+        model,
+        "Refusals mixed in",
+        f"{len(mixed) - len(dataset)} rows of {len(refusals)} refusals of the base model's own among {len(mixed)}; "
+        f"SHA-256 {refusals_digest(refusals)}",
+    )
+
+
+def note_for_card(model: nn.Module, name: str, text: str) -> None:
+    """Have a SaLoRA adapter's model card say what it was trained on beside the task; other adapters have none."""
+    if not isinstance(model, PeftModel):
+        return
+    for adapter in model.active_adapters:
+        config = model.peft_config[adapter]
+        if isinstance(config, AdapterConfig):
+            config.training_notes[name] = text
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _refuse_what_takes_gradients_elsewhere(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: A backward pass before the step's own would not do what it does without.
+    """
+    kind = AcceleratorState().distributed_type
+    if kind in _OTHER_GRADIENTS:
+        raise ValueError(
+            f"RefusalAnchorCallback does not work under {kind.value}: a gradient that is made before the step's own "
+            "would not arrive there. Train on one device or with DistributedDataParallel, or mix refusals into the "
+            "training rows instead (salora_plugins.replay.mix_refusals)."
+        )
+    if (name := str(getattr(args.optim, "value", args.optim))) and any(part in name for part in _STEPS_IN_BACKWARD):
+        raise ValueError(
+            f"optim={name!r}: this optimizer steps in the backward pass, so that the penalty of RefusalAnchorCallback "
+            "would be a step of its own. Choose another, such as 'adamw_torch'."
+        )
