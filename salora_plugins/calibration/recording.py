@@ -36,6 +36,7 @@ def provenance_of(
             "safety_positions": settings.positions,
             "positions_counted": positions_counted,
             **answered.counts,
+            **({"safety_sources": answered.by_source} if answered.by_source else {}),
             **_tokenizer_facts(answered.tokenizer),
             "modules": len(settings.names),
             "directions": {side: [min(of), max(of)] for side, of in ranks.items()},
