@@ -119,7 +119,7 @@ def test_rows_have_the_documented_fields_and_clean_texts(name, sets):
         for text in [turn["content"] for turn in row.get("messages", [])] or [row["prompt"]]:
             assert text == text.strip() != ""
             assert "{" not in text and "\ufffd" not in text
-        has_cyrillic, has_chinese = (re.search(of, request(row)) for of in ("[а-я]", "[\u4e00-\u9fff]"))
+        has_cyrillic, has_chinese = (re.search(of, request(row)) for of in ("[\u0430-\u044f]", "[\u4e00-\u9fff]"))
         assert bool(has_cyrillic) == (row["language"] == "ru")
         assert bool(has_chinese) == (row["language"] == "zh")
 
@@ -186,7 +186,7 @@ def test_no_request_is_in_both_sets(sets):
 
 
 def test_every_row_fits_the_default_length_of_calibration(sets):
-    """A token is at least a byte of UTF-8; a word of ASCII letters is at most as many as it has letters, and few are."""
+    """Estimated without a tokenizer: three tokens a word (or Chinese character), or two bytes a token, is a lot."""
     longest = OPTIONS["calibration_max_length"].default
     for rows in sets.values():
         for row in rows:

@@ -213,7 +213,7 @@ class _Answerer:
     """Fewer than a batch once the device's memory did not do for one."""
 
     def refusals(self, requests: Sequence[RenderedRequest]) -> list[TokenizedExample | None]:
-        """The requests with the response where it is a refusal, and None where not, or where there is no room for it."""
+        """The requests with the response where it is a refusal; None where not, or where there is no room for it."""
         start = time.monotonic()
         answers: list[list[int]] = [[] for _ in requests]
         refused = [False] * len(requests)

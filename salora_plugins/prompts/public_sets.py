@@ -1,7 +1,7 @@
 """
 Public sets of requests by short names, for those who have access to them: nothing of them is in this package.
 
-They are data sources as `builtin` is: `safety_data: [builtin, advbench]`. The hub asks for consent to the terms of most.
+They are data sources as `builtin` is: `safety_data: [builtin, advbench]`. For most, the hub asks for consent to terms.
 """
 
 from __future__ import annotations

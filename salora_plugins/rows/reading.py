@@ -53,9 +53,10 @@ def load_examples(
     is left out with a warning.
 
     Args:
-        source: one of these, or a list of several: the name of a registered data source; a file (.jsonl, .json, .csv, .parquet, or .txt with a request
-            a line); a folder with one of the others or one that `datasets` saved; a hub data set id (`id` or
-            `id:config`, its `train` split). Or a `datasets` object, or rows (mappings, or examples that are passed on).
+        source: one of these, or a list of several (`sources_of`): the name of a registered data source; a file (.jsonl,
+            .json, .csv, .parquet, or .txt with a request a line); a folder with one of the others or one that
+            `datasets` saved; a hub data set id (`id` or `id:config`, its `train` split). Or a `datasets` object, or
+            rows (mappings, or examples that are passed on).
         option: what the user calls this data, for messages.
         allow_missing_response: keep requests without an answer (response None), and refuse plain `text`,
             which does not tell request and response apart. Otherwise rows without an answer are left out

@@ -68,8 +68,8 @@ def named_by_a_host(given: Sequence[str], option: str) -> str | list[str]:
     for entry in given:
         if not _names_source(entry):
             raise DataError(
-                f"{option} {entry}: there is neither a registered data source ({', '.join(sorted(data_sources()))}) nor "
-                "a file or folder of that name. Check the name; requests go into a file, one a line."
+                f"{option} {entry}: this is neither a registered data source ({', '.join(sorted(data_sources()))}) "
+                "nor a file or folder that is there. Check the name; requests go into a file, one a line."
             )
     return list(given)
 
@@ -178,8 +178,8 @@ def _read_hub(name: str, option: str, where: str) -> Any:
         return hub_dataset(repository, config or None, "train")
     except FileNotFoundError as error:
         raise DataError(
-            f"{where} is neither a registered data source ({', '.join(sorted(data_sources()))}) nor a file, and {error} "
-            f"Check the name, or pass {option} a file, a `datasets.Dataset` or a list of rows."
+            f"{where} is neither a registered data source ({', '.join(sorted(data_sources()))}) nor a file, and "
+            f"{error} Check the name, or pass {option} a file, a `datasets.Dataset` or a list of rows."
         ) from error
 
 

@@ -73,8 +73,10 @@ PHRASES: Mapping[str, Phrases] = {
             *("ich kann ihnen keine", "das kann ich nicht", "ich werde nicht", "ich werde das nicht"),
             *("ich werde keine", "ich bin nicht in der lage", "ich weigere mich", "als ki", "als sprachmodell"),
         ),
-        _with(("kann ich", "ich kann", "dir", "ihnen", "dabei", "damit"), ("nicht helfen", "leider nicht helfen"))
-        + ("nicht weiterhelfen", "kann diese anfrage nicht", "kann ich nicht unterstützen"),
+        (
+            *_with(("kann ich", "ich kann", "dir", "ihnen", "dabei", "damit"), ("nicht helfen", "leider nicht helfen")),
+            *("nicht weiterhelfen", "kann diese anfrage nicht", "kann ich nicht unterstützen"),
+        ),
         ("warten", "glauben", "genug", "leugnen", "klagen"),
     ),
     "pt": Phrases(
