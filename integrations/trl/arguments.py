@@ -19,6 +19,7 @@ from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
 from ...replay import RefusalAnchorCallback, mix_into_training_set
 from ...replay.mixing import check_share
+from ...rows.sources import named_by_a_host
 
 _LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
 # What `--init` starts would not be clear among the arguments of a training script.
@@ -43,7 +44,7 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
     yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     for option in OPTIONS.values():
         if option.name not in _LEFT_OUT:
-            kind = _TYPES.get(option.type, option.type) | None
+            kind = (list[str] if option.several else _TYPES.get(option.type, option.type)) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
 
     for name, text in OF_THE_RUN.items():
@@ -109,6 +110,9 @@ def get_peft_config(
         return trl.get_peft_config(model_args)
     salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
     for option, value in salora_options.items():
+        if OPTIONS[option].several and isinstance(value, list):
+            salora_options[option] = named_by_a_host(value, f"--{option}")
+        # One field holds both: whole numbers are numbers of directions, fractions are shares.
         if OPTIONS[option].type == Rank and isinstance(value, float) and value.is_integer():
             salora_options[option] = int(value)
     lora_options: dict[str, Any] = {
