@@ -26,7 +26,7 @@ from .cache import calibration_key, load_asked_for, store
 from .gathering import safety_positions, safety_statistics
 from .leak import measure_leak, say_leak
 from .recording import provenance_of
-from .refusals import answered_rows
+from .refusals import AnsweredRows, answered_rows
 from .rows import safety_rows
 from .settings import safety_settings
 
