@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 # Resolved on first use: hosts such as Axolotl import this package at every start, so it must not import torch.
 _EXPORTS = {
+    "RefusalAnchor": "salora_plugins.replay",
+    "RefusalAnchorCallback": "salora_plugins.replay",
     "SaLoRAConfig": "salora_plugins.config",
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
@@ -18,11 +20,15 @@ _EXPORTS = {
     "last_complete_checkpoint": "salora_plugins.adapters.checkpoints",
     "load_adapter": "salora_plugins.resuming",
     "load_for_training": "salora_plugins.resuming",
+    "mix_refusals": "salora_plugins.replay",
+    "own_refusals": "salora_plugins.replay",
     "project_adapter": "salora_plugins.adapters.projection",
     "push_to_hub": "salora_plugins.adapters.publishing",
 }
 
 __all__ = [
+    "RefusalAnchor",
+    "RefusalAnchorCallback",
     "SaLoRAConfig",
     "SaLoRAModel",
     "SafetyModule",
@@ -35,6 +41,8 @@ __all__ = [
     "last_complete_checkpoint",
     "load_adapter",
     "load_for_training",
+    "mix_refusals",
+    "own_refusals",
     "project_adapter",
     "push_to_hub",
 ]
@@ -51,6 +59,7 @@ if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.monitor import SafetyMonitorCallback
+    from .replay import RefusalAnchor, RefusalAnchorCallback, mix_refusals, own_refusals
     from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule
     from .tuner import SaLoRAModel

@@ -64,6 +64,7 @@ def axolotl_page() -> str:
     command = _load(project["entry-points"]["axolotl.cli_commands"]["salora-calibrate"])
     block = _model_in(arguments.model_fields["salora"].annotation)
     monitor = _model_in(block.model_fields["monitor"].annotation)
+    anchor = _model_in(block.model_fields["refusal_anchor"].annotation)
     return _page(
         "Axolotl",
         "`adapter: salora` takes Axolotl's own `lora_*` options, and the block `salora:`, in which every key is "
@@ -74,6 +75,9 @@ def axolotl_page() -> str:
         "## `salora.monitor:`",
         "`monitor: true` takes the defaults of `SafetyMonitorCallback`.",
         _option_table(_of_pydantic(monitor)),
+        "## `salora.refusal_anchor:`",
+        "`refusal_anchor: true` takes the defaults of `RefusalAnchorCallback`.",
+        _option_table(_of_pydantic(anchor)),
         "## Beside the block",
         _option_table(row for row in _of_pydantic(arguments) if row.name != "salora"),
         "## Command",

@@ -117,7 +117,9 @@ class RefusalAnchor:
             tokenizer: Its tokenizer, or a processor with one.
             requests: Refusals, as `own_refusals` returns them, or what that takes: then the base model answers first,
                 and those that it refuses are taken.
-            options: See [`AnchorOptions`].
+            options: num_requests (128): how many refusals at most; batch_size (8): how many a penalty looks at, over
+                all processes; num_tokens (8): at how many tokens of each; top_tokens (256): how many of the base's most
+                probable tokens are told apart; direction ("forward", or "reverse"); seed (0): of their order.
 
         Raises:
             ValueError: An option cannot have its value.

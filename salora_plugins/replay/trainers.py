@@ -50,7 +50,7 @@ class RefusalAnchorCallback(TrainerCallback):
         weight: What the divergence, in nats per token, counts beside the loss.
         every: At which optimizer steps: every, 2 * every, ..., counted from 0.
         tokenizer: None: the trainer's `processing_class`.
-        options: See [`AnchorOptions`].
+        options: Further ones of `RefusalAnchor.of`.
 
     Example:
 
