@@ -152,8 +152,9 @@ def calibrate_options() -> dict:
 def test_options_of_salora_calibrate(calibrate_options, option: Option):
     parameter = calibrate_options[flag(option)]
     assert option.help in parameter.help
-    if option.type == RankPattern:
+    if option.type == RankPattern or option.several:
         assert parameter.multiple and not parameter.default
+        assert not option.several or option.default_in_words in parameter.help
     else:
         assert parameter.default == (str(option.default) if option.name == "safety_rank" else option.default)
     assert option.default is not None or option.default_in_words in parameter.help

@@ -77,7 +77,7 @@ def named_by_a_host(given: Sequence[str], option: str) -> str | list[str]:
 def _names_source(entry: Any) -> bool:
     if isinstance(entry, Path) or (isinstance(entry, str) and entry in data_sources()):
         return True
-    if not isinstance(entry, str):
+    if not isinstance(entry, str) or not entry.strip():
         return False
     has_space = any(map(str.isspace, entry))
     if not has_space and ((is_dataset_id(entry) and entry.count("/") == 1) or Path(entry).suffix.lower() in SUFFIXES):
