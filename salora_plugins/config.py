@@ -18,6 +18,7 @@ from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lor
 from .options import OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import register_peft_types
 from .ranks import Rank, Side, ranks_of
+from .rows.sources import sources_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -96,7 +97,10 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,
-            .parquet, or .txt with a request a line), a folder, a data set of the hub; a list of rows or of requests.
+            .parquet, or .txt with a request a line), a folder, a data set of the hub; a list of several of these, or
+            of rows or of requests (a text in a list is a source where it is a registered name, an existing file, or
+            "organization/name"). "advbench", "harmbench", "strongreject" and "xstest-unsafe" are registered, too, for
+            those who have access to these sets on the hub.
         task_data (`str`, path, `datasets.Dataset` or list, *optional*):
             Training examples for `init="task"`. `None` takes the first batch that is trained on.
         safety_module (`str`, path or [`SafetyModule`], *optional*):
@@ -104,7 +108,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             ("organization/name", or "organization/name@revision"); skips calibration.
         basis_method (`str`, defaults to `"salora"`):
             Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
-        num_safety_samples (`int`, defaults to 128): Safety examples to calibrate on.
+        num_safety_samples (`int`, defaults to 512):
+            Safety examples to calibrate on, at most, spread evenly over what `category`, `form` and `language` of the
+            rows say.
         num_task_samples (`int`, defaults to 128): Task examples for `init="task"` where `task_data` is given.
         calibration_batch_size (`int`, defaults to 16): Examples per forward pass of a calibration.
         calibration_max_length (`int`, defaults to 512): Tokens per calibration example; longer ones are cut.
@@ -333,6 +339,8 @@ def _name_of(value: Any) -> str | None:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if (several := sources_of(value, "safety_data")) is not None:
+        return ", ".join(map(str, several))
     return f"<{type(value).__name__}>"
 
 

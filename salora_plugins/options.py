@@ -30,7 +30,7 @@ RankPattern = dict[str, Rank]
 """Module name or regular expression -> rank."""
 
 
-def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str, Any]:
+def about(help: str, *, least: int = 1, if_none: str | None = None, several: bool = False) -> dict[str, Any]:
     """
     What is said of an option, as the metadata of its field.
 
@@ -38,8 +38,9 @@ def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str,
         help: In full sentences, in no host's syntax, without the default.
         least: The least value of a number.
         if_none: What the default is where it is given as None.
+        several: Whether a list of such values is a value, too.
     """
-    return {"help": help, "least": least, "if_none": if_none}
+    return {"help": help, "least": least, "if_none": if_none, "several": several}
 
 
 @dataclass
@@ -96,7 +97,8 @@ class AdapterOptions:
         default="builtin",
         metadata=about(
             "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
-            "or a hub data set; in Python and YAML also a list of requests or rows."
+            "or a hub data set, or several of these; in Python and YAML also a list of requests or rows.",
+            several=True,
         ),
     )
     task_data: Any = field(
@@ -116,7 +118,10 @@ class AdapterOptions:
     basis_method: str = field(
         default="salora", metadata=about("Method that computes the safety bases; plugins can add some.")
     )
-    num_safety_samples: int = field(default=128, metadata=about("Safety examples to calibrate on."))
+    num_safety_samples: int = field(
+        default=512,
+        metadata=about("Safety examples to calibrate on, at most, spread evenly over their categories and forms."),
+    )
     num_task_samples: int = field(default=128, metadata=about("Task examples for the start 'task'."))
     calibration_batch_size: int = field(default=16, metadata=about("Examples per forward pass of a calibration."))
     calibration_max_length: int = field(
@@ -154,6 +159,7 @@ class Option:
         help: What it is, without the default.
         default_in_words: The default, or what it is where it is given as None.
         least: The least value, where it is a number.
+        several: Whether it can also be a list of such values.
     """
 
     name: str
@@ -163,6 +169,7 @@ class Option:
     help: str
     default_in_words: str
     least: int
+    several: bool
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -223,6 +230,7 @@ def _declared() -> Mapping[str, Option]:
             help=entry.metadata["help"],
             default_in_words=entry.metadata["if_none"] or str(default),
             least=entry.metadata["least"],
+            several=entry.metadata["several"],
         )
     return MappingProxyType(found)
 

@@ -79,6 +79,8 @@ class Provenance(BaseModel, Mapping[str, Any]):
     requests: _Number = None
     refusals: _Number = None
     """Of the requests that came without a response, how many there were and how many the model refused."""
+    safety_sources: _Numbers = {}
+    """Of several sources, how many examples are of each."""
     tokenizer: Any = None
     has_chat_template: Any = None
     chat_template_sha256: Any = None

@@ -21,7 +21,7 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 def _kind(option: Option) -> Any:
     """The type of an option's value in a YAML file."""
     number: Any = Annotated[int, Field(ge=option.least)]
-    if option.name == "safety_data":
+    if option.several:
         return str | list[str | dict[str, Any]]
     if option.type is Any:  # of what it can be in Python, a file has the names only
         return str

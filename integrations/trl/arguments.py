@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments
 from ...config import SaLoRAConfig
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
+from ...rows.sources import named_by_a_host
 
 _LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
 # What `--init` starts would not be clear among the arguments of a training script.
@@ -32,7 +33,7 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
     yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     for option in OPTIONS.values():
         if option.name not in _LEFT_OUT:
-            kind = _TYPES.get(option.type, option.type) | None
+            kind = (list[str] if option.several else _TYPES.get(option.type, option.type)) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
 
 
@@ -93,6 +94,8 @@ def get_peft_config(
         return trl.get_peft_config(model_args)
     salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
     for option, value in salora_options.items():
+        if OPTIONS[option].several and isinstance(value, list):
+            salora_options[option] = named_by_a_host(value, f"--{option}")
         if OPTIONS[option].type == Rank and isinstance(value, float) and value.is_integer():
             salora_options[option] = int(value)
     lora_options: dict[str, Any] = {

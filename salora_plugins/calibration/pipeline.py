@@ -26,7 +26,7 @@ from .cache import calibration_key, load_asked_for, store
 from .gathering import safety_positions, safety_statistics
 from .leak import measure_leak, say_leak
 from .recording import provenance_of
-from .refusals import answered_rows
+from .refusals import AnsweredRows, answered_rows
 from .rows import safety_rows
 from .settings import safety_settings
 
@@ -82,6 +82,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
         with on_accelerator(model), evaluation_mode(model):
             check_weights(model, settings.names)
             answered = answered_rows(rows, model, settings)
+            _tell_of_answers(answered)
             positions = safety_positions(answered.tokenizer, settings)
             leak = measure_leak(model, answered, positions, settings)
             statistics = safety_statistics(model, answered.examples, positions, settings)
@@ -96,8 +97,26 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     provenance = provenance_of(settings, answered, positions_counted, sides, leak)
     safety_module = SafetyModule(sides, weight_samples(model, settings.names), provenance)
     seconds = time.monotonic() - start
-    tell(logger, "%s; calibrated in %.0f s.", facts(provenance), seconds)
+    answers = f", besides {answered.answering.seconds:.0f} s for the answers" if answered.counts else ""
+    tell(logger, "%s; calibrated in %.0f s%s.", facts(provenance), seconds - answered.answering.seconds, answers)
     say_leak(provenance)
     if key is not None:
         store(key, safety_module)
     return safety_module
+
+
+def _tell_of_answers(answered: AnsweredRows) -> None:
+    if answered.by_source:
+        of_each = ", ".join(f"{number} of {name}" for name, number in answered.by_source.items())
+        tell(logger, "Safety data: %s.", of_each)
+    if answered.counts:
+        took = answered.answering
+        tell(
+            logger,
+            "Answered %d requests in %.0f s, refusing %d: %.0f tokens/s, %d at once.",
+            answered.counts["requests"],
+            took.seconds,
+            answered.counts["refusals"],
+            took.tokens / max(took.seconds, 1e-9),
+            took.largest_batch,
+        )

@@ -43,6 +43,7 @@ def provenance_of(
             **({"header_weight": settings.header_weight} if settings.header_weight != 1 else {}),
             "positions_counted": positions_counted,
             **answered.counts,
+            **({"safety_sources": answered.by_source} if answered.by_source else {}),
             **_tokenizer_facts(answered.tokenizer),
             "modules": len(settings.names),
             "directions": {side: [min(of), max(of)] for side, of in ranks.items()},

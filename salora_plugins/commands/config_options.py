@@ -10,6 +10,7 @@ import typer
 
 from ..options import Option, RankPattern
 from ..ranks import Rank, check_rank, rank_of_text
+from ..rows.sources import named_by_a_host
 from .parameters import CommandFunction, in_place_of
 
 
@@ -46,6 +47,9 @@ def _parameter(option: Option) -> inspect.Parameter:
     elif option.type == Rank:
         kind, metavar = str, "RANK"
         default = None if default is None else str(default)
+    elif option.several:
+        kind, default = list[str], None
+        help = f"{option.described()} Repeatable."
     elif option.type not in (bool, int, float):  # a choice is checked with the configuration; anything else is a name
         kind = str
         metavar = f"[{'|'.join(option.choices)}]" if option.choices else None
@@ -62,6 +66,8 @@ def _value(option: Option, given: Any) -> Any:
         return _pattern(flag(option), given or ())
     if option.type == Rank and given is not None:
         return _rank(flag(option), given)
+    if option.several:
+        return named_by_a_host(given, flag(option)) if given else option.default
     return given
 
 

@@ -55,11 +55,14 @@ class Renderer:
             name: what to call the example in messages.
 
         Raises:
-            DataError: the chat template refuses the conversation, or there is none for one of several turns.
+            DataError: the chat template refuses the conversation, or there is none for one of several turns with a
+                response.
         """
         if self._uses_template(example, name):
             return self._template_ids(example.messages, name, add_generation_prompt=True)
-        return _encode(example.request, self._tokenizer)
+        # Without a template a request is plain text that is to be continued, and so are several turns.
+        turns = [text for message in example.messages if (text := message.get("content"))]
+        return _encode("\n\n".join(turns) or example.request, self._tokenizer)
 
     def prompt_and_response_ids(self, example: Example, name: str) -> tuple[list[int], int]:
         """Token ids of the whole exchange, and how many of them precede the response.
@@ -131,7 +134,7 @@ class Renderer:
     def _uses_template(self, example: Example, name: str) -> bool:
         if not example.messages or self._is_rendered(example, name):
             return False
-        if not self._has_template and not _is_single_request(example):
+        if not self._has_template and example.response is not None and not _is_single_request(example):
             raise DataError(
                 f"{name} is a conversation of several turns, and the tokenizer has no chat template to render "
                 "it. Set `tokenizer.chat_template`, or give `prompt` and `completion` as plain text."
