@@ -182,8 +182,12 @@ def test_positions_and_weight_are_told():
     header = calibrated(safety_positions="header").provenance
     length = len("\nassistant\n") + 2
     assert header["safety_positions"] == "header" and header["positions_counted"] == 60 * length
-    weighted = calibrated(header_weight=10).provenance
-    assert weighted["header_weight"] == 10 and "header_weight" not in calibrated().provenance
+    weighted, plain = calibrated(header_weight=10), calibrated()
+    assert weighted.provenance["header_weight"] == 10 and "header_weight" not in plain.provenance
+    options = {"target_modules": ["q_proj"], "safety_rank": 4, "r": 4, "header_weight": 10}
+    get_peft_model(llama(), SaLoRAConfig(**options, safety_module=weighted))
+    with pytest.raises(ValueError, match=r"header_weight=10, but the safety module was computed with 1"):
+        get_peft_model(llama(), SaLoRAConfig(**options, safety_module=plain))
 
 
 def test_rows_of_token_ids_without_a_tokenizer_have_a_notice(caplog):

@@ -18,7 +18,7 @@ from torch import Tensor
 from salora_plugins.activations.last_inputs import last_inputs
 from salora_plugins.calibration.leak import energy_left, leak_of
 from salora_plugins.prompts.builtin import builtin_prompts
-from salora_plugins.rows.examples import Example, select_examples
+from salora_plugins.rows.examples import Asked, Example, as_messages, select_examples
 from salora_plugins.rows.headers import Headers
 from salora_plugins.rows.tokenizing import render_prompts
 
@@ -35,6 +35,8 @@ WEIGHTS = {"prompt": 1.0, "prompt, header x 10": 10.0, "prompt, header x 30": 30
 RANKS = (64, 128, 224, 256, 448, 1024)
 EVERYDAY = slice(400, 528)
 """Lines of harmless_prompts.txt: every second one stands for the task, the others for what harmful ones are held to."""
+UNSEEN = 128
+"""Requests of the built-in evaluation split."""
 BATCH = 16
 _SMALL = 1024  # matrices of this size are decomposed as a whole
 
@@ -70,13 +72,13 @@ def positions(experiment: Experiment, more: Mapping[str, Sequence[str]]) -> None
     modules = {name: model.get_submodule(name) for names in layers.values() for name in names}
     headers, start = Headers(experiment.tokenizer), time.monotonic()
 
-    def rendered(requests: Iterable[str]) -> list[Prompt]:
-        examples = [Example(messages=({"role": "user", "content": request},)) for request in requests]
+    def rendered(requests: Iterable[Asked]) -> list[Prompt]:
+        examples = [Example(messages=as_messages(request)) for request in requests]
         return render_prompts(examples, experiment.tokenizer)
 
     lines = (experiment.data / "harmless_prompts.txt").read_text(encoding="utf-8").splitlines()[EVERYDAY]
-    seen = {"AdvBench": advbench(experiment.data)[ADVBENCH_EVALUATION], "everyday": lines}
-    seen["built-in, other"] = [row["prompt"] for row in builtin_prompts("evaluation")]
+    seen: dict[str, Sequence[Asked]] = {"AdvBench": advbench(experiment.data)[ADVBENCH_EVALUATION], "everyday": lines}
+    seen["built-in, other"] = asked(builtin_prompts("evaluation"))[:UNSEEN]
     last = {name: last_inputs(model, modules, rendered(requests), BATCH) for name, requests in seen.items()}
     everyday = last.pop("everyday")
     columns = ["calibrated on", "positions", "inputs of", "r_in", *last, "energy left"]
@@ -103,16 +105,22 @@ def positions(experiment: Experiment, more: Mapping[str, Sequence[str]]) -> None
     print(f"\n{time.monotonic() - start:.0f} s; medians over {', '.join(f'{len(n)} {k}' for k, n in layers.items())}")
 
 
-def calibration_sets(experiment: Experiment, more: Mapping[str, Sequence[str]]) -> Iterable[tuple[str, Sequence[str]]]:
+def calibration_sets(
+    experiment: Experiment, more: Mapping[str, Sequence[str]]
+) -> Iterable[tuple[str, Sequence[Asked]]]:
     """What is added to the requests to calibrate on, with the name of all so far."""
-    rows = [row["prompt"] for row in builtin_prompts("calibration")]
+    rows = asked(builtin_prompts("calibration"))
     rows = select_examples(rows, len(rows), 0)
-    yield "of the built-in", rows[:128]
-    if rows[128:]:
-        yield "built-in", rows[128:]
+    for start, stop in itertools.pairwise((0, 128, 512, len(rows))):
+        if rows[start:stop]:
+            yield "of the built-in" if stop < len(rows) else "built-in", rows[start:stop]
     yield "built-in and AdvBench", advbench(experiment.data)[: ADVBENCH_EVALUATION.start]
     for name, requests in more.items():
         yield f"and {name}", requests
+
+
+def asked(rows: Iterable[Mapping[str, Any]]) -> list[Asked]:
+    return [row["prompt"] if "prompt" in row else row["messages"] for row in rows]
 
 
 def names_of(model: Any, end: str) -> list[str]:

@@ -33,7 +33,9 @@ def _kind(option: Option) -> Any:
     if option.type is float:
         return Annotated[float, Field(ge=option.least)]
     rules = [name for name, rule in RULES.items() if side_of(option.name) in rule.sides]
-    rank = number | _Share | Annotated[str, Field(pattern=f"^({'|'.join(rules)}):")] if rules else number | _Share
+    rank: Any = number | _Share
+    if rules:
+        rank = rank | Annotated[str, Field(pattern=f"^({'|'.join(rules)}):")]
     if option.type == Rank:
         return rank
     if option.type == RankPattern:

@@ -89,7 +89,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             positions_counted = statistics[settings.names[0]].output.count
             sides = compute_bases(
                 statistics,
-                settings.ranks | ({"input": leak.ranks} if leak.ranks else {}),
+                {**settings.ranks, "input": leak.ranks} if leak.ranks else settings.ranks,
                 settings.basis_method,
                 settings.method_name,
                 settings.default_ranks,
