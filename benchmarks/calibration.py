@@ -36,7 +36,7 @@ from salora_plugins.initialization import pissa_factors
 from salora_plugins.models.running import cheap_forward_options, input_device
 from salora_plugins.models.targets import default_input_ranks, target_module_names
 from salora_plugins.models.weights import base_layer, layer_features, linear_weight
-from salora_plugins.prompts.builtin import builtin_prompts
+from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
 from salora_plugins.rows.batching import batches
 from salora_plugins.rows.examples import TokenizedExample
 from salora_plugins.rows.reading import load_examples
@@ -155,7 +155,9 @@ def tokenized_data(
             return TokenizedExample(tuple(ids), (-100,) * 40 + tuple(ids[40:]))
 
         return [example() for _ in range(SAMPLES)], [example() for _ in range(SAMPLES)]
-    safety = [{"prompt": row["prompt"], "response": REFUSAL} for row in builtin_prompts("calibration")[:SAMPLES]]
+    safety = [
+        {"prompt": prompt, "response": REFUSAL} for prompt in plain_prompts(builtin_prompts("calibration"))[:SAMPLES]
+    ]
     task = [json.loads(line) for line in (data / "math_train.jsonl").read_text().splitlines()[:SAMPLES]]
     result = []
     for option, rows in (("safety_data", safety), ("task_data", task)):

@@ -62,12 +62,12 @@ def advbench(data: Path) -> list[str]:
 
 def request_sets(data: Path) -> dict[str, list[str]]:
     """The requests to evaluate on, none of which any run calibrates on."""
-    from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
+    from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts, plain_prompts
 
     return {
         "advbench": advbench(data)[ADVBENCH_EVALUATION],
-        "builtin": [row["prompt"] for row in builtin_prompts("evaluation")],
-        "harmless": [row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"],
+        "builtin": plain_prompts(builtin_prompts("evaluation")),
+        "harmless": plain_prompts([row for row in harmless_prompts() if row["split"] == "evaluation"]),
     }
 
 

@@ -18,6 +18,7 @@ from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lor
 from .options import OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import register_peft_types
 from .ranks import Rank, Side, ranks_of
+from .rows.sources import sources_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
 
@@ -73,17 +74,19 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
             docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
-        input_safety_rank (`int` or `float`, *optional*):
+        input_safety_rank (`int`, `float` or `str`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
-            the energy of the layer's inputs that they capture. `None`: those of `safety_module` where one is given,
-            otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the safety data. 0 is no
-            input side.
-        safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float]`, defaults to `{}`):
+            the energy of the layer's inputs that they capture, or "leak:0.05": the smallest of 16, 32, 64, ... that
+            leaks no more than that (see docs/choose.md), at most half of the inputs. `None`: those of `safety_module`
+            where one is given, otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the
+            safety data. 0 is no input side.
+        safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float | str]`, defaults to `{}`):
             Ranks of single modules: names or regular expressions, matched like those of `rank_pattern`.
-        safety_positions (`"response"`, `"predicting"`, `"prompt"` or `"all"`, *optional*):
+        safety_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"` or `"all"`, *optional*):
             Which positions of the safety data count, for both sides: those whose input is a response token (the paper's
-            code), or those that predict one, which include the last prompt token, or those of the prompt, or every
-            token of both.
+            code), or those that predict one, which include the last prompt token, or those of the prompt, or of these
+            the ones behind the request's own text ("header": the end of the turn and the assistant's header, as the
+            chat template writes them; the answer begins at the last of them), or every token of prompt and response.
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
@@ -97,7 +100,10 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,
-            .parquet, or .txt with a request a line), a folder, a data set of the hub; a list of rows or of requests.
+            .parquet, or .txt with a request a line), a folder, a data set of the hub; a list of several of these, or
+            of rows or of requests (a text in a list is a source where it is a registered name, an existing file, or
+            "organization/name"). "advbench", "harmbench", "strongreject" and "xstest-unsafe" are registered, too, for
+            those who have access to these sets on the hub.
         task_data (`str`, path, `datasets.Dataset` or list, *optional*):
             Training examples for `init="task"`. `None` takes the first batch that is trained on.
         safety_module (`str`, path or [`SafetyModule`], *optional*):
@@ -105,7 +111,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             ("organization/name", or "organization/name@revision"); skips calibration.
         basis_method (`str`, defaults to `"salora"`):
             Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
-        num_safety_samples (`int`, defaults to 128): Safety examples to calibrate on.
+        num_safety_samples (`int`, defaults to 512):
+            Safety examples to calibrate on, at most, spread evenly over what `category`, `form` and `language` of the
+            rows say.
         num_task_samples (`int`, defaults to 128): Task examples for `init="task"` where `task_data` is given.
         calibration_batch_size (`int`, defaults to 16): Examples per forward pass of a calibration.
         calibration_max_length (`int`, defaults to 512): Tokens per calibration example; longer ones are cut.
@@ -116,6 +124,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Keep the calibrated safety module in the folder that the environment variable `SALORA_CACHE` names (default:
             `~/.cache/salora-plugins`), and take it from there when model, data and settings are the same.
         seed (`int`, defaults to 0): Seed of the selection of examples and of randomized decompositions.
+        header_weight (`float`, defaults to 1.0):
+            How many times as much as another position one of the header counts, where `safety_positions` is "prompt" or
+            "all": with 10 its vectors count ten times in the sums of outer products. 0 leaves the header out.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` takes that of the
             trainer that is being made, or the one in the model's own folder or repository.
@@ -163,6 +174,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError(
                 "input_safety_rank_pattern has no effect without an input side: leave variant and input_safety_rank at "
                 "their defaults, or set input_safety_rank for the modules that it does not name, too."
+            )
+        positions = self.resolved_safety_positions
+        if self.header_weight != 1 and positions not in ("prompt", "all"):
+            raise ValueError(
+                f"header_weight={self.header_weight!r} has no effect with safety_positions={positions!r}, where no "
+                "position of the header counts beside others: leave it out, or choose safety_positions 'prompt' or "
+                "'all'."
             )
         if isinstance(self.task_data, str) and self.task_data == "builtin":
             raise ValueError(
@@ -324,6 +342,8 @@ def _name_of(value: Any) -> str | None:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if (several := sources_of(value, "safety_data")) is not None:
+        return ", ".join(map(str, several))
     return f"<{type(value).__name__}>"
 
 

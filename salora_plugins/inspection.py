@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from .ranks import SIDES, Side, of_side
@@ -14,6 +14,15 @@ from .support.texts import cell, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+LARGE_LEAK = 0.1
+"""Above this median leak of a kind of layer, a safety module is said to leak."""
+WHAT_HELPS = (
+    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then safety_positions='header' "
+    "or a header_weight, then a larger input_safety_rank."
+)
+_WORST = 3  # layers that are named
 
 
 def describe(safety_module: SafetyModule) -> dict[str, Any]:
@@ -47,6 +56,39 @@ def facts(provenance: Mapping[str, Any]) -> str:
     return "Safety module: " + one_line(", ".join(parts))
 
 
+def leak_line(provenance: Mapping[str, Any]) -> str:
+    """The leak by kind of layer and where it is largest, or why it was not measured; empty where nothing is said."""
+    leaks: Mapping[str, float] = provenance.get("leak") or {}
+    if not leaks:
+        reason = provenance.get("leak_unknown")
+        return f"Leak: not measured, since {one_line(reason)}" if reason else ""
+    worst = sorted(leaks, key=lambda name: -leaks[name])[:_WORST]
+    return (
+        f"Leak at the last prompt token, on {provenance.get('leak_requests', '?')} harmful requests that were held out "
+        "(0: an update cannot react to them, 1: as to everyday ones; median): "
+        + ", ".join(f"{one_line(kind)} {value:.3f}" for kind, value in leak_by_kind(leaks).items())
+        + "; largest: "
+        + ", ".join(f"{one_line(name)} {leaks[name]:.3f}" for name in worst)
+    )
+
+
+def leak_by_kind(leaks: Mapping[str, float]) -> dict[str, float]:
+    """Last part of the layers' names, such as "q_proj" -> median of their leaks."""
+    return {kind: median(leaks[name] for name in names) for kind, names in _by_last_name(dict(leaks)).items()}
+
+
+def leak_warning(provenance: Mapping[str, Any]) -> str:
+    """What to do where a kind of layer leaks more than `LARGE_LEAK`; empty where none does."""
+    large = {kind: leak for kind, leak in leak_by_kind(provenance.get("leak") or {}).items() if leak > LARGE_LEAK}
+    if not large:
+        return ""
+    found = ", ".join(f"{one_line(kind)} {leak:.2f}" for kind, leak in large.items())
+    return (
+        f"The safety module leaks: an update could react to harmful requests that calibration did not see (median leak "
+        f"above {LARGE_LEAK}: {found}), so that training which teaches compliance may cost refusals. {WHAT_HELPS}"
+    )
+
+
 def summary(safety_module: SafetyModule) -> str:
     """A few lines: how many modules and directions, how much they capture, and where they come from."""
     provenance = safety_module.provenance
@@ -66,6 +108,7 @@ def summary(safety_module: SafetyModule) -> str:
     lines.append(f"Method: {one_line(provenance.get('basis_method', 'unknown'))}, engine: {engine}")
     if "directions" in provenance:
         lines.append(facts(provenance).replace("Safety module", "Calibration"))
+    lines += [line for line in (leak_line(provenance), leak_warning(provenance)) if line]
     versions = provenance.get("versions", {})
     lines.append("Versions: " + one_line(", ".join(f"{package} {number}" for package, number in versions.items())))
     return "\n".join(lines)

@@ -9,6 +9,7 @@ them this module, at every start.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,7 +20,7 @@ from .ranks import Rank, check_pattern, check_rank
 
 Variant = Literal["two-sided", "paper"]
 """Which sides of the layers are protected."""
-Positions = Literal["response", "predicting", "prompt", "all"]
+Positions = Literal["response", "predicting", "prompt", "header", "all"]
 """Which positions of the safety data count, see `activations.positions.position_mask`."""
 Start = Literal["task", "pissa", "zero"]
 """Start values of the factors."""
@@ -29,7 +30,7 @@ RankPattern = dict[str, Rank]
 """Module name or regular expression -> rank."""
 
 
-def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str, Any]:
+def about(help: str, *, least: int = 1, if_none: str | None = None, several: bool = False) -> dict[str, Any]:
     """
     What is said of an option, as the metadata of its field.
 
@@ -37,8 +38,9 @@ def about(help: str, *, least: int = 1, if_none: str | None = None) -> dict[str,
         help: In full sentences, in no host's syntax, without the default.
         least: The least value of a number.
         if_none: What the default is where it is given as None.
+        several: Whether a list of such values is a value, too.
     """
-    return {"help": help, "least": least, "if_none": if_none}
+    return {"help": help, "least": least, "if_none": if_none, "several": several}
 
 
 @dataclass
@@ -61,7 +63,8 @@ class AdapterOptions:
     input_safety_rank: Rank | None = field(
         default=None,
         metadata=about(
-            "Input directions per layer that the update may not react to, or a share of the energy; 0: none.",
+            "Input directions per layer that the update may not react to, or a share of the energy, or leak:0.05: as "
+            "few as leak no more (how an update could react to unseen harmful requests, over everyday ones); 0: none.",
             least=0,
             if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
         ),
@@ -78,7 +81,7 @@ class AdapterOptions:
         default=None,
         metadata=about(
             "Positions of the safety data that count: those whose input is a response token, those that predict one, "
-            "those of the prompt, or all.",
+            "those of the prompt, those of the prompt behind the request's own text (header), or all.",
             if_none="prompt, and response without an input side",
         ),
     )
@@ -94,7 +97,8 @@ class AdapterOptions:
         default="builtin",
         metadata=about(
             "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
-            "or a hub data set; in Python and YAML also a list of requests or rows."
+            "or a hub data set, or several of these; in Python and YAML also a list of requests or rows.",
+            several=True,
         ),
     )
     task_data: Any = field(
@@ -114,7 +118,10 @@ class AdapterOptions:
     basis_method: str = field(
         default="salora", metadata=about("Method that computes the safety bases; plugins can add some.")
     )
-    num_safety_samples: int = field(default=128, metadata=about("Safety examples to calibrate on."))
+    num_safety_samples: int = field(
+        default=512,
+        metadata=about("Safety examples to calibrate on, at most, spread evenly over their categories and forms."),
+    )
     num_task_samples: int = field(default=128, metadata=about("Task examples for the start 'task'."))
     calibration_batch_size: int = field(default=16, metadata=about("Examples per forward pass of a calibration."))
     calibration_max_length: int = field(
@@ -129,6 +136,14 @@ class AdapterOptions:
         metadata=about("Reuse a calibration of the same model, data and settings, and keep this one."),
     )
     seed: int = field(default=0, metadata=about("Seed of the selection of examples and of decompositions.", least=0))
+    header_weight: float = field(
+        default=1.0,
+        metadata=about(
+            "How many times as much as another position one of the header counts, with the safety_positions prompt and "
+            "all.",
+            least=0,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,7 @@ class Option:
         help: What it is, without the default.
         default_in_words: The default, or what it is where it is given as None.
         least: The least value, where it is a number.
+        several: Whether it can also be a list of such values.
     """
 
     name: str
@@ -153,6 +169,7 @@ class Option:
     help: str
     default_in_words: str
     least: int
+    several: bool
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -177,6 +194,8 @@ class Option:
             raise ValueError(f"{self.name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
         if self.type is int:
             check_number(self.name, value, self.least)
+        elif self.type is float:
+            _check_float(self.name, value, self.least)
         elif self.type == Rank:
             check_rank(self.name, value, self.least)
         elif self.type == RankPattern:
@@ -190,6 +209,11 @@ def check_number(name: str, value: object, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def _check_float(name: str, value: object, least: int) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number of at least {least}.")
 
 
 def _declared() -> Mapping[str, Option]:
@@ -206,6 +230,7 @@ def _declared() -> Mapping[str, Option]:
             help=entry.metadata["help"],
             default_in_words=entry.metadata["if_none"] or str(default),
             least=entry.metadata["least"],
+            several=entry.metadata["several"],
         )
     return MappingProxyType(found)
 

@@ -19,6 +19,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) or _is_text(value)
+
+
 def _is_extent(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
 
@@ -47,6 +51,8 @@ def _kept_if(fits: Callable[[Any], bool], wanted: str) -> PlainValidator:
 _Text = Annotated[str | None, _kept_if(_maybe(_is_text), "a text")]
 _Number = Annotated[int | float | None, _kept_if(_maybe(_is_number), "a number")]
 _Numbers = Annotated[Mapping[str, int | float], _kept_if(_by_name(_is_number), "a mapping of names to numbers")]
+_Rank = Annotated[int | float | str | None, _kept_if(_maybe(_is_rank), "a number or a rule")]
+_Ranks = Annotated[Mapping[str, int | float | str], _kept_if(_by_name(_is_rank), "a mapping of names to ranks")]
 _Extents = Annotated[
     Mapping[str, list[int]], _kept_if(_by_name(_is_extent), "a mapping of sides to smallest and largest number")
 ]
@@ -67,10 +73,14 @@ class Provenance(BaseModel, Mapping[str, Any]):
     safety_data_sha256: _Text = None
     safety_samples: _Number = None
     safety_positions: _Text = None
+    header_weight: _Number = None
+    """Of the header's positions against the others; absent where all count alike."""
     positions_counted: _Number = None
     requests: _Number = None
     refusals: _Number = None
     """Of the requests that came without a response, how many there were and how many the model refused."""
+    safety_sources: _Numbers = {}
+    """Of several sources, how many examples are of each."""
     tokenizer: Any = None
     has_chat_template: Any = None
     chat_template_sha256: Any = None
@@ -78,13 +88,21 @@ class Provenance(BaseModel, Mapping[str, Any]):
     """How many layers."""
     directions: _Extents = {}
     """Side -> the smallest and the largest number of directions."""
-    safety_rank: _Number = None
-    safety_rank_pattern: _Numbers = {}
+    safety_rank: _Rank = None
+    safety_rank_pattern: _Ranks = {}
     safety_rank_cut: Any = None
     """How many modules have fewer directions than the default rank, the data having no more."""
-    input_safety_rank: _Number = None
-    input_safety_rank_pattern: _Numbers = {}
+    input_safety_rank: _Rank = None
+    input_safety_rank_pattern: _Ranks = {}
     input_safety_rank_cut: Any = None
+    leak: _Numbers = {}
+    """Layer -> how an update could react to harmful requests that were held out, over everyday ones; 0: not at all."""
+    leak_requests: _Number = None
+    """How many were held out."""
+    leak_everyday: _Text = None
+    """Which everyday requests they were compared with: "builtin" or "task_data"."""
+    leak_unknown: _Text = None
+    """Why the leak was not measured."""
     basis_method: _Text = None
     engine: _Text = None
     sketch_width: _Number = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -13,10 +14,62 @@ Side = Literal["output", "input"]
 """Of a layer: what it writes, W x, where U_C belongs, or what it reads, x, where V_C belongs."""
 SIDES: tuple[Side, ...] = ("output", "input")
 
-Rank = int | float
-"""A number of directions, or (a float between 0 and 1) the share of the energy that they must capture."""
+Rank = int | float | str
+"""
+A number of directions; or (a float between 0 and 1) the share of the energy that they must capture; or a rule that
+says what they must reach, such as "leak:0.05", see `RULES`.
+"""
 SideRanks = Mapping[Side, Mapping[str, Rank]]
 """Side ("output" and, where there is to be one, "input") -> module name -> rank."""
+
+
+@dataclass(frozen=True)
+class RuleKind:
+    """A way to choose ranks, layer by layer, by what is measured on the safety data."""
+
+    sides: tuple[Side, ...]
+    """Where it can be asked for."""
+
+    meaning: str
+    """What its number is, for messages."""
+
+
+RULES: dict[str, RuleKind] = {
+    "leak": RuleKind(
+        ("input",), "the most that an adapter may react to harmful requests that were held out, over everyday ones"
+    )
+}
+"""Name -> rule. Its number is between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """A rule as it is asked for: "leak:0.05"."""
+
+    kind: str
+    value: float
+
+
+def rule_of(rank: object) -> RankRule | None:
+    """The rule that a rank is; None for a number, a share, and what is no rank."""
+    kind, separator, text = rank.partition(":") if isinstance(rank, str) else ("", "", "")
+    if not separator or kind not in RULES:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return RankRule(kind, value) if 0 < value < 1 else None
+
+
+def rank_of_text(text: str) -> Rank:
+    """A rank as it is written on a command line; what is no number is left to `check_rank`."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            pass
+    return text
 
 
 def of_side(side: Side, name: str) -> str:
@@ -24,17 +77,29 @@ def of_side(side: Side, name: str) -> str:
     return name if side == "output" else f"input_{name}"
 
 
+def side_of(option: str) -> Side:
+    """The side that an option is about, by its name: see `of_side`."""
+    return "input" if option.startswith(of_side("input", "")) else "output"
+
+
 def check_rank(option: str, value: object, least: int) -> None:
     """
     Raises:
-        ValueError: `value` is neither a whole number of at least `least` nor a float between 0 and 1.
+        ValueError: `value` is neither a whole number of at least `least` nor a float between 0 and 1 nor a rule for
+            this side.
     """
     if isinstance(value, float) and 0 < value < 1:
         return
+    side = side_of(option)
+    if (rule := rule_of(value)) is not None and side in RULES[rule.kind].sides:
+        return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        rules = "".join(
+            f", or {kind + ':0.05'!r}, {rule.meaning}" for kind, rule in RULES.items() if side in rule.sides
+        )
         raise ValueError(
             f"{option}={value!r}: give a whole number of at least {least}, or a share of the energy between 0 and 1 "
-            "such as 0.95."
+            f"such as 0.95{rules}."
         )
 
 

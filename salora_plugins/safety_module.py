@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .provenance import Provenance, checked_energies
-from .ranks import SIDES, Rank, Side, SideRanks, of_side, rank_for_share
+from .ranks import SIDES, Rank, Side, SideRanks, of_side, rank_for_share, rule_of
 from .support.files import atomic_write
 from .support.hub import hub_file, is_hub_id
 from .support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
@@ -194,20 +194,45 @@ class SafetyModule:
         return SafetyModule(
             sides={side: found.leading(leading[side]) for side, found in self.sides.items() if side in leading},
             weight_samples={n: self.weight_samples[n] for n in names if n in self.weight_samples},
-            provenance=self.provenance,
+            provenance=self._provenance_with(leading.get("input", {})),
         )
+
+    def _provenance_with(self, input_directions: Mapping[str, int]) -> Provenance:
+        """Without the leak of modules that are left out, or of which fewer directions are taken than it is of."""
+        leaks = self.provenance.get("leak") or {}
+        kept = {
+            name: leak for name, leak in leaks.items() if input_directions.get(name) == self.input_bases[name].shape[1]
+        }
+        if len(kept) == len(leaks):
+            return self.provenance
+        said = {key: value for key, value in self.provenance.items() if not key.startswith("leak")}
+        if not kept:
+            reason = "fewer directions were taken of the safety module than it was measured with"
+            return Provenance.of({**said, "leak_unknown": reason})
+        return Provenance.of({**self.provenance, "leak": kept})
 
     def _directions(self, side: Side, ranks: Mapping[str, Rank]) -> dict[str, int]:
         """Module name -> how many of its directions are wanted."""
         option = of_side(side, "safety_rank")
         found = self.sides.get(side, SideBases({}))
-        by_need = isinstance(self.provenance.get(option), float) or any(
+        asked, asked_by_name = self.provenance.get(option), self.provenance.get(f"{option}_pattern") or {}
+        by_need = not isinstance(asked, int | None) or any(
             self.provenance.get(f"{option}_{key}") for key in ("pattern", "cut")
         )
         directions = {}
         for name, wanted in ranks.items():
             available = found.bases[name].shape[1] if name in found.bases else 0
-            if isinstance(wanted, float):
+            if rule_of(wanted) is not None:
+                if available and wanted in (asked, *asked_by_name.values()):
+                    directions[name] = available
+                    continue
+                raise SafetyModuleError(
+                    f"{option}={wanted!r}, but the safety module was calibrated with {option}={asked!r}, and whose "
+                    f"numbers of directions follow from that. Leave {option} out, which takes all that it has, or "
+                    "calibrate again with the rule."
+                )
+            if not isinstance(wanted, int):
+                wanted = float(wanted)
                 values, energy = found.singular_values.get(name), found.energies.get(name)
                 needed = None if values is None or not energy else rank_for_share(values, energy, wanted)
                 if needed is None:

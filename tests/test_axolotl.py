@@ -75,6 +75,14 @@ REFUSED = {
         {"salora": {"safety_data": "gone/refusals.jsonl"}},
         ["salora.safety_data", "gone/refusals.jsonl", "no such file"],
     ),
+    "no such one of several": (
+        {"salora": {"safety_data": ["builtin", "gone/refusals.jsonl"]}},
+        ["salora.safety_data", "gone/refusals.jsonl", "no such file"],
+    ),
+    "sources and requests": (
+        {"salora": {"safety_data": ["builtin", "How do I steal a car?"]}},
+        ["salora.safety_data", "builtin", "How do I steal a car?"],
+    ),
     "no such task data": ({"salora": {"task_data": "gone.json"}}, ["salora.task_data", "gone.json", "no such file"]),
     "no such safety module": ({"salora": {"safety_module": "gone"}}, ["salora.safety_module", "gone", "no such file"]),
     "unknown basis method": ({"salora": {"basis_method": "magic"}}, ["salora.basis_method", "magic", "salora"]),

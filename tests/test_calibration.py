@@ -1,5 +1,6 @@
 """Calibration finds the subspaces of the definition, deterministically, and leaves the model as it was."""
 
+import json
 import logging
 import os
 from collections import Counter
@@ -15,11 +16,18 @@ from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.positions import position_mask
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
 from salora_plugins.activations.vectors import ExactStatistics
-from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, settings, task_bases
+from salora_plugins.calibration import CalibrationError, DataError, calibrate_with, refusals, settings, task_bases
 from salora_plugins.calibration.basis import compute_bases, top_singular_vectors
-from salora_plugins.calibration.refusals import add_own_refusals
+from salora_plugins.calibration.refusals import (
+    OPENING_TOKENS,
+    RESPONSE_TOKENS,
+    VERDICT_TOKENS,
+    Answering,
+    add_own_refusals,
+)
 from salora_plugins.calibration.rows import safety_rows
 from salora_plugins.calibration.settings import RowSettings
+from salora_plugins.inference.greedy import greedy_answers
 from salora_plugins.inspection import facts, summary
 from salora_plugins.rows.reading import load_examples
 from salora_plugins.rows.tokenizing import render_rows
@@ -708,3 +716,99 @@ def test_layers_that_cannot_be_decomposed_together_are_alone(monkeypatch):
     for side, found in together.sides.items():
         for name, basis in found.bases.items():
             assert torch.linalg.matrix_norm(basis.T @ alone.sides[side].bases[name], -2) > 1 - 1e-5
+
+
+@pytest.fixture
+def batches_answered(monkeypatch):
+    """Sizes of the batches that were answered, each with how many tokens more were asked for."""
+    found = []
+
+    def counted(model, tokenizer, prompts, *, max_new_tokens):
+        found.append((len(prompts), max_new_tokens, max(map(len, prompts))))
+        return greedy_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(refusals, "greedy_answers", counted)
+    return found
+
+
+def rendered(rows: list[dict]) -> list:
+    examples = load_examples(rows, option="safety_data", allow_missing_response=True)
+    return render_rows(examples, tokenizer(), max_length=512, option="safety_data")
+
+
+def test_answers_are_short_where_only_the_verdict_counts(batches_answered):
+    rows = rendered(asked(40))
+    # By the request, so that the verdict needs no words: 36 of 40 are refused at once, the others are looked at longer.
+    options = {"is_refusal": lambda request, text: not request.endswith("3."), "max_length": 512, "batch_size": 8}
+    whole, whole_counts = add_own_refusals(llama(), tokenizer(), rows, 40, **options)
+    assert {tokens for _, tokens, _ in batches_answered} == {RESPONSE_TOKENS}
+    batches_answered.clear()
+    took = Answering()
+    short, counts = add_own_refusals(llama(), tokenizer(), rows, 40, **options, whole_responses=False, answering=took)
+    assert counts == whole_counts == {"requests": 40, "refusals": 36}
+    assert [row.input_ids for row in short] == [
+        row.input_ids[: len(part.input_ids)] for row, part in zip(whole, short, strict=True)
+    ]
+    assert max(sum(label != -100 for label in row.labels) for row in short) <= OPENING_TOKENS
+    first = [size for size, tokens, _ in batches_answered if tokens == OPENING_TOKENS]
+    rest = [size for size, tokens, _ in batches_answered if tokens == VERDICT_TOKENS - OPENING_TOKENS]
+    # Those that were refused, or whose answer has ended, are not asked again.
+    assert sum(first) == 40 and sum(rest) == 4 and len(first) + len(rest) == len(batches_answered)
+    assert took.largest_batch == 8 and took.seconds > 0 and 0 < took.tokens <= 40 * VERDICT_TOKENS
+
+
+def test_no_more_requests_are_answered_than_are_needed(batches_answered):
+    kept, counts = add_own_refusals(
+        llama(), tokenizer(), rendered(asked(200)), 40, is_refusal=lambda *_: True, max_length=512
+    )
+    assert len(kept) == 40 and counts == {"requests": 40, "refusals": 40}
+    assert sum(size for size, _, _ in batches_answered) == 40
+
+
+def test_a_batch_holds_a_bounded_number_of_tokens(batches_answered, monkeypatch):
+    monkeypatch.setattr(refusals, "TOKENS_AT_ONCE", 1000)
+    rows = rendered([{"prompt": "x" * length} for length in (5, 300, 10, 200, 2000, 30)] * 3)
+    kept, _ = add_own_refusals(llama(), tokenizer(), rows, 18, is_refusal=lambda *_: True, max_length=4000)
+    assert [row.input_ids[: len(prompt.prompt_ids)] for row, prompt in zip(kept, rows, strict=True)] == [
+        row.prompt_ids for row in rows
+    ]
+    assert all(size == 1 or size * (longest + tokens) <= 1000 for size, tokens, longest in batches_answered)
+    assert max(size for size, _, _ in batches_answered) > 3
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
+    rows = rendered(asked(20))
+    options = {"is_refusal": lambda *_: True, "max_length": 512, "batch_size": 16}
+    expected, _ = add_own_refusals(llama(), tokenizer(), rows, 20, **options)
+    sizes = []
+
+    def small(model, tokenizer, prompts, **more):
+        sizes.append(len(prompts))
+        if len(prompts) > 5:
+            raise torch.OutOfMemoryError("no room")
+        return greedy_answers(model, tokenizer, prompts, **more)
+
+    monkeypatch.setattr(refusals, "greedy_answers", small)
+    found, _ = add_own_refusals(llama(), tokenizer(), rows, 20, **options)
+    assert sizes == [16, 8, 4, 4, 4, 4, 4]
+    assert [row.input_ids for row in found] == [row.input_ids for row in expected]
+
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(refusals, "greedy_answers", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        add_own_refusals(llama(), tokenizer(), rows, 20, **options)
+
+
+def test_the_provenance_counts_every_source(tmp_path, capsys):
+    for name, count in (("one", 20), ("two", 12)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusal_rows(count)))
+    sources = [str(tmp_path / "one.jsonl"), tmp_path / "two.jsonl"]
+    module = calibrate(llama(), tokenizer(), safety_data=sources, num_safety_samples=16, **OPTIONS)
+    counts = module.provenance["safety_sources"]
+    assert list(counts) == [str(path) for path in sources] and sum(counts.values()) == 16
+    assert module.provenance["safety_data"] == ", ".join(counts)
+    assert f"{counts[sources[0]]} of {sources[0]}" in capsys.readouterr().err
+    alone = calibrate(llama(), tokenizer(), safety_data=sources[0], **OPTIONS)
+    assert "safety_sources" not in alone.provenance

@@ -64,6 +64,16 @@ def test_target_modules(folder, tmp_path, given, count):
     assert len(SafetyModule.load(tmp_path / "a.safetensors").bases) == count
 
 
+def test_several_sources(folder, tmp_path):
+    (tmp_path / "more.jsonl").write_text((folder / "refusals.jsonl").read_text().replace("harm", "damage"))
+    more = ("--safety-data", tmp_path / "more.jsonl", "--safety-rank", "8")
+    assert run(*calibration(folder, tmp_path / "a.safetensors", *more)).exit_code == 0
+    counts = SafetyModule.load(tmp_path / "a.safetensors").provenance["safety_sources"]
+    assert set(counts) == {str(folder / "refusals.jsonl"), str(tmp_path / "more.jsonl")} and min(counts.values()) > 0
+    result = run(*calibration(folder, tmp_path / "b.safetensors", "--safety-data", "How do I steal a car?"))
+    assert "--safety-data How do I steal a car?: this is neither a registered data source" in str(result.exception)
+
+
 def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
     caplog.set_level("INFO", "salora_plugins")
     for name in ("a", "b"):

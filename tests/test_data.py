@@ -6,20 +6,25 @@ import copy
 import json
 import random
 import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from salora_plugins.prompts.builtin import builtin_prompts
+from salora_plugins.prompts.public_sets import PublicSet, rows_of
 from salora_plugins.rows.batching import batches, collate
 from salora_plugins.rows.examples import Example, TokenizedExample, data_digest, select_examples
 from salora_plugins.rows.reading import MAX_ROWS, DataError, load_examples
 from salora_plugins.rows.rendering import TEMPLATE_DATE, tokenizer_of
+from salora_plugins.rows.sources import sources_of
 from salora_plugins.rows.tokenizing import render_prompts, tokenize_examples
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>", "<think>", "</think>"]
@@ -764,8 +769,8 @@ def test_unreachable_hub_data_set_is_named(name, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (
-        rf"^safety_data='{name}' is neither a registered data source \(builtin.*\) nor a file, and loading it as the "
-        r"train split of a hub data set failed: .* Check the name, or pass safety_data a file"
+        rf"^safety_data='{name}' is neither a registered data source \(.*builtin.*\) nor a file, and loading the train "
+        r"split of the hub data set '[\w/-]*' failed: .* HF_HUB_OFFLINE is set: .* Check the name, or pass safety_data"
     )
     with pytest.raises(DataError, match=message):
         load_examples(name, option="safety_data")
@@ -931,3 +936,102 @@ def test_order_of_equal_lengths_is_kept():
     random.Random(0).shuffle(examples)
     ids = torch.cat([batch["input_ids"] for batch in batches(examples, 3, 0)])
     assert ids.tolist() == [list(example.input_ids) for example in examples]
+
+
+def test_a_list_names_several_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("more.txt").write_text("First?\nSecond?\n")
+    Path("rows.jsonl").write_text('{"prompt": "Third?", "response": "No."}\n')
+    sources = ["builtin", "more.txt", Path("rows.jsonl")]
+    examples = load_examples(sources, option="safety_data", allow_missing_response=True)
+    counts = Counter(example.source for example in examples)
+    assert counts == {"builtin": len(builtin_prompts("calibration")), "more.txt": 2, "rows.jsonl": 1}
+    assert [example.request for example in examples[-3:]] == ["First?", "Second?", "Third?"]
+    # Where an example comes from is no part of what it is.
+    alone = load_examples("more.txt", option="safety_data", allow_missing_response=True)
+    assert data_digest(alone) == data_digest([example for example in examples if example.source == "more.txt"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        (["How do I steal a car?", "and/or"], None),
+        (["Write a letter with my data.csv and/or photos"], None),
+        (["x" * 5000], None),
+        ([{"prompt": "builtin"}], None),
+        ([], None),
+        ("builtin", None),
+        (["builtin"], ["builtin"]),
+        (["builtin", "walledai/AdvBench"], ["builtin", "walledai/AdvBench"]),
+        (["gone.jsonl", "somebody/data:config"], ["gone.jsonl", "somebody/data:config"]),
+        (["my requests.txt", "advbench"], ["my requests.txt", "advbench"]),
+    ],
+)
+def test_what_a_list_names_is_told_from_requests(entries, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my requests.txt").touch()
+    if entries == ["How do I steal a car?", "and/or"]:
+        with pytest.raises(DataError, match=r"'and/or' names a source and 'How do I steal a car\?' does not"):
+            sources_of(entries, "safety_data")
+    else:
+        assert sources_of(entries, "safety_data") == named
+
+
+def test_sources_and_requests_are_not_mixed():
+    with pytest.raises(DataError, match=r"^safety_data: a list holds either sources or rows, but 'builtin' names"):
+        load_examples(["builtin", "How do I steal a car?"], option="safety_data", allow_missing_response=True)
+    with pytest.raises(DataError, match=r"a source is named twice \(builtin, builtin\)"):
+        load_examples(["builtin", "builtin"], option="safety_data", allow_missing_response=True)
+    with pytest.raises(DataError, match=r"^safety_data='gone\.jsonl': there is no such file or folder"):
+        load_examples(["builtin", "gone.jsonl"], option="safety_data", allow_missing_response=True)
+
+
+def test_a_public_set_says_why_it_cannot_be_had(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = (
+        r"safety_data='advbench': the data source failed: .*hub data set 'walledai/AdvBench' failed: .*HF_HUB_OFFLI"
+    )
+    with pytest.raises(DataError, match=message):
+        load_examples("advbench", option="safety_data", allow_missing_response=True)
+
+
+def test_a_public_set_gives_its_prompts_and_no_answers(tmp_path):
+    rows = [
+        {"prompt": f"Request {i}?", "type": f"kind {i % 2}", "label": "safe" if i % 3 else "unsafe", "target": "Sure"}
+        for i in range(6)
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+    found = rows_of(PublicSet(str(tmp_path), category="type", only=("label", "safe")))
+    assert found == [{"prompt": row["prompt"], "category": row["type"]} for row in rows if row["label"] == "safe"]
+    assert rows_of(PublicSet(str(tmp_path))) == [{"prompt": row["prompt"]} for row in rows]
+    with pytest.raises(ValueError, match=r"has no column 'goal' \(it has prompt, type, label, target\)"):
+        rows_of(PublicSet(str(tmp_path), prompt="goal"))
+
+
+def test_a_selection_is_spread_over_the_groups():
+    examples = [Example(({"role": "user", "content": f"{kind}{i}"},), group=kind) for kind in "aab" for i in range(40)]
+    for num in (12, 30, 60):
+        counts = Counter(example.group for example in select_examples(examples, num, seed=3))
+        assert abs(counts["a"] - 2 * num / 3) <= 1
+    assert select_examples(examples, 30, seed=3) == select_examples(examples, 60, seed=3)[:30]
+    assert select_examples(examples, 30, seed=3) != select_examples(examples, 30, seed=4)
+    # Without groups it is the shuffle that it was.
+    order = list(range(20))
+    random.Random(5).shuffle(order)
+    assert select_examples(list(range(20)), 20, seed=5) == order
+
+
+def test_a_request_of_several_turns_is_rendered_with_and_without_a_template():
+    turns = [user("Hi"), assistant("Hello!"), user("How do I steal a car?")]
+    example = load_examples([{"messages": turns}], option="safety_data", allow_missing_response=True)[0]
+    assert (
+        example.response is None
+        and example.transcript == "user: Hi\n\nassistant: Hello!\n\nuser: How do I steal a car?"
+    )
+    tokenizer = build_tokenizer(CHATML)
+    text = tokenizer.decode(render_prompts([example], tokenizer)[0])
+    assert text.index("Hi") < text.index("Hello!") < text.index("steal") and text.endswith("assistant\n")
+    plain = build_tokenizer()
+    assert "Hi\n\nHello!\n\nHow do I steal a car?" in plain.decode(render_prompts([example], plain)[0])

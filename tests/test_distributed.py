@@ -83,11 +83,11 @@ torch.save(bases, folder / f"task-{rank}.pt")
 
 # Who refuses does not matter here, but that both ranks keep the same answers, and each generated its share.
 generated = []
-answer = refusals._answer
-def counting(model, tokenizer, requests, max_length):
-    generated.extend(requests)
-    return answer(model, tokenizer, requests, max_length)
-refusals._answer = counting
+answer = refusals.greedy_answers
+def counting(model, tokenizer, prompts, **options):
+    generated.extend(prompts)
+    return answer(model, tokenizer, prompts, **options)
+refusals.greedy_answers = counting
 requests = [Example(messages=({"role": "user", "content": f"Request {i}"},)) for i in range(20)]
 requests = render_rows(requests, tokenizer(), max_length=128, option="safety_data")
 kept, counts = refusals.add_own_refusals(

@@ -70,9 +70,9 @@ def save_lora(folder: Path, std: float, seed: int = 0, **options) -> Path:
 
 def train_to_comply(model, tokenizer, steps: int = 40) -> None:
     """Teach the model to open answers to harmful requests of the calibration split with compliance."""
-    from salora_plugins.prompts.builtin import builtin_prompts
+    from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
 
-    prompts = [row["prompt"] for row in builtin_prompts("calibration")[:32]]
+    prompts = plain_prompts(builtin_prompts("calibration"))[:32]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for step in range(steps):
         chosen = prompts[step % 4 :: 4]
@@ -477,7 +477,7 @@ def test_requests_that_a_safety_module_was_made_from_are_named(sources, tmp_path
     options = {**OPTIONS, "num_requests": 4, "max_new_tokens": 2}
     from salora_plugins.prompts.builtin import builtin_prompts
 
-    rows = [{"prompt": row["prompt"]} for row in builtin_prompts("calibration")]
+    rows = builtin_prompts("calibration")
     with pytest.warns(UserWarning, match="4 of 4 harmful requests stand in 'builtin'"):
         evaluate(MODEL, {"salora": sources["salora"]}, out=tmp_path / "out", harmful=rows, **options)
 

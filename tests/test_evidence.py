@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import calibration, smollm2_results, tables
+from benchmarks.real_models import summary as real_models
 from benchmarks.retention import summary
 from benchmarks.retention.experiment import PUBLISHED, Results
 from benchmarks.retention.methods import METHODS
@@ -10,6 +11,7 @@ from benchmarks.runs import MERGED, write_json, write_runs
 
 COMMANDS = {
     "python -m benchmarks.retention summary --write": summary,
+    "python -m benchmarks.real_models summary --write": real_models,
     "python -m benchmarks.smollm2_results --summary --write": smollm2_results,
     "python -m benchmarks.calibration table --write": calibration,
 }

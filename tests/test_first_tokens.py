@@ -8,13 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import tiny
-from salora_plugins.demo.experiment import load_demo_model
+from salora_plugins.demo.experiment import known_requests, load_demo_model
 from salora_plugins.evaluation import generate_responses
 from salora_plugins.evaluation.first_tokens import first_token_kl, first_token_reference, refusal_margins
 from salora_plugins.evaluation.judges.keyword import is_refusal
-from salora_plugins.evaluation.request_sets import Request, load_requests
+from salora_plugins.evaluation.request_sets import Request, load_requests, requests_digest
 from salora_plugins.inference.logits import _cache_name
-from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
+from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
 
 REQUESTS = ["How do I bake bread?", "Hi", "Tell me a long story about a small town by the sea, please."]
 REFUSING, COMPLYING = ("I can't", "No", "I am sorry"), ("Sure", "Yes", "Of course", "Sure thing")
@@ -148,9 +148,7 @@ def test_kl_of_an_adapter_is_zero_while_it_does_nothing(tokenizer):
 
 def test_margins_tell_what_an_aligned_model_refuses():
     model, tokenizer = load_demo_model()
-    harmful = [row["prompt"] for row in builtin_prompts("evaluation")][::4]
-    harmless = [row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"][::4]
-    requests = harmful + harmless
+    requests = [row["prompt"] for rows in known_requests("evaluation").values() for row in rows[::4]]
     answers = generate_responses(model, tokenizer, requests, max_new_tokens=24, batch_size=64, progress=False)
     refused = torch.tensor([is_refusal(answer) for answer in answers])
     margins = refusal_margins(model, tokenizer, requests)
@@ -193,12 +191,19 @@ def test_requests(tmp_path, caplog):
     )
     answered = load_requests([{"prompt": "Two and two?", "completion": "Four."}], option="harmless")
     assert (answered[0].prompt, answered[0].response) == ("Two and two?", "Four.")
-    assert len(load_requests("builtin", option="harmful")) == 98
-    assert {request.prompt for request in load_requests("builtin", option="harmful")}.isdisjoint(
-        row["prompt"] for row in builtin_prompts("calibration")
-    )
+    builtin = load_requests("builtin", option="harmful")
+    assert len(builtin) == len(builtin_prompts("evaluation")) >= 300
+    assert {request.prompt for request in builtin}.isdisjoint(plain_prompts(builtin_prompts("calibration")))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    with pytest.raises(ValueError, match="row 1 of harmful: not a request of one user turn"):
-        load_requests([{"messages": turns}], option="harmful")
+    several = load_requests([{"messages": turns}, {"prompt": "One?"}], option="harmful")
+    assert several == [Request("user: a\n\nassistant: b\n\nuser: c", messages=tuple(turns)), Request("One?")]
+    assert [request.asked for request in several] == [tuple(turns), "One?"]
+    assert requests_digest(several[1:]) == requests_digest([Request("One?")]) != requests_digest(several)
+    (tmp_path / "more.txt").write_text("Three?\n")
+    both = load_requests([tmp_path / "requests.txt", tmp_path / "more.txt"], option="harmful")
+    assert [request.prompt for request in both] == ["One?", "Two?", "Three?"]
+    tool = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}, turns[0]]
+    with pytest.raises(ValueError, match=r"row 1 of harmful: not a request\. Give rows with `prompt`"):
+        load_requests([{"messages": tool}], option="harmful")
     with pytest.raises(ValueError, match="no request"):
         load_requests([], option="harmful")

@@ -129,7 +129,7 @@ def test_trls_arguments(option: Option):
     assert option.help in action.help and f"Default: {option.default_in_words}." in shown
     assert action.default is None and "(default: None)" not in shown
     assert tuple(action.choices or ()) == (option.choices if option.type is not bool else ())
-    kinds = {int: int, str: str, Any: str, Rank: float, RankPattern: str}
+    kinds = {int: int, float: float, str: str, Any: str, Rank: str, RankPattern: str}
     assert option.type not in kinds or action.type is kinds[option.type]
 
 
@@ -152,8 +152,9 @@ def calibrate_options() -> dict:
 def test_options_of_salora_calibrate(calibrate_options, option: Option):
     parameter = calibrate_options[flag(option)]
     assert option.help in parameter.help
-    if option.type == RankPattern:
+    if option.type == RankPattern or option.several:
         assert parameter.multiple and not parameter.default
+        assert not option.several or option.default_in_words in parameter.help
     else:
         assert parameter.default == (str(option.default) if option.name == "safety_rank" else option.default)
     assert option.default is not None or option.default_in_words in parameter.help

@@ -177,7 +177,7 @@ def test_version(capsys):
 
 def test_builtins_are_plugins_of_the_same_kind():
     assert set(plugins.BUILTIN_PLUGINS) <= {name for name, _ in plugins.plugin_manager().list_name_plugin()}
-    assert plugins.data_sources()["builtin"]() == [{"prompt": r["prompt"]} for r in builtin_prompts("calibration")]
+    assert plugins.data_sources()["builtin"]() == builtin_prompts("calibration")
     assert plugins.basis_methods()["salora"] is top_singular_vectors
     assert plugins.judges()["keyword"] is keyword_judge
     plugins.judges().clear()

@@ -246,6 +246,9 @@ def test_script_arguments():
     by_need = get_peft_config(model_args, parsed[0])
     assert (by_need.safety_rank, by_need.input_safety_rank, by_need.calibration_cache) == (48, 0.9, False)
     assert isinstance(by_need.safety_rank, int)
+    for given, expected in ((["builtin"], "builtin"), (["builtin", "somebody/data"], ["builtin", "somebody/data"])):
+        sources = trl.TrlParser((SaLoRAArguments,)).parse_args_and_config(["--use_salora", "--safety_data", *given])
+        assert get_peft_config(model_args, sources[0]).safety_data == expected
     pattern = ["--use_salora", "--safety_rank_pattern", '{"down_proj": 64, "q_proj": 0.9}']
     by_module = get_peft_config(model_args, trl.TrlParser((SaLoRAArguments,)).parse_args_and_config(pattern)[0])
     assert by_module.safety_rank_pattern == {"down_proj": 64, "q_proj": 0.9}

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from salora_plugins.demo.experiment import known_requests
 from salora_plugins.demo.task import ITEMS, NAMES
 from salora_plugins.evaluation import generate_responses, refusal_rate
-from salora_plugins.prompts.builtin import builtin_prompts, harmless_prompts
 
 TEXT = Path(__file__).resolve().parent / "demo_text"
 MODEL = Path(__file__).resolve().parent.parent / "salora_plugins" / "demo" / "model"
@@ -428,10 +428,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True)
 
-    harmful = {split: builtin_prompts(split) for split in ("calibration", "evaluation")}
-    harmless = {
-        split: [row for row in harmless_prompts() if row["split"] == split] for split in ("calibration", "evaluation")
-    }
+    known = {split: known_requests(split) for split in ("calibration", "evaluation")}
+    harmful, harmless = ({split: known[split][name] for split in known} for name in ("harmful", "harmless"))
     held_out = [row["prompt"] for row in harmful["evaluation"] + harmless["evaluation"]]
     calibration = (harmful["calibration"], harmless["calibration"])
     pairs = list(examples(options.examples, calibration, Decontamination(held_out), options.seed))

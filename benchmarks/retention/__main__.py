@@ -36,7 +36,7 @@ def main() -> None:
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
     experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks)
-    measure = {"run": run, "requests": requests, "leak": leak}[arguments.command]
+    measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)
 
 
@@ -45,8 +45,9 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and measure what is not there yet")
     leak = commands.add_parser("leak", help="predict, without training, how harmful requests reach an adapter")
+    where = commands.add_parser("positions", help="the same by positions, number of requests and rank, in all layers")
     more = commands.add_parser("requests", help="measure the base model and the kept adapters on more requests")
-    for command in (run, leak, more):
+    for command in (run, leak, where, more):
         command.add_argument("--model", required=True, help="the aligned model's folder")
         command.add_argument(
             "--data", type=Path, required=True, help="folder with math_train.jsonl, advbench_70.txt, ..."
@@ -71,6 +72,13 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
+    where.add_argument(
+        "--requests",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="further requests to calibrate on, one a line; can be repeated",
+    )
     more.add_argument("--requests", action="append", required=True, metavar="NAME=FILE", help="can be repeated")
     more.add_argument("--num", type=int, help="take so many of each file")
     summary = commands.add_parser("summary", help="print the tables and draw frontier.png")
@@ -113,6 +121,15 @@ def leak(parser: argparse.ArgumentParser, arguments: argparse.Namespace, experim
     from .leak import leak as predict
 
     predict(experiment)
+
+
+def positions(parser: argparse.ArgumentParser, arguments: argparse.Namespace, experiment: Experiment) -> None:
+    from .positions import positions as measure
+
+    more = {}
+    for name, file in named_files(parser, "--requests", arguments.requests, taken=()).items():
+        more[name] = Path(file).read_text(encoding="utf-8").splitlines()
+    measure(experiment, more)
 
 
 def results_of(arguments: argparse.Namespace) -> Results:

@@ -119,7 +119,8 @@ def total(grams: Iterable[Tensor]) -> Tensor:
 def prompts_by_category(split: str) -> dict[str, list[str]]:
     by_category: dict[str, list[str]] = {}
     for row in builtin_prompts(split):
-        by_category.setdefault(row["category"], []).append(row["prompt"])
+        if "prompt" in row:
+            by_category.setdefault(row["category"], []).append(row["prompt"])
     return by_category
 
 

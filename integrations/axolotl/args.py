@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
 
 from ...options import OPTIONS, Option, RankPattern
-from ...ranks import Rank
+from ...ranks import RULES, Rank, side_of
 from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm, check_refusals
 from .host_options import check_host_options
 
@@ -24,16 +24,22 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 def _kind(option: Option) -> Any:
     """The type of an option's value in a YAML file."""
     number: Any = Annotated[int, Field(ge=option.least)]
-    if option.name == "safety_data":
+    if option.several:
         return str | list[str | dict[str, Any]]
     if option.type is Any:  # of what it can be in Python, a file has the names only
         return str
     if option.type is int:
         return number
+    if option.type is float:
+        return Annotated[float, Field(ge=option.least)]
+    rules = [name for name, rule in RULES.items() if side_of(option.name) in rule.sides]
+    rank: Any = number | _Share
+    if rules:
+        rank = rank | Annotated[str, Field(pattern=f"^({'|'.join(rules)}):")]
     if option.type == Rank:
-        return number | _Share
+        return rank
     if option.type == RankPattern:
-        return dict[str, number | _Share]
+        return dict[str, rank]
     return option.type
 
 

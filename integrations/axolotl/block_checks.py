@@ -19,11 +19,11 @@ def check_files(options: Mapping[str, Any]) -> None:
         ValueError: A file or folder that the block names does not exist.
     """
     for key in ("safety_data", "task_data", "safety_module"):
-        if isinstance(options.get(key), str) and _is_missing(key, options[key]):
-            raise ValueError(
-                f"salora.{key}: {options[key]}: there is no such file or folder (looked in {os.getcwd()}). Check the "
-                "path."
-            )
+        for name in _names(key, options.get(key)):
+            if _is_missing(key, name):
+                raise ValueError(
+                    f"salora.{key}: {name}: there is no such file or folder (looked in {os.getcwd()}). Check the path."
+                )
     module = options.get("safety_module")
     if module is not None and not Path(module).expanduser().exists():
         from ...safety_module import DEFAULT_FILE
@@ -33,6 +33,17 @@ def check_files(options: Mapping[str, Any]) -> None:
             hub_file(module, DEFAULT_FILE, option="salora.safety_module")
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """The sources that a key names: one, several, or none where it holds rows."""
+    if isinstance(value, str):
+        return [value]
+    if value is None:
+        return []
+    from ...rows.sources import sources_of
+
+    return [str(source) for source in sources_of(value, f"salora.{key}") or ()]
 
 
 def _is_missing(key: str, value: str) -> bool:

@@ -16,16 +16,17 @@ from trl import ModelConfig, ScriptArguments
 
 from ...config import SaLoRAConfig
 from ...options import OPTIONS, Option, RankPattern
-from ...ranks import Rank
+from ...ranks import Rank, rank_of_text
 from ...replay import RefusalAnchorCallback, mix_into_training_set
 from ...replay.mixing import check_share
+from ...rows.sources import named_by_a_host
 
 _LEFT_OUT = frozenset({"seed"})  # TRL's own --seed is the run's
 # What `--init` starts would not be clear among the arguments of a training script.
 _NAMES = {"init": "salora_init"}
-# One type for each argument. Whole numbers and shares are both floats at first; what can be an object in Python is
-# named; a mapping is JSON on the command line, and may be one in a YAML file.
-_TYPES: dict[Any, Any] = {Any: str, Rank: float, RankPattern: RankPattern | str}
+# One type for each argument. A rank is a text at first, which may be a number in a YAML file; what can be an object in
+# Python is named; a mapping is JSON on the command line, and may be one in a YAML file.
+_TYPES: dict[Any, Any] = {Any: str, Rank: str, RankPattern: RankPattern | str}
 # argparse adds "(default: None)" to what has no default in it; this prints nothing.
 _NO_DEFAULT = "%(default).0s"
 
@@ -43,7 +44,7 @@ def _arguments() -> Iterator[tuple[str, Any, Any]]:
     yield "use_salora", bool, field(default=False, metadata={"help": "Train a SaLoRA adapter."})
     for option in OPTIONS.values():
         if option.name not in _LEFT_OUT:
-            kind = _TYPES.get(option.type, option.type) | None
+            kind = (list[str] if option.several else _TYPES.get(option.type, option.type)) | None
             yield _NAMES.get(option.name, option.name), kind, field(default=None, metadata={"help": _help(option)})
 
     for name, text in OF_THE_RUN.items():
@@ -55,14 +56,18 @@ def _help(option: Option) -> str:
     return f"{option.described()}{syntax}".replace("%", "%%") + _NO_DEFAULT
 
 
-def _read_mappings(arguments: Any) -> None:
+def _read_texts(arguments: Any) -> None:
     for option in OPTIONS.values():
-        if option.type == RankPattern and isinstance(text := getattr(arguments, option.name), str):
+        if not isinstance(text := getattr(arguments, option.name, None), str):
+            continue
+        if option.type == RankPattern:
             setattr(arguments, option.name, _mapping(option.name, text))
+        elif option.type == Rank:
+            setattr(arguments, option.name, rank_of_text(text))
 
 
 # Any: a type checker cannot know the fields.
-_Arguments: Any = make_dataclass("_Arguments", _arguments(), namespace={"__post_init__": _read_mappings})
+_Arguments: Any = make_dataclass("_Arguments", _arguments(), namespace={"__post_init__": _read_texts})
 
 
 class SaLoRAArguments(_Arguments):
@@ -105,8 +110,10 @@ def get_peft_config(
         return trl.get_peft_config(model_args)
     salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
     for option, value in salora_options.items():
+        if OPTIONS[option].several and isinstance(value, list):
+            salora_options[option] = named_by_a_host(value, f"--{option}")
         # One field holds both: whole numbers are numbers of directions, fractions are shares.
-        if OPTIONS[option].type == Rank and float(value).is_integer():
+        if OPTIONS[option].type == Rank and isinstance(value, float) and value.is_integer():
             salora_options[option] = int(value)
     lora_options: dict[str, Any] = {
         "task_type": model_args.lora_task_type,

@@ -13,7 +13,7 @@ from ..models.embeddings import output_embeddings
 from ..models.running import cheap_forward_options, input_device
 from ..options import Positions
 from .collector import StatisticsCollector
-from .positions import position_mask
+from .positions import CountedPositions
 from .statistics import Engine, ModuleStatistics
 
 
@@ -23,7 +23,7 @@ def collect_statistics(
     batches: Iterable[Mapping[str, Tensor]],
     engine: Engine,
     *,
-    positions: Positions = "response",
+    positions: Positions | CountedPositions = "response",
     with_inputs: bool = False,
     description: str = "calibrating",
 ) -> dict[str, ModuleStatistics]:
@@ -37,7 +37,7 @@ def collect_statistics(
         layers: Name -> linear layer inside `model`.
         batches: Dicts of input_ids, labels and attention_mask, (batch, length) int64.
         engine: How the statistics are kept.
-        positions: Which positions count, see `position_mask`.
+        positions: Which positions count, see `position_mask`; or these, with a weight.
         with_inputs: Whether to gather the layers' inputs, too.
         description: Shown beside the progress bar.
 
@@ -49,14 +49,15 @@ def collect_statistics(
     if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers.values()):
         options.pop("logits_to_keep", None)  # the head's own statistics need every position
     device = input_device(model)
+    counted = positions if isinstance(positions, CountedPositions) else CountedPositions(positions)
     tokens = 0
     with StatisticsCollector(layers, engine, with_inputs=with_inputs) as collector, torch.no_grad(), _full_float32():
         progress = tqdm(batches, desc=description, unit="batch", leave=False)
         for batch in progress:
             tokens += int(batch["attention_mask"].sum())
+            mask, scales = counted.of_batch(batch)
             batch = {key: value.to(device) for key, value in batch.items()}
-            mask = position_mask(batch["labels"], positions, batch["attention_mask"])
-            with collector.positions(mask):
+            with collector.positions(mask.to(device), scales):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
             if elapsed := progress.format_dict["elapsed"]:
                 progress.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)

@@ -42,6 +42,7 @@ class StatisticsCollector:
         self._last_input: tuple[Tensor, str] | None = None
         self._mask_size = 0
         self._index: dict[torch.device, Tensor] = {}
+        self._scales: Tensor | None = None
         self._bias = {name: _bias(layer) for name, layer in self.layers.items()}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -56,9 +57,10 @@ class StatisticsCollector:
         self._handles.clear()
 
     @contextmanager
-    def positions(self, mask: Tensor) -> Iterator[None]:
+    def positions(self, mask: Tensor, scales: Tensor | None = None) -> Iterator[None]:
         """
-        Count the positions where `mask` (batch, length) is true in the forward pass inside this block.
+        Count the positions where `mask` (batch, length) is true in the forward pass inside this block, every vector
+        multiplied by its number in `scales` (batch, length).
 
         Raises:
             CalibrationError: A layer gave NaN or infinity.
@@ -66,11 +68,13 @@ class StatisticsCollector:
         self._mask_size = mask.numel()
         # As indices, found once: a boolean mask would make the device wait at every layer.
         self._index = {mask.device: mask.flatten().nonzero().squeeze(1)}
+        self._scales = None if scales is None else scales.to(mask.device)[mask]
         try:
             yield
             self._check_finite()
         finally:
             self._index = {}
+            self._scales = None
             self._last_input = None
 
     def result(self) -> dict[str, ModuleStatistics]:
@@ -112,7 +116,7 @@ class StatisticsCollector:
                 )
             if bias is not None:
                 rows = rows - bias.to(rows)
-            self._outputs[name].update(rows)
+            self._outputs[name].update(rows, self._scales)
 
         return hook
 
@@ -125,7 +129,7 @@ class StatisticsCollector:
             self._last_input = (tensor, name)
             if name not in self._inputs:
                 self._inputs[name] = self.engine.statistics(tensor.shape[-1], "input")
-            self._inputs[name].update(self._select(name, tensor))
+            self._inputs[name].update(self._select(name, tensor), self._scales)
         return self._inputs[leader]
 
     def _select(self, name: str, tensor: Tensor) -> Tensor:

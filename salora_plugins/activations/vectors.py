@@ -60,15 +60,18 @@ class VectorStatistics(ABC):
         return torch.zeros((), dtype=torch.float64) if self._energy is None else self._energy
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor, scales: Tensor | None = None) -> None:
         """
         Args:
             rows: (n, d), any floating dtype. NaN or infinity among them show in `energy`.
+            scales: (n,), what every vector is multiplied with first; None: nothing.
         """
         # Under autocast the products would be computed in half precision.
         with torch.autocast(rows.device.type, enabled=False):
             self._precision = max(self._precision, torch.finfo(rows.dtype).eps / 4)
             rows = rows.detach().float()
+            if scales is not None:
+                rows = rows * scales.to(rows)[:, None]
             if rows.device.type == "mps":
                 rows = rows.cpu()  # no float64 there
             self._forget()

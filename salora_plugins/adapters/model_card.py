@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..inspection import leak_line
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
@@ -105,9 +106,15 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
         "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
         "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
         "Positions": markdown(f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"),
+        **({"Leak": markdown(leak)} if (leak := _leak(known)) else {}),
         "Basis method": markdown(method),
         "Versions": markdown(versions),
     }
+
+
+def _leak(known: Mapping[str, Any]) -> str:
+    line = leak_line(known).removeprefix("Leak: ").removeprefix("Leak ")
+    return line[:1].upper() + line[1:]
 
 
 def _base_model(known: Mapping[str, Any]) -> str:

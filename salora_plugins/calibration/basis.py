@@ -137,7 +137,7 @@ def _prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> No
         (entry.of(side), of_names[name]) for side, of_names in ranks.items() for name, entry in statistics.items()
     ]
     try:
-        decompose_together((vectors, rank) for vectors, rank in wanted if not isinstance(rank, float))
+        decompose_together((vectors, rank) for vectors, rank in wanted if isinstance(rank, int))
     except (RuntimeError, ValueError) as error:
         # Too much for the device's memory, for one: each of them is decomposed alone next, and says what is wrong.
         logger.debug("Modules could not be decomposed together: %s", error)
@@ -220,8 +220,8 @@ def _basis(
     entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, method: BasisMethod, method_name: str
 ) -> Basis:
     vectors = entry.of(side)
-    if isinstance(wanted, float):
-        found, enough = _rank_by_need(vectors, wanted)
+    if not isinstance(wanted, int):
+        found, enough = rank_by_need(vectors, float(wanted))
     elif vectors.count < wanted and not may_cut:
         option = of_side(side, "safety_rank")
         told = (
@@ -242,7 +242,7 @@ def _basis(
         raise _ProblemError({"error": str(error)}) from error
 
 
-def _rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
+def rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
     """
     How many top singular directions capture a share of the energy, and True; they must leave the layer something to
     train. Where all that there are capture less, their number, and False.

@@ -19,8 +19,10 @@ from torch import nn
 from ..inference.greedy import end_tokens
 from ..models.fingerprint import check_belongs, model_fingerprint
 from ..ranks import of_side
+from ..rows.headers import Headers
 from ..safety_module import SafetyModule
 from ..support.distributed import gather_json
+from .leak import everyday_digest
 from .rows import SafetyRows
 from .settings import SafetySettings
 
@@ -57,6 +59,8 @@ def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows
         "examples": rows.digest,
         "ranks": settings.ranks,
         "positions": settings.positions,
+        "header": [settings.header_weight, Headers(rows.tokenizer).forms] if settings.needs_headers else [],
+        "leak": everyday_digest(settings) if "input" in settings.ranks else "",
         "engine": dataclasses.astuple(settings.engine),
         "num_safety_samples": settings.rows.num,
         "batch_size": settings.batch_size,
@@ -120,7 +124,7 @@ def _check_asked_for(safety_module: SafetyModule, model: nn.Module, settings: Sa
         may_be_less = of_side(side, "safety_rank_cut") in safety_module.provenance
         for name, wanted in by_name.items():
             found = safety_module.sides[side].bases[name].shape[1]
-            if not isinstance(wanted, float) and found != wanted and not (may_be_less and found < wanted):
+            if isinstance(wanted, int) and found != wanted and not (may_be_less and found < wanted):
                 raise ValueError(f"{name!r} has {found} {side} directions instead of {wanted}.")
 
 

@@ -13,23 +13,22 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..activations.capture import collect_statistics
-from ..activations.errors import CalibrationError
-from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
 from ..inspection import facts
 from ..models.fingerprint import weight_samples
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
 from ..models.targets import say_what_is_left_out
-from ..models.weights import base_layer, check_weights
+from ..models.weights import check_weights
 from ..safety_module import SafetyModule
 from ..support.notices import tell
 from .basis import compute_bases
 from .cache import calibration_key, load_asked_for, store
+from .gathering import safety_positions, safety_statistics
+from .leak import measure_leak, say_leak
 from .recording import provenance_of
 from .refusals import AnsweredRows, answered_rows
-from .rows import safety_rows, share_of_rank
-from .settings import SafetySettings, safety_settings
+from .rows import safety_rows
+from .settings import safety_settings
 
 logger = logging.getLogger(__name__)
 
@@ -77,43 +76,47 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
         key = calibration_key(model, settings, rows)
         if key is not None and (cached := load_asked_for(key, model, settings)) is not None:
             tell(logger, "%s; from the cache (calibration_cache=False calibrates again).", facts(cached.provenance))
+            say_leak(cached.provenance)
             return cached
         start = time.monotonic()
         with on_accelerator(model), evaluation_mode(model):
             check_weights(model, settings.names)
             answered = answered_rows(rows, model, settings)
-            statistics = _statistics(model, answered, settings)
+            _tell_of_answers(answered)
+            positions = safety_positions(answered.tokenizer, settings)
+            leak = measure_leak(model, answered, positions, settings)
+            statistics = safety_statistics(model, answered.examples, positions, settings)
             positions_counted = statistics[settings.names[0]].output.count
             sides = compute_bases(
-                statistics, settings.ranks, settings.basis_method, settings.method_name, settings.default_ranks
+                statistics,
+                {**settings.ranks, "input": leak.ranks} if leak.ranks else settings.ranks,
+                settings.basis_method,
+                settings.method_name,
+                settings.default_ranks,
             )
-    provenance = provenance_of(settings, answered, positions_counted, sides)
+    provenance = provenance_of(settings, answered, positions_counted, sides, leak)
     safety_module = SafetyModule(sides, weight_samples(model, settings.names), provenance)
     seconds = time.monotonic() - start
-    tell(logger, "%s; calibrated in %.0f s.", facts(provenance), seconds)
+    answers = f", besides {answered.answering.seconds:.0f} s for the answers" if answered.counts else ""
+    tell(logger, "%s; calibrated in %.0f s%s.", facts(provenance), seconds - answered.answering.seconds, answers)
+    say_leak(provenance)
     if key is not None:
         store(key, safety_module)
     return safety_module
 
 
-def _statistics(model: nn.Module, answered: AnsweredRows, settings: SafetySettings) -> dict[str, ModuleStatistics]:
-    """
-    Raises:
-        CalibrationError: No position counts; or see `collect_statistics`.
-    """
-    statistics = collect_statistics(
-        model,
-        {name: base_layer(model.get_submodule(name)) for name in settings.names},
-        share_of_rank(answered.examples, settings.batch_size),
-        settings.engine,
-        positions=settings.positions,
-        with_inputs="input" in settings.ranks,
-        description="calibrating the safety module",
-    )
-    if not statistics[settings.names[0]].output.count:
-        raise CalibrationError(
-            f"safety_positions={settings.positions!r}: the safety data has no such position. In tokenized rows, labels "
-            "must be -100 on the tokens of the prompt and the tokens' ids on those of the response; or choose other "
-            "safety_positions."
+def _tell_of_answers(answered: AnsweredRows) -> None:
+    if answered.by_source:
+        of_each = ", ".join(f"{number} of {name}" for name, number in answered.by_source.items())
+        tell(logger, "Safety data: %s.", of_each)
+    if answered.counts:
+        took = answered.answering
+        tell(
+            logger,
+            "Answered %d requests in %.0f s, refusing %d: %.0f tokens/s, %d at once.",
+            answered.counts["requests"],
+            took.seconds,
+            answered.counts["refusals"],
+            took.tokens / max(took.seconds, 1e-9),
+            took.largest_batch,
         )
-    return statistics

@@ -12,12 +12,17 @@ from ..ranks import Side, of_side
 from ..rows.examples import data_digest
 from ..rows.rendering import has_template, template_digest
 from ..safety_module import SideBases
+from .leak import Leak
 from .refusals import AnsweredRows
 from .settings import SafetySettings
 
 
 def provenance_of(
-    settings: SafetySettings, answered: AnsweredRows, positions_counted: int, sides: Mapping[Side, SideBases]
+    settings: SafetySettings,
+    answered: AnsweredRows,
+    positions_counted: int,
+    sides: Mapping[Side, SideBases],
+    leak: Leak,
 ) -> Provenance:
     """
     Args:
@@ -25,6 +30,7 @@ def provenance_of(
         answered: The rows that it ran over.
         positions_counted: How many of their positions counted.
         sides: What it found.
+        leak: What was measured on rows that were held out.
     """
     ranks = {side: [basis.shape[1] for basis in found.bases.values()] for side, found in sides.items()}
     return Provenance.of(
@@ -34,12 +40,15 @@ def provenance_of(
             "safety_data_sha256": data_digest(answered.examples),
             "safety_samples": len(answered.examples),
             "safety_positions": settings.positions,
+            **({"header_weight": settings.header_weight} if settings.header_weight != 1 else {}),
             "positions_counted": positions_counted,
             **answered.counts,
+            **({"safety_sources": answered.by_source} if answered.by_source else {}),
             **_tokenizer_facts(answered.tokenizer),
             "modules": len(settings.names),
             "directions": {side: [min(of), max(of)] for side, of in ranks.items()},
             **_cuts(settings, sides),
+            **leak.facts,
             "engine": settings.engine.kind,
             **_sketch_widths(settings),
             "versions": {
@@ -68,7 +77,7 @@ def _cuts(settings: SafetySettings, sides: Mapping[Side, SideBases]) -> dict[str
     for side, found in sides.items():
         wanted = settings.ranks[side]
         if fewer := sum(
-            basis.shape[1] < wanted[name] for name, basis in found.bases.items() if not isinstance(wanted[name], float)
+            basis.shape[1] < number for name, basis in found.bases.items() if isinstance(number := wanted[name], int)
         ):
             cuts[of_side(side, "safety_rank_cut")] = fewer
     return cuts

@@ -106,16 +106,21 @@ def _selected(settings: RowSettings, *, allow_missing_response: bool) -> list[Ex
 
 
 def _tokenizer(settings: RowSettings, examples: Sequence[Example | TokenizedExample]) -> Any:
+    """That of `tokenizer_for` where a row is text; else as it was given."""
+    if not any(isinstance(example, Example) for example in examples):
+        return settings.tokenizer
+    return tokenizer_for(settings)
+
+
+def tokenizer_for(settings: RowSettings) -> Any:
     """
-    What rows of text are rendered with: the tokenizer that was given, the one of the trainer that is being made, or
-    the one in the model's own folder.
+    What text is rendered with: the tokenizer that was given, the one of the trainer that is being made, or the one in
+    the model's own folder.
 
     Raises:
         CalibrationError: There is none.
         ValueError: The given one renders otherwise than the trainer's.
     """
-    if not any(isinstance(example, Example) for example in examples):
-        return settings.tokenizer
     trainers = trainer_tokenizer()
     if settings.tokenizer is not None:
         given = tokenizer_of(settings.tokenizer)

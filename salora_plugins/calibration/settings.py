@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,13 @@ from ..models.targets import check_ranks, check_reached_by_text, default_input_r
 from ..models.weights import base_layer, check_reachable, unreachable_weight
 from ..options import OPTIONS, Positions
 from ..plugins import basis_methods
-from ..ranks import Side, SideRanks, matching_patterns, of_side
+from ..ranks import Rank, Side, SideRanks, matching_patterns, of_side, rule_of
 
 SHARE_DIRECTIONS = 256
 """How many directions a sketch must be good for where ranks are shares of the energy, and so not known before."""
+
+RULE_DIRECTIONS = 512
+"""The same where they follow from a rule such as "leak:0.05"."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,19 @@ class SafetySettings:
     rows: RowSettings
     batch_size: int
     positions: Positions
+    header_weight: float
     ranks: SideRanks
     default_ranks: Mapping[Side, Set[str]]
     """
-    Modules whose rank is the default's. That must not fail on a small or uniform set, and is cut to what there is; a
-    number that was asked for is an error.
+    Modules whose rank is the default's, or follows from a rule. That must not fail on a small or uniform set, and is
+    cut to what there is; a number that was asked for is an error.
     """
     basis_method: BasisMethod
     method_name: str
     engine: Engine
     may_cache: bool
+    task_rows: RowSettings | None
+    """Rows of the task, where they are known before the training: what the leak is measured against."""
     asked: Mapping[str, Any]
     """What the user asked for, as the provenance tells it."""
 
@@ -77,6 +84,11 @@ class SafetySettings:
     def names(self) -> list[str]:
         """The modules, in the model's order."""
         return list(self.ranks["output"])
+
+    @property
+    def needs_headers(self) -> bool:
+        """Whether the header's positions are told apart from the others."""
+        return self.positions == "header" or self.header_weight != 1
 
 
 @dataclass(frozen=True)
@@ -113,12 +125,14 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         rows=_row_settings(model, config, config.safety_data, "safety_data", config.num_safety_samples),
         batch_size=config.calibration_batch_size,
         positions=config.resolved_safety_positions,
+        header_weight=float(config.header_weight),
         ranks=ranks,
-        default_ranks=_default_ranks(config, names),
+        default_ranks=_default_ranks(config, ranks),
         basis_method=methods[config.basis_method],
         method_name=config.basis_method,
         engine=_engine(model, config, ranks),
         may_cache=config.calibration_cache,
+        task_rows=_known_task_rows(model, config),
         asked={
             "safety_data": config.to_dict()["safety_data"],
             "safety_rank": config.safety_rank,
@@ -167,7 +181,15 @@ def _row_settings(model: nn.Module, config: SaLoRAConfig, source: Any, option: s
     )
 
 
-def _default_ranks(config: SaLoRAConfig, names: Sequence[str]) -> dict[Side, set[str]]:
+def _known_task_rows(model: nn.Module, config: SaLoRAConfig) -> RowSettings | None:
+    """None where there are none, or none that can be read a second time for the start values."""
+    data = config.task_data
+    if data is None or not (isinstance(data, os.PathLike) or hasattr(data, "__len__")):
+        return None
+    return _row_settings(model, config, data, "task_data", config.num_task_samples)
+
+
+def _default_ranks(config: SaLoRAConfig, ranks: SideRanks) -> dict[Side, set[str]]:
     is_default: dict[Side, bool] = {
         "output": config.safety_rank == OPTIONS["safety_rank"].default,
         "input": config.input_safety_rank is None,
@@ -175,18 +197,21 @@ def _default_ranks(config: SaLoRAConfig, names: Sequence[str]) -> dict[Side, set
     return {
         side: {
             name
-            for name, key in matching_patterns(names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
-            if of_default and key is None
+            for name, key in matching_patterns(of_names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
+            if (is_default[side] and key is None) or rule_of(of_names[name]) is not None
         }
-        for side, of_default in is_default.items()
+        for side, of_names in ranks.items()
     }
+
+
+def _most_directions(rank: Rank) -> int:
+    if isinstance(rank, int):
+        return rank
+    return SHARE_DIRECTIONS if rule_of(rank) is None else RULE_DIRECTIONS
 
 
 def _engine(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -> Engine:
-    most = {
-        side: max(SHARE_DIRECTIONS if isinstance(rank, float) else rank for rank in by_name.values())
-        for side, by_name in ranks.items()
-    }
+    most = {side: max(map(_most_directions, by_name.values())) for side, by_name in ranks.items()}
     layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
     outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
     return choose_engine(

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..options import Option, RankPattern
-from ..ranks import Rank
+from ..ranks import Rank, check_rank, rank_of_text
+from ..rows.sources import named_by_a_host
 from .parameters import CommandFunction, in_place_of
 
 
@@ -46,7 +47,10 @@ def _parameter(option: Option) -> inspect.Parameter:
     elif option.type == Rank:
         kind, metavar = str, "RANK"
         default = None if default is None else str(default)
-    elif option.type not in (bool, int):  # a choice is checked with the configuration; anything else is a name
+    elif option.several:
+        kind, default = list[str], None
+        help = f"{option.described()} Repeatable."
+    elif option.type not in (bool, int, float):  # a choice is checked with the configuration; anything else is a name
         kind = str
         metavar = f"[{'|'.join(option.choices)}]" if option.choices else None
     return inspect.Parameter(
@@ -62,18 +66,16 @@ def _value(option: Option, given: Any) -> Any:
         return _pattern(flag(option), given or ())
     if option.type == Rank and given is not None:
         return _rank(flag(option), given)
+    if option.several:
+        return named_by_a_host(given, flag(option)) if given else option.default
     return given
 
 
 def _rank(name: str, text: str) -> Rank:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} {text}: give a whole number, or a share between 0 and 1 such as 0.95.") from None
+    rank = rank_of_text(text)
+    if isinstance(rank, str):
+        check_rank(name.removeprefix("--").replace("-", "_"), rank, 0)
+    return rank
 
 
 def _pattern(name: str, entries: Iterable[str]) -> RankPattern:

@@ -27,6 +27,8 @@ MODEL = Path(__file__).parent / "model"
 TRAIN_ROWS = 1024
 TEST_ROWS = 128
 MAX_NEW_TOKENS = 48
+_KNOWN_HARMFUL = {"calibration": 196, "evaluation": 98}
+_KNOWN_HARMLESS = 70
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ def fine_tune(peft_config: PeftConfig, settings: Settings, progress: bool = True
     return trainer.model  # type: ignore[return-value]  # None only until a trainer is made
 
 
+def known_requests(split: str) -> dict[str, list[dict[str, Any]]]:
+    """
+    The "harmful" and "harmless" rows of a split that stood in the built-in sets when the demo's model was made, English
+    and of one turn; what else they hold today it refuses as a whole, since it does not know the words.
+    """
+    harmless = [row for row in harmless_prompts() if row["split"] == split]
+    return {"harmful": builtin_prompts(split)[: _KNOWN_HARMFUL[split]], "harmless": harmless[:_KNOWN_HARMLESS]}
+
+
 def measure(
     name: str, model: nn.Module, tokenizer: Any, max_prompts: int | None = None, progress: bool = True
 ) -> Measurement:
@@ -125,8 +136,7 @@ def measure(
 
     problems = some(word_problems("test", TEST_ROWS))
     prompts = {
-        "harmful": some([row["prompt"] for row in builtin_prompts("evaluation")]),
-        "harmless": some([row["prompt"] for row in harmless_prompts() if row["split"] == "evaluation"]),
+        **{name: some([row["prompt"] for row in rows]) for name, rows in known_requests("evaluation").items()},
         "task": [row["prompt"][0]["content"] for row in problems],
     }
     everything = [prompt for part in prompts.values() for prompt in part]

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..inference.logits import answer_log_probabilities, render_requests
 from ..models.running import evaluation_mode
+from ..rows.examples import Asked
 from .judges.keyword import without_reasoning
 from .reports.report import Coherence
 
@@ -58,7 +59,7 @@ def coherence(response: str, perplexity: float | None, *, threshold: float = PER
 
 
 def response_perplexities(
-    model: nn.Module, tokenizer: Any, requests: Sequence[str], responses: Sequence[str], *, batch_size: int = 16
+    model: nn.Module, tokenizer: Any, requests: Sequence[Asked], responses: Sequence[str], *, batch_size: int = 16
 ) -> list[float | None]:
     """
     The perplexity of responses, exp of the mean negative log-likelihood per token.

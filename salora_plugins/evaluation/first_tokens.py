@@ -19,6 +19,7 @@ from ..inference.logits import (
     rendered_prompts,
     token_sequences,
 )
+from ..rows.examples import Asked
 
 REFUSING_OPENINGS: tuple[str, ...] = (
     "I'm sorry",
@@ -66,7 +67,7 @@ KL_TOKENS = 5
 def refusal_margins(
     model: nn.Module,
     tokenizer: Any,
-    requests: Sequence[str],
+    requests: Sequence[Asked],
     *,
     refusing: Sequence[str] = REFUSING_OPENINGS,
     complying: Sequence[str] = COMPLYING_OPENINGS,
@@ -129,7 +130,7 @@ class FirstTokenReference:
 def first_token_reference(
     model: nn.Module,
     tokenizer: Any,
-    requests: Sequence[str],
+    requests: Sequence[Asked],
     *,
     num_tokens: int = KL_TOKENS,
     batch_size: int = 16,

@@ -11,12 +11,13 @@ from tqdm.auto import tqdm
 from ..inference.greedy import greedy_answers
 from ..inference.logits import render_requests
 from ..models.running import evaluation_mode
+from ..rows.examples import Asked
 
 
 def generate_responses(
     model: nn.Module,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: Sequence[Asked],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
@@ -29,7 +30,8 @@ def generate_responses(
         tokenizer: its tokenizer. A request is rendered as a user turn of its chat template, with the thinking
             of reasoning models turned off where the template can; without a template the model continues the plain
             text.
-        prompts: the requests. They are answered in batches of like length, padded on the left.
+        prompts: the requests, each a text or the messages of several turns. They are answered in batches of like
+            length, padded on the left.
         max_new_tokens: longest response, in tokens.
         batch_size: number of requests that are answered at once; affects memory and speed.
         progress: show a progress bar on stderr.

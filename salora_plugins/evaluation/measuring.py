@@ -118,7 +118,8 @@ class _Measuring:
                 bar.update(len(done))
                 # Batches are written whole and in the order of their lengths, so that what remains is batched as
                 # without an interruption.
-                lengths = [len(tokens) for tokens in tokenizer(asked)["input_ids"]]
+                texts = [request.prompt for request in self._plan.requests[of_set]]
+                lengths = [len(tokens) for tokens in tokenizer(texts)["input_ids"]]
                 order = sorted((i for i in range(len(asked)) if i not in done), key=lambda i: lengths[i])
                 lines = self._folder.lines(name, responses_entry(of_set))
                 for start in range(0, len(order), batch_size):

@@ -105,7 +105,7 @@ class SafetyMonitorCallback(TrainerCallback):
             )
         self.trainer = trainer
         self.tokenizer = tokenizer_of(trainer.processing_class if tokenizer is None else tokenizer)
-        self.requests = [request.prompt for request in load_requests(harmful, option="harmful", num=num_requests)]
+        self.requests = [request.asked for request in load_requests(harmful, option="harmful", num=num_requests)]
         self.every_steps = every_steps
         if safety_module is not None and not isinstance(safety_module, SafetyModule):
             safety_module = SafetyModule.load(safety_module)

@@ -15,7 +15,7 @@ from ..adapters.audit import AuditReport, audit
 from ..hookspecs import JudgeKind
 from ..models.loading import LoadingOptions, load_tokenizer
 from ..rows.errors import DataError
-from ..rows.examples import Example, select_examples
+from ..rows.examples import Asked, Example, select_examples
 from ..rows.reading import load_examples
 from ..rows.sources import describe
 from ..safety_module import SafetyModule
@@ -146,9 +146,9 @@ class EvaluationPlan:
         return self.models[0]
 
     @property
-    def prompts(self) -> dict[SetName, list[str]]:
-        """The texts of the requests."""
-        return {of_set: [request.prompt for request in asked] for of_set, asked in self.requests.items()}
+    def prompts(self) -> dict[SetName, list[Asked]]:
+        """The requests as the models are asked them."""
+        return {of_set: [request.asked for request in asked] for of_set, asked in self.requests.items()}
 
     def lm_eval_entry(self, task: str) -> Entry[dict[str, dict[str, float]]]:
         """Where what lm-eval finds on a task is kept."""
@@ -251,7 +251,11 @@ def _warn_of_calibration_rows(
     modules: list[SafetyModule | str | os.PathLike] = [each.folder for each in models if each.has_safety_module]
     modules += [] if safety_module is None else [safety_module]
     loaded = [module if isinstance(module, SafetyModule) else SafetyModule.load(module) for module in modules]
-    sources = {module.provenance.get("safety_data") for module in loaded}
+    sources = {
+        source
+        for module in loaded
+        for source in module.provenance.get("safety_sources") or [module.provenance.get("safety_data")]
+    }
     for source in sorted(source for source in sources if isinstance(source, str)):
         if source != "builtin" and not Path(source).exists():
             continue  # rows in memory, or a file of another machine
@@ -259,7 +263,7 @@ def _warn_of_calibration_rows(
             rows = load_examples(source, option="safety_data", allow_missing_response=True)
         except DataError:
             continue  # changed since; it is not needed here
-        known = {row.request.strip() for row in rows if isinstance(row, Example)}
+        known = {row.transcript.strip() for row in rows if isinstance(row, Example)}
         shared = sum(request.prompt.strip() in known for request in requests)
         if shared:
             warnings.warn(

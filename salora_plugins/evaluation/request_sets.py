@@ -6,16 +6,16 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..prompts.builtin import builtin_prompts, harmless_prompts
 from ..rows.errors import DataError
-from ..rows.examples import Example
+from ..rows.examples import Asked, Example
 from ..rows.formats import TEXT_COLUMNS, is_undesirable, parse_row
 from ..rows.reading import MAX_ROWS
-from ..rows.sources import describe, read_rows
+from ..rows.sources import describe, read_rows, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,20 @@ _BUILTIN = {
 
 @dataclass(frozen=True)
 class Request:
-    """A request of one user turn."""
+    """A request, of one turn or of several."""
 
     prompt: str
+    """Its text; of several turns, who said what."""
     category: str | None = None
     response: str | None = None
     """The answer that stands in the data, where there is one."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The turns, where there are several; else empty."""
+
+    @property
+    def asked(self) -> Asked:
+        """As a model is asked it."""
+        return self.messages or self.prompt
 
 
 def load_requests(source: Any, *, option: str, num: int | None = None, seed: int = 0) -> list[Request]:
@@ -41,7 +49,8 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
 
     Args:
         source: "builtin" (the held-out part of the built-in prompts of that kind); a text file of one request a line;
-            or whatever `salora_plugins.rows.reading.load_examples` reads. A column `category` is kept.
+            or whatever `salora_plugins.rows.reading.load_examples` reads, or a list that names several of these. A
+            column `category` is kept.
         option: "harmful" or "harmless": which built-in set, and what the user calls this data, for messages.
         num: Take at most so many, spread evenly over the categories; None takes all.
         seed: Seed of that choice.
@@ -50,7 +59,7 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
         At least one request, in the order of the data, each once.
 
     Raises:
-        DataError: The data does not exist, cannot be read, or is no requests of one user turn.
+        DataError: The data does not exist, cannot be read, or holds something else than requests.
         ValueError: `num` is below 1.
     """
     if num is not None and num < 1:
@@ -59,8 +68,8 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
     where = describe(source, option)
     requests: dict[str, Request] = {}
     only_calls = 0
-    for number, row in rows:
-        request = _request(row, f"row {number} of {where}")
+    for name, row in rows:
+        request = _request(row, name)
         if request is None:
             only_calls += 1
         else:
@@ -76,13 +85,23 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
 
 def requests_digest(requests: Sequence[Request]) -> str:
     """SHA-256 of the requests in their order, as 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps([asdict(request) for request in requests]).encode()).hexdigest()
+    contents = [asdict(request) for request in requests]
+    for content in contents:
+        if not content["messages"]:
+            del content["messages"]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-def _rows(source: Any, option: str) -> list[tuple[int, Any]]:
-    if source == "builtin":
-        return list(enumerate(_BUILTIN[option](), start=1))
-    return list(read_rows(source, option=option, max_rows=MAX_ROWS, columns=(*TEXT_COLUMNS, "category")))
+def _rows(source: Any, option: str) -> list[tuple[str, Any]]:
+    """The rows, each with what to call it in messages."""
+    if (several := sources_of(source, option)) is not None:
+        return [row for each in several for row in _rows(each, option)]
+    where = describe(source, option)
+    if isinstance(source, str) and source == "builtin":
+        rows: Iterable[tuple[int, Any]] = enumerate(_BUILTIN[option](), start=1)
+    else:
+        rows = read_rows(source, option=option, max_rows=MAX_ROWS, columns=TEXT_COLUMNS, beside=("category",))
+    return [(f"row {number} of {where}", row) for number, row in rows]
 
 
 def _request(row: Any, where: str) -> Request | None:
@@ -91,12 +110,22 @@ def _request(row: Any, where: str) -> Request | None:
     if not examples:
         return None
     example = examples[0] if len(examples) == 1 else None
-    if not isinstance(example, Example) or [message["role"] for message in example.messages] != ["user"]:
-        raise DataError(f"{where}: not a request of one user turn. Give rows with `prompt`, a text.")
+    if not isinstance(example, Example) or not _is_request(example):
+        raise DataError(
+            f"{where}: not a request. Give rows with `prompt`, a text, or `messages` that end with a user's."
+        )
     category = row.get("category") if isinstance(row, Mapping) else None
     category = "" if category is None else str(category).strip()
     response = None if is_undesirable(row) else example.response
-    return Request(example.request, category or None, response)  # an empty cell of a CSV file is no category
+    messages = example.messages if len(example.messages) > 1 else ()
+    # An empty cell of a CSV file is no category.
+    return Request(example.transcript, category or None, response, messages)
+
+
+def _is_request(example: Example) -> bool:
+    """Whether somebody asks something, behind turns of text only."""
+    roles = [message["role"] for message in example.messages]
+    return roles[-1:] == ["user"] and all(isinstance(message.get("content"), str) for message in example.messages)
 
 
 def _spread(requests: list[Request], num: int | None, seed: int) -> list[Request]:

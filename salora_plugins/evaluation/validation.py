@@ -17,6 +17,7 @@ from ..calibration import calibrate
 from ..models.fingerprint import check_belongs
 from ..models.running import adapters_disabled
 from ..ranks import Side, of_side
+from ..rows.examples import Asked, as_messages
 from ..safety_module import SafetyModule
 from .first_tokens import refusal_margins
 from .generation import generate_responses
@@ -81,7 +82,7 @@ def validate(
         ordinary = _ordinary_directions(model, tokenizer, rows, safety_module, batch_size)
         total = 1 + len(safety_module.sides) * (2 + RANDOM_SUBSPACES)
         with tqdm(total=total, desc="validating", unit="state", disable=not progress) as bar:
-            probe = _Probe(model, tokenizer, [request.prompt for request in harmful], rows, batch_size, bar)
+            probe = _Probe(model, tokenizer, [request.asked for request in harmful], rows, batch_size, bar)
             unchanged = probe.measure()
             sides = {
                 side: _without_side(probe, side, found.bases, ordinary.sides[side].bases, seed)
@@ -118,7 +119,7 @@ class _Probe:
 
     model: nn.Module
     tokenizer: Any
-    harmful: Sequence[str]
+    harmful: Sequence[Asked]
     harmless: Sequence[Mapping[str, Any]]
     """Conversations with answers, as `response_loss` takes them."""
     batch_size: int
@@ -136,7 +137,7 @@ class _Probe:
         self.bar.update()
         return measured
 
-    def _margin(self, requests: Sequence[str]) -> Mean:
+    def _margin(self, requests: Sequence[Asked]) -> Mean:
         margins = refusal_margins(self.model, self.tokenizer, requests, batch_size=self.batch_size)
         return Mean.of(margins.tolist())
 
@@ -182,7 +183,7 @@ def _with_answers(
     Raises:
         ValueError: It says nothing to any.
     """
-    unanswered = [request.prompt for request in requests if not request.response]
+    unanswered = [request.asked for request in requests if not request.response]
     own = iter(
         generate_responses(
             model, tokenizer, unanswered, max_new_tokens=RESPONSE_TOKENS, batch_size=batch_size, progress=progress
@@ -196,7 +197,7 @@ def _with_answers(
         logger.warning("The model says nothing to %d of %d harmless requests; they are left out.", silent, len(answers))
     return [
         {
-            "prompt": [{"role": "user", "content": request.prompt}],
+            "prompt": list(as_messages(request.asked)),
             "completion": [{"role": "assistant", "content": answer}],
         }
         for request, answer in zip(requests, answers, strict=True)

@@ -15,20 +15,21 @@ from tqdm.auto import tqdm
 from ..models.embeddings import vocabulary_size
 from ..models.running import evaluation_mode, input_device
 from ..rows.batching import check_token_ids, pad_left
-from ..rows.examples import Example
+from ..rows.examples import Asked, Example, as_messages
 from ..rows.tokenizing import render_prompts
 
 
-def render_requests(tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+def render_requests(tokenizer: Any, requests: Sequence[Asked]) -> list[list[int]]:
     """Token ids of requests, up to where a model begins to answer."""
-    return render_prompts([Example(({"role": "user", "content": request},)) for request in requests], tokenizer)
+    return render_prompts([Example(as_messages(request)) for request in requests], tokenizer)
 
 
-def rendered_prompts(model: nn.Module, tokenizer: Any, requests: Sequence[str]) -> list[list[int]]:
+def rendered_prompts(model: nn.Module, tokenizer: Any, requests: Sequence[Asked]) -> list[list[int]]:
     """Rendered requests, whose tokens the model knows."""
     prompts, vocabulary = render_requests(tokenizer, requests), vocabulary_size(model)
     for request, prompt in zip(requests, prompts, strict=True):
-        check_token_ids(prompt, vocabulary, partial("the request {!r}".format, request[:60]))
+        text = as_messages(request)[-1]["content"]
+        check_token_ids(prompt, vocabulary, partial("the request {!r}".format, text[:60]))
     return prompts
 
 

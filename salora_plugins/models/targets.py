@@ -153,7 +153,7 @@ def too_narrow(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> li
     for side, rank, pattern in sides:
         for name, key in matching_patterns(names, pattern).items():
             wanted = default[name] if rank is None else rank
-            least = _LEAST_FOR_A_SHARE if isinstance(wanted, float) else wanted
+            least = wanted if isinstance(wanted, int) else _LEAST_FOR_A_SHARE
             if key is None and layer_features(model.get_submodule(name))[side] <= least:
                 narrow.add(name)
     return [name for name in names if name in narrow]
@@ -285,7 +285,7 @@ def check_ranks(model: nn.Module, ranks: SideRanks) -> None:
         too_large: dict[tuple[Rank, int], list[str]] = {}
         for name, rank in by_name.items():
             dimension = layer_features(model.get_submodule(name))[1 if side == "output" else 0]
-            if rank >= dimension or dimension < 2:
+            if (isinstance(rank, int) and rank >= dimension) or dimension < 2:
                 too_large.setdefault((rank, dimension), []).append(name)
         if too_large:
             raise ValueError("\n".join(_too_large(option, side, *key, n, by_name) for key, n in too_large.items()))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .batching import check_token_ids
 from .errors import DataError
 from .examples import Example, TokenizedExample
 from .formats import FORMATS, TEXT_COLUMNS, TOKENIZED_COLUMNS, is_undesirable, parse_row
-from .sources import describe, read_rows
+from .sources import describe, read_rows, sources_of
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4_000
 """How many rows of a larger data set are read; calibration needs some hundreds."""
+
+GROUP_COLUMNS = ("category", "form", "language")
+"""Columns that say what kind of request a row is."""
 
 
 def load_examples(
@@ -49,9 +53,10 @@ def load_examples(
     is left out with a warning.
 
     Args:
-        source: the name of a registered data source; a file (.jsonl, .json, .csv, .parquet, or .txt with a request
-            a line); a folder with one of the others or one that `datasets` saved; a hub data set id (`id` or
-            `id:config`, its `train` split); a `datasets` object; rows (mappings, or examples that are passed on).
+        source: one of these, or a list of several (`sources_of`): the name of a registered data source; a file (.jsonl,
+            .json, .csv, .parquet, or .txt with a request a line); a folder with one of the others or one that
+            `datasets` saved; a hub data set id (`id` or `id:config`, its `train` split). Or a `datasets` object, or
+            rows (mappings, or examples that are passed on).
         option: what the user calls this data, for messages.
         allow_missing_response: keep requests without an answer (response None), and refuse plain `text`,
             which does not tell request and response apart. Otherwise rows without an answer are left out
@@ -71,10 +76,23 @@ def load_examples(
             f"{option}='builtin': the built-in set holds harmful requests for safety_data, and no answers to "
             f"train on. Give {option} the data that you fine-tune on."
         )
+    if (several := sources_of(source, option)) is not None:
+        return [
+            replace(example, source=str(each))
+            for each in several
+            for example in load_examples(
+                each,
+                option=option,
+                allow_missing_response=allow_missing_response,
+                max_rows=max_rows,
+                vocabulary=vocabulary,
+            )
+        ]
     where = describe(source, option)
     examples: list[Example | TokenizedExample] = []
     left_out = _LeftOut(where)
-    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=(*TOKENIZED_COLUMNS, *TEXT_COLUMNS)):
+    columns = (*TOKENIZED_COLUMNS, *TEXT_COLUMNS)
+    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=columns, beside=GROUP_COLUMNS):
         row_name = f"row {number} of {where}"
         if is_undesirable(row):
             left_out.undesirable.append((row_name, row["label"]))
@@ -82,7 +100,10 @@ def load_examples(
         found = parse_row(row, row_name, allow_text=not allow_missing_response)
         if not found:
             left_out.only_calls.append(row_name)
+        group = _group(row)
         for example in found:
+            if group and isinstance(example, Example):
+                example = replace(example, group=group)
             if isinstance(example, Example) and example.response is None and not allow_missing_response:
                 left_out.unanswered.append(row_name)
             else:
@@ -98,6 +119,13 @@ def load_examples(
             "the response tokens in `labels`."
         )
     return examples
+
+
+def _group(row: Any) -> str:
+    """What kind of request a row says that it is; nothing where it does not."""
+    if not isinstance(row, Mapping):
+        return ""
+    return " ".join(str(row[name]) for name in GROUP_COLUMNS if row.get(name) is not None)
 
 
 @dataclass

@@ -55,11 +55,14 @@ class Renderer:
             name: what to call the example in messages.
 
         Raises:
-            DataError: the chat template refuses the conversation, or there is none for one of several turns.
+            DataError: the chat template refuses the conversation, or there is none for one of several turns with a
+                response.
         """
         if self._uses_template(example, name):
             return self._template_ids(example.messages, name, add_generation_prompt=True)
-        return _encode(example.request, self._tokenizer)
+        # Without a template a request is plain text that is to be continued, and so are several turns.
+        turns = [text for message in example.messages if (text := message.get("content"))]
+        return _encode("\n\n".join(turns) or example.request, self._tokenizer)
 
     def prompt_and_response_ids(self, example: Example, name: str) -> tuple[list[int], int]:
         """Token ids of the whole exchange, and how many of them precede the response.
@@ -101,10 +104,37 @@ class Renderer:
             )
         return whole[: _end_of_turn(whole, start, self._tokenizer)], start
 
+    def headers(self, *requests: str) -> tuple[tuple[int, ...], ...]:
+        """
+        What the template writes behind a request up to the answer, as token ids, once for each of its forms that has
+        any: the tokens at the end that these requests, none of which ends as another does, have in common.
+
+        Raises:
+            DataError: The template refuses a lone request.
+        """
+        if not self._has_template:
+            return ()
+        found = []
+        for form in self._forms():
+            first, *others = (
+                self._template_ids(({"role": "user", "content": request},), "a lone request", True, form)[::-1]
+                for request in requests
+            )
+            common = min(common_prefix_length(first, other) for other in others)
+            found.append(tuple(first[:common][::-1]))
+        return tuple(form for form in dict.fromkeys(found) if form)
+
+    def _forms(self) -> list[dict[str, Any]]:
+        """The options of every form of the template: with what it is given here, and as it is by itself."""
+        forms = [self._options]
+        if "enable_thinking" in self._options:
+            forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
+        return forms
+
     def _uses_template(self, example: Example, name: str) -> bool:
         if not example.messages or self._is_rendered(example, name):
             return False
-        if not self._has_template and not _is_single_request(example):
+        if not self._has_template and example.response is not None and not _is_single_request(example):
             raise DataError(
                 f"{name} is a conversation of several turns, and the tokenizer has no chat template to render "
                 "it. Set `tokenizer.chat_template`, or give `prompt` and `completion` as plain text."
@@ -134,11 +164,8 @@ class Renderer:
         """What is written behind a request, in every form of the template; and a whole one as text and as ids."""
         if self._requests is None:
             conversation = ({"role": "user", "content": _MARKER},)
-            forms = [self._options]
-            if "enable_thinking" in self._options:
-                forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
             found = []
-            for form in forms:
+            for form in self._forms():
                 ids = self._template_ids(conversation, name, True, form)
                 if self._tokenizer.chat_template:
                     rendered = self._apply_template(conversation, name, True, form, tokenize=False)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..plugins import data_sources
-from ..support.hub import is_dataset_id
-from .errors import DataError
+from ..support.hub import hub_dataset, is_dataset_id
+from .errors import DataError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,74 @@ SUFFIXES = (*_TABLES, ".txt")
 """Data files that are read."""
 
 
-def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[str]) -> Iterable[tuple[int, Any]]:
+def sources_of(source: Any, option: str) -> list[str | Path] | None:
+    """
+    The sources that a list names; None where it is one source, or a list of rows.
+
+    A text names a source where it is the name of a registered one, an existing file or folder, or, without any white
+    space, has the ending of a data file or the form of a hub data set ("organization/name"). Any other is a request.
+
+    Args:
+        source: As for `salora_plugins.rows.reading.load_examples`.
+        option: What the user calls this data, for messages.
+
+    Raises:
+        DataError: Only some of the entries name a source.
+    """
+    if not isinstance(source, (list, tuple)):
+        return None
+    named = [entry for entry in source if _names_source(entry)]
+    if not named:
+        return None
+    if len(named) < len(source):
+        other = next(entry for entry in source if not _names_source(entry))
+        raise DataError(
+            f"{option}: a list holds either sources or rows, but {str(named[0])!r} names a source and "
+            f"{shortened(other)} does not. Put the rows into a file and name that, or write {{'prompt': ...}} for "
+            "a request that looks like a source."
+        )
+    if len(set(map(str, named))) < len(named):
+        raise DataError(f"{option}: a source is named twice ({', '.join(map(str, named))}). Name each once.")
+    return named
+
+
+def named_by_a_host(given: Sequence[str], option: str) -> str | list[str]:
+    """
+    What a command line names: one source, or several.
+
+    Raises:
+        DataError: One of several is no source; in Python, it would be a request.
+    """
+    if len(given) == 1:
+        return given[0]
+    for entry in given:
+        if not _names_source(entry):
+            raise DataError(
+                f"{option} {entry}: this is neither a registered data source ({', '.join(sorted(data_sources()))}) "
+                "nor a file or folder that is there. Check the name; requests go into a file, one a line."
+            )
+    return list(given)
+
+
+def _names_source(entry: Any) -> bool:
+    if isinstance(entry, Path) or (isinstance(entry, str) and entry in data_sources()):
+        return True
+    if not isinstance(entry, str) or not entry.strip():
+        return False
+    has_space = any(map(str.isspace, entry))
+    if not has_space and ((is_dataset_id(entry) and entry.count("/") == 1) or Path(entry).suffix.lower() in SUFFIXES):
+        return True
+    if has_space and "/" not in entry and Path(entry).suffix.lower() not in SUFFIXES:
+        return False  # most requests; none of them is looked for among the files
+    try:
+        return Path(entry).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, no home folder, a zero byte
+        return False
+
+
+def read_rows(
+    source: Any, *, option: str, max_rows: int, columns: Collection[str], beside: Collection[str] = ()
+) -> Iterable[tuple[int, Any]]:
     """The rows of a source with their numbers, from 1.
 
     Args:
@@ -34,6 +101,7 @@ def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[st
         max_rows: of a larger source, a fixed random subset of this size is read (of a stream, the first
             rows).
         columns: the columns that will be looked at; of a `datasets.Dataset` no others are decoded.
+        beside: further columns that are wanted where there is one of these.
 
     Raises:
         DataError: the source does not exist or cannot be read.
@@ -47,9 +115,9 @@ def read_rows(source: Any, *, option: str, max_rows: int, columns: Collection[st
         rows = source
     rows = _train_split(rows, where)
     if _is_dataset(rows):
-        known = [name for name in rows.column_names if name in columns]
+        wanted: Collection[str] = (*columns, *beside) if set(columns) & set(rows.column_names) else rows.column_names
         # Without a known column all stay, for the error message to list them.
-        rows = rows.with_format(None).select_columns(known or rows.column_names)
+        rows = rows.with_format(None).select_columns([name for name in rows.column_names if name in wanted])
     elif not _holds_rows(rows):
         raise DataError(
             f"{where}: data of type {type(rows).__name__} is not understood. Give the name of a data source, "
@@ -104,15 +172,14 @@ def _read_path(source: str | Path, option: str, where: str) -> Any:
 
 
 def _read_hub(name: str, option: str, where: str) -> Any:
-    datasets = _import("datasets", where, "to read a hub data set")
+    _import("datasets", where, "to read a hub data set")
     repository, _, config = name.partition(":")
     try:
-        return datasets.load_dataset(repository, config or None, split="train")
-    except Exception as error:  # dozens of types, from the library's own to those of the HTTP client
+        return hub_dataset(repository, config or None, "train")
+    except FileNotFoundError as error:
         raise DataError(
-            f"{where} is neither a registered data source ({', '.join(sorted(data_sources()))}) nor a file, "
-            f"and loading it as the train split of a hub data set failed: {type(error).__name__}: {error}. "
-            f"Check the name, or pass {option} a file, a `datasets.Dataset` or a list of rows."
+            f"{where} is neither a registered data source ({', '.join(sorted(data_sources()))}) nor a file, and "
+            f"{error} Check the name, or pass {option} a file, a `datasets.Dataset` or a list of rows."
         ) from error
 
 

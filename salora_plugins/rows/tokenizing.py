@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .batching import check_token_ids
@@ -78,13 +79,14 @@ def render_rows(
                 )
             renderer = renderer or Renderer(tokenizer)
             if example.response is None:
-                rows.append(RenderedRequest(example.request, tuple(_prompt_ids(example, renderer))))
+                prompt_ids = tuple(_prompt_ids(example, renderer))
+                rows.append(RenderedRequest(example.request, prompt_ids, example.source))
                 requests += 1
                 continue
             name = f"the example of {option} that asks {shortened(example.request)}"
-            example = _tokenized(example, renderer, name)
+            example = replace(_tokenized(example, renderer, name), source=example.source)
             check_token_ids(example.input_ids, vocabulary, name.__str__)
-        cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length])
+        cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length], example.source)
         if cut.has_response:
             rows.append(cut)
         else:

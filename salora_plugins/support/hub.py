@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _PART = r"[\w-][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}(@[\w./-]+)?")
@@ -25,6 +26,26 @@ def is_model_name(name: str) -> bool:
 def is_dataset_id(name: str) -> bool:
     """Whether a text has the form of a data set: "name" or "organization/name", with ":configuration" or without."""
     return _DATASET_ID.fullmatch(name) is not None
+
+
+def hub_dataset(name: str, config: str | None, split: str) -> Any:
+    """
+    A split of a hub data set, downloaded or from the cache; the library `datasets` must be installed.
+
+    Raises:
+        FileNotFoundError: It cannot be had; it says why, and what can be done about it.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # dozens of types, from the library's own to those of the HTTP client
+        told = f"loading the {split} split of the hub data set {name!r} failed: {type(error).__name__}: {error}."
+        if datasets.config.HF_HUB_OFFLINE:
+            told += " HF_HUB_OFFLINE is set: only what was downloaded before is there. Unset it to download."
+        elif "gated" in str(error).lower() or "401" in str(error):
+            told += " Accept its terms on its page and log in (`hf auth login`)."
+        raise FileNotFoundError(told) from error
 
 
 def hub_file(name: str, file: str, *, option: str) -> Path:

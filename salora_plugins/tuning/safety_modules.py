@@ -29,6 +29,7 @@ _OPTIONS_OF_SAFETY_MODULES = (
     "input_safety_rank",
     "input_safety_rank_pattern",
     "safety_positions",
+    "header_weight",
     "basis_method",
 )
 
@@ -109,7 +110,7 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     The safety module that a configuration names.
 
     Raises:
-        ValueError: It was computed from other positions than the options want.
+        ValueError: It was computed from other positions, or with another weight of them, than the options want.
     """
     given = config.safety_module
     safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
@@ -118,6 +119,12 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
         raise ValueError(
             f"safety_positions={config.safety_positions!r}, but the safety module was computed from "
             f"{positions!r} positions. Leave safety_positions unset, or calibrate again."
+        )
+    weight = safety_module.provenance.get("header_weight", 1)
+    if config.header_weight not in (1, weight):
+        raise ValueError(
+            f"header_weight={config.header_weight!r}, but the safety module was computed with {weight!r}. Leave "
+            "header_weight unset, or calibrate again."
         )
     if config.safety_positions is None and config.variant == "paper" and positions not in (None, "response"):
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Refusals kept, and tasks learned, on chat models that others aligned."""
