@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measuring import python_calls
 from salora_plugins import calibrate
 from salora_plugins.parametrization import EffectiveWeight, SafeFactor, trained_factor
+from salora_plugins.tuning import basis_stack
 from tiny import llama, relative_difference, token_batch, token_rows
 from tiny import salora_config as config
 
@@ -96,7 +97,7 @@ def calls_of_a_step(model: PeftModel) -> int:
 def test_what_python_calls_in_a_step(form):
     """A weight that was computed with the others is read without the modules of torch's parametrization."""
     lora = get_peft_model(llama(num_hidden_layers=LAYERS), LoraConfig(r=4, target_modules="all-linear"))
-    assert calls_of_a_step(salora(form, LAYERS)) <= 1.5 * calls_of_a_step(lora)
+    assert calls_of_a_step(salora(form, LAYERS)) <= 1.15 * calls_of_a_step(lora)
 
 
 def each_alone(model: PeftModel) -> PeftModel:
@@ -240,6 +241,48 @@ def test_bases_are_in_memory_once():
     model(input_ids=token_batch())
     storages = {factor.basis.untyped_storage()._cdata: factor.basis.untyped_storage() for factor in factors}
     assert sum(storage.nbytes() for storage in storages.values()) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_bases_are_on_a_gpu_only_while_they_are_used(checkpointing, monkeypatch):
+    """The same training, bit for bit, as with bases that stay there; evaluation between steps, moving the model."""
+    losses = []
+    for streams in (True, False):
+        if not streams:
+            monkeypatch.setattr(basis_stack, "_page_locked", lambda count, like: None)
+        model = salora("default").cuda()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        batch = token_batch().cuda()
+        model.train()
+        losses.append([])
+        for step in range(6):
+            loss = model(input_ids=batch, labels=batch).loss
+            stacks = [group.stack for group in groups_of(model) if group.stack is not None]
+            assert stacks and all(stack.streamed is streams for stack in stacks)
+            if streams and step not in (0, 3):  # after a pass without a backward pass they stay
+                assert not any(stack.is_there for stack in stacks)
+            loss.backward()
+            assert not streams or all(stack.is_there for stack in stacks)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+            if step == 2:
+                model(input_ids=batch)
+                with torch.no_grad():
+                    model(input_ids=batch)
+            if step == 4:
+                model.cpu().cuda()
+        merged = copy.deepcopy(model).merge_and_unload()
+        losses[-1].append(merged(input_ids=batch, labels=batch).loss.item())
+    assert losses[0] == losses[1]
+
+
+def groups_of(model):
+    return next(module for module in model.modules() if isinstance(module, SafeFactor)).batch._groups
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -97,28 +97,29 @@ def _wanted(setup: Setup) -> Iterator[Job]:
     """The runs, by priority: see benchmarks/README.md."""
     models = list(setup.models)
     others = [task for task in (*TASKS, *setup.task_files) if task not in ("sure", "math")]
-    for model in models:
-        yield from _runs(setup, model, "sure", MAIN)
-        yield from _rates(setup, model, "sure", "qv")
-        yield from _runs(setup, model, "sure", FURTHER)
-    for model in models:
-        yield from _runs(setup, model, "math", MAIN)
-        yield from _rates(setup, model, "math", "qv")
     for task in ("sure", "math"):
         for model in models:
-            yield from _runs(setup, model, task, ON_ALL_LINEAR, "all-linear")
+            yield from _runs(setup, model, task, MAIN)
+    for model in models:
+        yield from _runs(setup, model, "sure", ON_ALL_LINEAR, "all-linear")
+    for model in models:
+        yield from _runs(setup, model, "sure", FURTHER)
+        yield from _runs(setup, model, "sure", CONTROLS)
+    for model in models:
+        yield from _runs(setup, model, "math", ON_ALL_LINEAR, "all-linear")
     for task in others:
         for model in models:
             yield from _runs(setup, model, task, NAMED)
-    for model in models:
-        for task in ("sure", "math"):
-            yield from _runs(setup, model, task, CONTROLS)
+    for task in ("sure", "math"):
+        for model in models:
+            yield from _rates(setup, model, task, "qv")
     for seed in range(1, setup.scale.seeds):
         for task in ("sure", "math"):
             for model in models:
                 yield from _runs(setup, model, task, NAMED, seed=seed)
     for model in models:
         yield from _runs(setup, model, "math", FURTHER)
+        yield from _runs(setup, model, "math", CONTROLS)
         yield from _rates(setup, model, "sure", "all-linear")
         yield from _rates(setup, model, "math", "all-linear")
         yield from _runs(setup, model, "sure", ("random-directions", "new-64+anchor"), "all-linear")

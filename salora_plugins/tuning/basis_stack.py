@@ -41,6 +41,11 @@ class BasisStack:
         """Whether the bases are on the host between their uses."""
         return self.kept.device != self.device
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the device has them now."""
+        return self._copy is not None or not self.streamed
+
     def on_device(self) -> Tensor:
         """The bases, where they are used; waits for the copy in the stream that runs, not in Python."""
         if not self.streamed:
@@ -89,15 +94,10 @@ def stacked(bases: Sequence[Tensor], device: torch.device) -> BasisStack | None:
         None where they are slices of other stacks.
     """
     first, size = bases[0], bases[0].numel()
-    if device.type == "cuda" and not first.is_pinned():
-        try:
-            kept = torch.empty((len(bases), *first.shape), dtype=first.dtype, pin_memory=True)
-        except RuntimeError as error:  # there is a limit to the memory that a process may lock
-            logger.info("The safety module's bases stay on %s: no page-locked memory for them (%s).", device, error)
-        else:
-            for slot, basis in zip(kept, bases, strict=True):
-                slot.copy_(basis)
-            return _of(kept, device)
+    if device.type == "cuda" and not first.is_pinned() and (kept := _page_locked(len(bases), first)) is not None:
+        for slot, basis in zip(kept, bases, strict=True):
+            slot.copy_(basis)
+        return _of(kept, device)
     if all(
         basis.is_contiguous()
         and basis.untyped_storage()._cdata == first.untyped_storage()._cdata
@@ -108,6 +108,15 @@ def stacked(bases: Sequence[Tensor], device: torch.device) -> BasisStack | None:
     if any(basis in _slices for basis in bases):
         return None
     return _of(torch.stack([basis.to(device) for basis in bases]), device)
+
+
+def _page_locked(count: int, like: Tensor) -> Tensor | None:
+    """Room for so many tensors like one; None where there is none: the memory that a process may lock is limited."""
+    try:
+        return torch.empty((count, *like.shape), dtype=like.dtype, pin_memory=True)
+    except RuntimeError as error:
+        logger.info("The safety module's bases stay on the GPU: no page-locked memory for them (%s).", error)
+        return None
 
 
 def _of(kept: Tensor, device: torch.device) -> BasisStack:
