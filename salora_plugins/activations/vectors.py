@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
-from ..support.linear_algebra import fix_signs, stacked, top_eigenpairs, top_right_singular_vectors
+from ..support.linear_algebra import (
+    fix_signs,
+    is_asynchronous,
+    is_small,
+    leading_eigenpairs,
+    stacked,
+    top_eigenpairs,
+    top_right_singular_vectors,
+)
 
 LEAST_WIDTH = 2
 """
@@ -255,7 +263,7 @@ def _of_new_vectors(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Any]]:
     """Of each of these statistics the energy, that of its channels, and what `_renewed` gives."""
     first = statistics[0]
-    vectors = stacked([of_one.detach() for of_one in rows]).float()
+    vectors = stacked(rows).detach().float()
     if scales is not None:
         vectors = vectors * scales.to(vectors)[:, None]
     if vectors.device.type == "mps":
@@ -287,7 +295,7 @@ def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
 
     What is of one shape is decomposed in one call, and a device is waited for once a call: on a GPU, decomposing small
     matrices one after the other is mostly the launching of operations. Statistics without a factor of few rows are
-    left to `top`.
+    left to `top`, but for small ones on such a device.
 
     Args:
         wanted: Statistics, and the most directions that will be asked of them.
@@ -300,22 +308,28 @@ def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
             largest[id(statistics)] = statistics, rank
     groups: dict[Any, list[tuple[VectorStatistics, Tensor]]] = {}
     for statistics, rank in largest.values():
-        rows = statistics.factor()
-        if rows is None or not rank <= rows.shape[0] < statistics.dimension:
-            continue
-        key = rows.shape, rows.dtype, rows.device, rank
-        groups.setdefault(key, []).append((statistics, rows))
-        if (len(groups[key]) + 1) * rows.numel() * 8 > _BYTES_TOGETHER:
+        matrix = statistics.factor()
+        if matrix is None or not rank <= matrix.shape[0] < statistics.dimension:
+            if not (is_asynchronous(statistics.device) and is_small(statistics.dimension, rank, statistics.device)):
+                continue
+            matrix = statistics.gram()
+        key = matrix.shape, matrix.dtype, matrix.device, rank
+        groups.setdefault(key, []).append((statistics, matrix))
+        if (len(groups[key]) + 1) * matrix.numel() * 8 > _BYTES_TOGETHER:
             _decompose(groups.pop(key), rank)
     for (*_, rank), group in groups.items():
         _decompose(group, rank)
 
 
 def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> None:
-    """`top` and `directions` of statistics whose factors have one shape."""
-    rows = torch.stack([factor for _, factor in group])
-    with torch.autocast(rows.device.type, enabled=False):
-        bases, values = top_right_singular_vectors(rows, rank)
+    """`top` and `directions` of statistics whose factors, or else whose Gram matrices, have one shape."""
+    matrices = torch.stack([matrix for _, matrix in group])
+    with torch.autocast(matrices.device.type, enabled=False):
+        if matrices.shape[-2] < matrices.shape[-1]:
+            bases, values = top_right_singular_vectors(matrices, rank)
+        else:
+            squares, bases = leading_eigenpairs(matrices, rank)
+            values = squares.clamp(min=0).sqrt()
         bases, values = fix_signs(bases).float().contiguous().unbind(), values.float()
         for (statistics, _), basis, of_basis in zip(group, bases, values.unbind(), strict=True):
             statistics._tops[rank] = basis, of_basis

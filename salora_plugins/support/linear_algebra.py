@@ -201,8 +201,8 @@ def top_eigenpairs(
         decay so slowly that 12 cycles do not suffice.
     """
     block = rank + _KRYLOV_OVERSAMPLING
-    if _is_small(dimension, rank, device):
-        return _leading(eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device))), rank)
+    if is_small(dimension, rank, device):
+        return leading_eigenpairs(multiply(torch.eye(dimension, dtype=torch.float64, device=device)), rank)
     vectors = torch.linalg.qr(_gaussian(dimension, block, seed, device, torch.float64)).Q
     previous = torch.zeros(rank, dtype=torch.float64, device=device)
     for _ in range(_KRYLOV_CYCLES):
@@ -247,8 +247,8 @@ def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[
     """
     rows = rows.double()
     inner = rows @ rows.mT
-    if _is_small(rows.shape[-2], rank, rows.device):
-        squares, left = _leading(eigh(inner), rank)
+    if is_small(rows.shape[-2], rank, rows.device):
+        squares, left = leading_eigenpairs(inner, rank)
     else:
         pairs = [
             top_eigenpairs(partial(torch.matmul, one), rows.shape[-2], rank, device=rows.device, seed=seed)
@@ -292,15 +292,15 @@ def _cholesky_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix @ inverse.mT, (gram - identity).abs().max()
 
 
-def _is_small(dimension: int, rank: int, device: torch.device) -> bool:
+def is_small(dimension: int, rank: int, device: torch.device) -> bool:
     """Whether decomposing a matrix takes less than iterating for a few of its eigenpairs."""
     small = _SMALL_GRAM_ASYNCHRONOUS if is_asynchronous(device) else _SMALL_GRAM
     return dimension <= max(small, 2 * (1 + _KRYLOV_STEPS) * (rank + _KRYLOV_OVERSAMPLING))
 
 
-def _leading(pairs: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Of eigenvalues in ascending order and their vectors the largest, in descending order."""
-    values, vectors = pairs
+def leading_eigenpairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (..., rank) of (..., d, d) matrices, descending, and eigenvectors (..., d, rank)."""
+    values, vectors = eigh(matrices)
     return values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
 
 
