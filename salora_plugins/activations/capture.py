@@ -57,7 +57,7 @@ def collect_statistics(
             tokens += int(batch["attention_mask"].sum())
             mask, scales = counted.of_batch(batch)
             batch = {key: value.to(device) for key, value in batch.items()}
-            with collector.positions(mask.to(device), scales):
+            with collector.positions(mask, scales):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
             if elapsed := progress.format_dict["elapsed"]:
                 progress.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)

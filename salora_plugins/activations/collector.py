@@ -12,10 +12,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..models.weights import layer_features, linear_weight
+from ..support.linear_algebra import values_of
 from ..support.module_names import advice_to_leave_out, listed
 from .errors import CalibrationError
 from .statistics import Engine, ModuleStatistics
 from .vectors import OutputStatistics, VectorStatistics
+from .waiting import WaitingUpdates
 
 
 class StatisticsCollector:
@@ -42,7 +44,8 @@ class StatisticsCollector:
         self._last_input: tuple[Tensor, str] | None = None
         self._mask_size = 0
         self._index: dict[torch.device, Tensor] = {}
-        self._scales: Tensor | None = None
+        self._scales: dict[torch.device, Tensor] = {}
+        self._waiting = WaitingUpdates(self._scales_on)
         self._bias = {name: _bias(layer) for name, layer in self.layers.items()}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -60,7 +63,7 @@ class StatisticsCollector:
     def positions(self, mask: Tensor, scales: Tensor | None = None) -> Iterator[None]:
         """
         Count the positions where `mask` (batch, length) is true in the forward pass inside this block, every vector
-        multiplied by its number in `scales` (batch, length).
+        multiplied by its number in `scales` (batch, length); on the CPU no device has to be waited for.
 
         Raises:
             CalibrationError: A layer gave NaN or infinity.
@@ -68,13 +71,15 @@ class StatisticsCollector:
         self._mask_size = mask.numel()
         # As indices, found once: a boolean mask would make the device wait at every layer.
         self._index = {mask.device: mask.flatten().nonzero().squeeze(1)}
-        self._scales = None if scales is None else scales.to(mask.device)[mask]
+        self._scales = {} if scales is None else {mask.device: scales.to(mask.device)[mask]}
         try:
             yield
+            self._waiting.flush()
             self._check_finite()
         finally:
+            self._waiting.forget()
             self._index = {}
-            self._scales = None
+            self._scales = {}
             self._last_input = None
 
     def result(self) -> dict[str, ModuleStatistics]:
@@ -116,7 +121,7 @@ class StatisticsCollector:
                 )
             if bias is not None:
                 rows = rows - bias.to(rows)
-            self._outputs[name].update(rows, self._scales)
+            self._waiting.add(self._outputs[name], rows)
 
         return hook
 
@@ -129,7 +134,7 @@ class StatisticsCollector:
             self._last_input = (tensor, name)
             if name not in self._inputs:
                 self._inputs[name] = self.engine.statistics(tensor.shape[-1], "input")
-            self._inputs[name].update(self._select(name, tensor), self._scales)
+            self._waiting.add(self._inputs[name], self._select(name, tensor))
         return self._inputs[leader]
 
     def _select(self, name: str, tensor: Tensor) -> Tensor:
@@ -140,23 +145,21 @@ class StatisticsCollector:
                 f"target_modules: {name!r} is called with tensors of shape {tuple(tensor.shape)}, not with one vector "
                 f"per token of a batch of {self._mask_size} tokens. Leave it out with exclude_modules."
             )
-        if flat.device not in self._index:
-            self._index[flat.device] = next(iter(self._index.values())).to(flat.device)
-        return flat.index_select(0, self._index[flat.device])
+        return flat.index_select(0, _on(flat.device, self._index))
+
+    def _scales_on(self, device: torch.device) -> Tensor | None:
+        return _on(device, self._scales) if self._scales else None
 
     def _check_finite(self) -> None:
-        groups = (("inputs", self._inputs), ("outputs", self._outputs))
-        for kind, statistics in groups:
-            by_device: dict[torch.device, list[Tensor]] = {}
-            for entry in statistics.values():
-                by_device.setdefault(entry.device, []).append(entry.energy_tensor)
-            if all(torch.stack(energies).isfinite().all() for energies in by_device.values()):
-                continue
-            name = next(name for name, entry in statistics.items() if not math.isfinite(entry.energy))
-            raise CalibrationError(
-                f"The {kind} of {name!r} contain NaN or infinity on the calibration data: the base model is broken, or "
-                "its dtype overflows (try bfloat16 instead of float16)."
-            )
+        kept = [("inputs", name, entry) for name, entry in self._inputs.items()]
+        kept += [("outputs", name, entry) for name, entry in self._outputs.items()]
+        energies = values_of([entry.energy_tensor for _, _, entry in kept])
+        for (kind, name, _), energy in zip(kept, energies, strict=True):
+            if not math.isfinite(energy):
+                raise CalibrationError(
+                    f"The {kind} of {name!r} contain NaN or infinity on the calibration data: the base model is "
+                    "broken, or its dtype overflows (try bfloat16 instead of float16)."
+                )
 
 
 def by_inputs(layer: nn.Module) -> bool:
@@ -170,6 +173,13 @@ def statistics_dimensions(layers: Mapping[str, nn.Module], *, with_inputs: bool)
     features = [layer_features(layer) for layer in layers.values()]
     outputs = [d_out for d_in, d_out in features if d_in >= d_out]
     return outputs, [d_in for d_in, d_out in features if with_inputs or d_in < d_out]
+
+
+def _on(device: torch.device, copies: dict[torch.device, Tensor]) -> Tensor:
+    """What is kept of a tensor by device, copied there once."""
+    if device not in copies:
+        copies[device] = next(iter(copies.values())).to(device)
+    return copies[device]
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
-from ..support.linear_algebra import fix_signs, top_eigenpairs, top_right_singular_vectors
+from ..support.linear_algebra import (
+    fix_signs,
+    is_asynchronous,
+    is_small,
+    leading_eigenpairs,
+    stacked,
+    top_eigenpairs,
+    top_right_singular_vectors,
+)
 
 LEAST_WIDTH = 2
 """
@@ -28,7 +36,7 @@ _ROWS_AT_ONCE = 1024
 # Per row of a matrix, several times what float64 rounding makes of an eigenvalue 0 of its scaled Gram matrix.
 _SHIFT = 4 * torch.finfo(torch.float64).eps
 # Factors (in float64) that are decomposed in one call.
-_BYTES_TOGETHER = 256 * 2**20
+_BYTES_TOGETHER = 512 * 2**20
 
 
 class VectorStatistics(ABC):
@@ -38,6 +46,9 @@ class VectorStatistics(ABC):
     Args:
         dimension: Length d of the vectors.
     """
+
+    knows_channels = True
+    """Whether it keeps the energy of every channel."""
 
     def __init__(self, dimension: int) -> None:
         self.dimension = dimension
@@ -59,29 +70,22 @@ class VectorStatistics(ABC):
         """The same without waiting for the device: float64 scalar."""
         return torch.zeros((), dtype=torch.float64) if self._energy is None else self._energy
 
-    @torch.no_grad()
     def update(self, rows: Tensor, scales: Tensor | None = None) -> None:
         """
         Args:
             rows: (n, d), any floating dtype. NaN or infinity among them show in `energy`.
             scales: (n,), what every vector is multiplied with first; None: nothing.
         """
-        # Under autocast the products would be computed in half precision.
-        with torch.autocast(rows.device.type, enabled=False):
-            self._precision = max(self._precision, torch.finfo(rows.dtype).eps / 4)
-            rows = rows.detach().float()
-            if scales is not None:
-                rows = rows * scales.to(rows)[:, None]
-            if rows.device.type == "mps":
-                rows = rows.cpu()  # no float64 there
-            self._forget()
-            self.count += rows.shape[0]
-            # Row by row: one float32 sum over the batch would lose digits.
-            energy = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
-            self._energy = energy if self._energy is None else self._energy + energy
-            of_channels = rows.square().sum(0).double()
-            self._of_channels = of_channels if self._of_channels is None else self._of_channels + of_channels
-            self._update(rows)
+        update_together([self], [rows], scales)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What statistics must have in common to be updated together, besides the shape of their vectors."""
+        return type(self), self.dimension, self._energy is None
+
+    def bytes_of_update(self, count: int) -> int:
+        """About half of what an update with so many vectors takes for a while."""
+        return 8 * count * self.dimension
 
     @torch.no_grad()
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -121,14 +125,14 @@ class VectorStatistics(ABC):
         if most <= 0:
             return 0
         if most not in self._directions:
-            self._directions[most] = int(self._last_direction(*self.top(most)))
+            basis, values = self.top(most)
+            self._directions[most] = int(_last_direction(values, self._least_energies(basis)))
         return self._directions[most]
 
-    def _last_direction(self, basis: Tensor, values: Tensor) -> Tensor:
-        """The number of the last of these directions that is no rounding error, without waiting for the device."""
+    def _least_energies(self, basis: Tensor) -> Tensor:
+        """What the energy of each of these directions must exceed to be no rounding error, (k,) float64."""
         energies, precision = self._rounding(basis.double())
-        numbers = torch.arange(1, values.shape[0] + 1, device=values.device)
-        return (numbers * (values.double().square() > precision**2 * energies)).max()
+        return precision**2 * energies
 
     def _forget(self) -> None:
         """What was found of the vectors so far, before there are others."""
@@ -172,8 +176,19 @@ class VectorStatistics(ABC):
     def factor(self) -> Tensor | None:
         """R (m, d) with R^T R = the Gram matrix, where one with few rows is at hand; else None."""
 
+    def _renewed(self, others: Sequence[Any], rows: Tensor, tests: TestRows) -> Sequence[Any]:
+        """
+        What `_update` needs of the vectors of several statistics of this kind, computed at once; changes nothing.
+
+        Args:
+            others: All of them, this one first.
+            rows: (k, n, d) float32, or (n, d) of this one alone.
+            tests: Where random rows come from.
+        """
+        return [rows] if len(others) == 1 else rows.unbind()
+
     @abstractmethod
-    def _update(self, rows: Tensor) -> None: ...
+    def _update(self, renewed: Any) -> None: ...
 
     @abstractmethod
     def _reduce(self, count: int) -> None: ...
@@ -187,6 +202,92 @@ class VectorStatistics(ABC):
         return rows.T @ (rows @ block)
 
 
+class TestRows:
+    """
+    The random matrices that sketches begin with, drawn and copied to the device once for all that need the same: they
+    depend on the shape and the seed only.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int, torch.device], Tensor] = {}
+
+    def of(self, count: int, dimension: int, seed: int, device: torch.device) -> Tensor:
+        """(count, dimension) float32, drawn on the CPU, so that it is the same on every device."""
+        key = count, dimension, seed, device
+        if key not in self._known:
+            generator = torch.Generator().manual_seed(seed)
+            self._known[key] = torch.randn(count, dimension, generator=generator).to(device)
+        return self._known[key]
+
+
+@torch.no_grad()
+def update_together(
+    statistics: Sequence[VectorStatistics],
+    rows: Sequence[Tensor],
+    scales: Tensor | None = None,
+    tests: TestRows | None = None,
+) -> None:
+    """
+    Update several statistics of one `kind` in the operations of one; in halves where a device lacks the memory.
+
+    Args:
+        statistics: All different.
+        rows: For each of them (n, d), of one shape, dtype and device.
+        scales: (n,), see `VectorStatistics.update`.
+        tests: Random matrices to share with other calls.
+    """
+    tests = tests or TestRows()
+    try:
+        # Under autocast the products would be computed in half precision.
+        with torch.autocast(rows[0].device.type, enabled=False):
+            energies, channels, renewed = _of_new_vectors(statistics, rows, scales, tests)
+    except torch.OutOfMemoryError:
+        if len(statistics) == 1:
+            raise
+        half = len(statistics) // 2
+    else:
+        for entry, energy, of_channels, new in zip(statistics, energies, channels, renewed, strict=True):
+            entry._forget()
+            entry._precision = max(entry._precision, torch.finfo(rows[0].dtype).eps / 4)
+            entry.count += rows[0].shape[0]
+            entry._energy, entry._of_channels = energy, of_channels
+            entry._update(new)
+        return
+    # Not inside the block, where the error keeps what was computed so far.
+    update_together(statistics[:half], rows[:half], scales, tests)
+    update_together(statistics[half:], rows[half:], scales, tests)
+
+
+def _of_new_vectors(
+    statistics: Sequence[VectorStatistics], rows: Sequence[Tensor], scales: Tensor | None, tests: TestRows
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Any]]:
+    """Of each of these statistics the energy, that of its channels, and what `_renewed` gives."""
+    first = statistics[0]
+    vectors = stacked(rows).detach().float()
+    if scales is not None:
+        vectors = vectors * scales.to(vectors)[:, None]
+    if vectors.device.type == "mps":
+        vectors = vectors.cpu()  # no float64 there
+    # Row by row: one float32 sum over the batch would lose digits.
+    energy = torch.linalg.vector_norm(vectors, dim=-1).double().square().sum(-1)
+    if first._energy is not None:
+        energy = stacked([entry.energy_tensor for entry in statistics]) + energy
+    energies = [energy] if len(statistics) == 1 else energy.unbind()
+    channels: Sequence[Tensor | None] = [None] * len(statistics)
+    if first.knows_channels:
+        sums = vectors.square().sum(-2).double()
+        known = [entry._of_channels for entry in statistics if entry._of_channels is not None]
+        sums = stacked(known) + sums if known else sums
+        channels = [sums] if len(statistics) == 1 else sums.unbind()
+    return energies, channels, first._renewed(statistics, vectors, tests)
+
+
+def _last_direction(values: Tensor, least: Tensor) -> Tensor:
+    """The number of the last of these directions (..., k) that is no rounding error, without waiting for the device."""
+    numbers = torch.arange(1, values.shape[-1] + 1, device=values.device)
+    return (numbers * (values.double().square() > least)).amax(-1)
+
+
 @torch.no_grad()
 def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
     """
@@ -194,7 +295,7 @@ def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
 
     What is of one shape is decomposed in one call, and a device is waited for once a call: on a GPU, decomposing small
     matrices one after the other is mostly the launching of operations. Statistics without a factor of few rows are
-    left to `top`.
+    left to `top`, but for small ones on such a device.
 
     Args:
         wanted: Statistics, and the most directions that will be asked of them.
@@ -207,28 +308,34 @@ def decompose_together(wanted: Iterable[tuple[VectorStatistics, int]]) -> None:
             largest[id(statistics)] = statistics, rank
     groups: dict[Any, list[tuple[VectorStatistics, Tensor]]] = {}
     for statistics, rank in largest.values():
-        rows = statistics.factor()
-        if rows is None or not rank <= rows.shape[0] < statistics.dimension:
-            continue
-        key = rows.shape, rows.dtype, rows.device, rank
-        groups.setdefault(key, []).append((statistics, rows))
-        if (len(groups[key]) + 1) * rows.numel() * 8 > _BYTES_TOGETHER:
+        matrix = statistics.factor()
+        if matrix is None or not rank <= matrix.shape[0] < statistics.dimension:
+            if not (is_asynchronous(statistics.device) and is_small(statistics.dimension, rank, statistics.device)):
+                continue
+            matrix = statistics.gram()
+        key = matrix.shape, matrix.dtype, matrix.device, rank
+        groups.setdefault(key, []).append((statistics, matrix))
+        if (len(groups[key]) + 1) * matrix.numel() * 8 > _BYTES_TOGETHER:
             _decompose(groups.pop(key), rank)
     for (*_, rank), group in groups.items():
         _decompose(group, rank)
 
 
 def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> None:
-    """`top` and `directions` of statistics whose factors have one shape."""
-    rows = torch.stack([factor for _, factor in group])
-    with torch.autocast(rows.device.type, enabled=False):
-        bases, values = top_right_singular_vectors(rows, rank)
-        bases = fix_signs(bases).float()
-        last = []
-        for (statistics, _), basis, of_basis in zip(group, bases, values.float(), strict=True):
-            statistics._tops[rank] = basis.contiguous(), of_basis
-            last.append(statistics._last_direction(basis, of_basis))
-    for (statistics, _), number in zip(group, torch.stack(last).tolist(), strict=True):
+    """`top` and `directions` of statistics whose factors, or else whose Gram matrices, have one shape."""
+    matrices = torch.stack([matrix for _, matrix in group])
+    with torch.autocast(matrices.device.type, enabled=False):
+        if matrices.shape[-2] < matrices.shape[-1]:
+            bases, values = top_right_singular_vectors(matrices, rank)
+        else:
+            squares, bases = leading_eigenpairs(matrices, rank)
+            values = squares.clamp(min=0).sqrt()
+        bases, values = fix_signs(bases).float().contiguous().unbind(), values.float()
+        for (statistics, _), basis, of_basis in zip(group, bases, values.unbind(), strict=True):
+            statistics._tops[rank] = basis, of_basis
+        least = [statistics._least_energies(basis) for (statistics, _), basis in zip(group, bases, strict=True)]
+        numbers = _last_direction(values, torch.stack(least)).tolist()
+    for (statistics, _), number in zip(group, numbers, strict=True):
         statistics._directions[rank] = number
 
 
@@ -253,7 +360,8 @@ class ExactStatistics(VectorStatistics):
     def _stacked(self) -> Tensor:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
 
-    def _update(self, rows: Tensor) -> None:
+    def _update(self, renewed: Tensor) -> None:
+        rows = renewed
         if self._gram is None:
             self._rows.append(rows)
             if self.count > self.dimension:
@@ -322,29 +430,42 @@ class SketchedStatistics(VectorStatistics):
     def factor(self) -> Tensor:
         return torch.zeros(0, self.dimension) if self._factor is None else self._factor
 
-    def _update(self, rows: Tensor) -> None:
-        if self._factor is None:
-            self._factor = rows.new_zeros(0, self.dimension)
-        if self._factor.shape[0] + rows.shape[0] <= self.width:
-            self._factor = torch.cat([self._factor, rows])
-        else:
-            self._factor = self._compress(self._factor, rows)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        size = None if self._factor is None else self._factor.shape[0]
+        return *super().kind, self.width, self._seed, size
 
-    def _compress(self, factor: Tensor, rows: Tensor) -> Tensor:
-        """Q^T [F; X] with Q an orthonormal basis of [F; X] T^T, T being one of F's rows, (width, d)."""
+    def bytes_of_update(self, count: int) -> int:
+        return 8 * (count + self.width) * self.dimension
+
+    def _renewed(self, others: Sequence[SketchedStatistics], rows: Tensor, tests: TestRows) -> Sequence[Tensor]:
+        factor = rows[..., :0, :] if self._factor is None else stacked([other.factor() for other in others])
+        if factor.shape[-2] + rows.shape[-2] <= self.width:
+            renewed = torch.cat([factor, rows], dim=-2)
+        else:
+            renewed = self._compress(factor, rows, tests)
+        return [renewed] if len(others) == 1 else renewed.unbind()
+
+    def _update(self, renewed: Tensor) -> None:
+        self._factor = renewed
+
+    def _compress(self, factor: Tensor, rows: Tensor, tests: TestRows) -> Tensor:
+        """
+        Q^T [F; X] with Q an orthonormal basis of [F; X] T^T, T being one of F's rows, (..., width, d), for one or
+        several F (..., m, d) and X (..., n, d).
+        """
         test = factor
-        if missing := self.width - factor.shape[0]:
-            generator = torch.Generator().manual_seed(self._seed)
-            random = torch.randn(missing, self.dimension, generator=generator).to(rows)
+        if missing := self.width - factor.shape[-2]:
+            random = tests.of(missing, self.dimension, self._seed, rows.device)
             # The batch is at hand, so that its own power iteration costs no pass over the data.
-            test = torch.cat([test, (random @ rows.T) @ rows])
+            test = torch.cat([test, (random @ rows.mT) @ rows], dim=-2)
         test = _orthonormal(test)
         # Rows without a direction of their own, since the factor has few, look into those of the batch.
-        unused = torch.linalg.vector_norm(test, dim=1) < 0.5
-        filler = rows[torch.arange(self.width, device=rows.device) % rows.shape[0]]
-        test = _orthonormal(torch.where(unused[:, None], filler, test))
-        both = torch.cat([factor, rows])
-        return _orthonormal((test @ both.T).double()).to(both) @ both
+        unused = torch.linalg.vector_norm(test, dim=-1) < 0.5
+        filler = rows.index_select(-2, torch.arange(self.width, device=rows.device) % rows.shape[-2])
+        test = _orthonormal(torch.where(unused[..., None], filler, test))
+        both = torch.cat([factor, rows], dim=-2)
+        return _orthonormal((test @ both.mT).double()).to(both) @ both
 
     def _reduce(self, count: int) -> None:
         self._factor = _gather_rows(self.factor())
@@ -352,21 +473,22 @@ class SketchedStatistics(VectorStatistics):
 
 def _orthonormal(rows: Tensor) -> Tensor:
     """
-    Orthonormal rows that span those of a (w, d) matrix, by its Cholesky factor: much cheaper than QR.
+    Orthonormal rows that span those of (..., w, d) matrices, by their Cholesky factors: much cheaper than QR.
 
     In float64 and with all rows of one length, so that a direction is not lost beside one that is 10^5 times as large;
     a shift above the rounding errors keeps them from being blown up: such rows come out shorter than 1, or 0.
     """
     double = rows.double()
-    matrix = double @ double.T
-    scale = matrix.diagonal().clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-    matrix = scale[:, None] * matrix * scale
-    matrix.diagonal().add_(_SHIFT * len(matrix))
+    matrix = double @ double.mT
+    size = matrix.shape[-1]
+    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    matrix = scale[..., :, None] * matrix * scale[..., None, :]
+    matrix.diagonal(dim1=-2, dim2=-1).add_(_SHIFT * size)
     # Not `cholesky`, which waits for the device to look for errors; NaN shows in the energy.
     triangle = torch.linalg.cholesky_ex(matrix).L
     # The inverse of a small matrix and one product take less than half the time of solving for all columns.
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(triangle, identity, upper=False) * scale
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.linalg.solve_triangular(triangle, identity, upper=False) * scale[..., None, :]
     return inverse.to(rows) @ rows
 
 
@@ -380,6 +502,8 @@ class OutputStatistics(VectorStatistics):
         dimension: d_out.
         weight: Gives W (d_out, d_in), valid inside its `with` block.
     """
+
+    knows_channels = False  # the rounding errors of the inputs count
 
     def __init__(
         self, inputs: VectorStatistics, dimension: int, weight: Callable[[], AbstractContextManager[Tensor]]
@@ -411,7 +535,7 @@ class OutputStatistics(VectorStatistics):
         with self._weight() as weight:
             return self.inputs._rounding(weight.to(basis).T @ basis)
 
-    def _update(self, rows: Tensor) -> None:
+    def _update(self, renewed: Any) -> None:
         """The vectors are in the statistics of the inputs."""
 
     def _reduce(self, count: int) -> None:

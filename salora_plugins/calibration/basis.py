@@ -21,7 +21,7 @@ from ..hookspecs import BasisMethod, hookimpl
 from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
 from ..safety_module import SideBases
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
-from ..support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal, values_of
+from ..support.linear_algebra import MOST_DEVIATION, deviations_from_orthonormal, on_cpu, values_of
 from ..support.module_names import listed, pattern_for, quoted
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ class Basis:
     """Directions of one side of one module."""
 
     vectors: Tensor
-    """(d, rank) float32 on the CPU, with orthonormal columns."""
+    """(d, rank) float32, with orthonormal columns; on the CPU once its deviation is known."""
 
     singular_values: Tensor
-    """(rank,) float32 on the CPU."""
+    """(rank,) float32, where the vectors are."""
 
     deviation: Tensor | None = None
-    """How far the columns are from orthonormal, where it was computed; NaN where anything is not finite."""
+    """How far the columns are from orthonormal, once it is known; NaN where anything is not finite."""
 
 
 def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -122,6 +122,8 @@ def compute_bases(
                             raise
                         told = f"basis_method={method_name!r} failed for {name!r}: {type(error).__name__}: {error}"
                         problems.append({"error": told})
+        if (index + 1) % _TOGETHER == 0 or index + 1 == len(names):
+            _move_to_cpu(computed)
     problems += _defects(computed, method_name)
     _raise_for(problems, source)
     owners = {name: index % world_size for index, name in enumerate(names)}
@@ -143,11 +145,23 @@ def _prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> No
         logger.debug("Modules could not be decomposed together: %s", error)
 
 
+def _move_to_cpu(computed: dict[tuple[Side, str], Basis | None]) -> None:
+    """The new bases, with their deviations: a device is waited for once for all of them."""
+    new = {key: basis for key, basis in computed.items() if basis is not None and basis.deviation is None}
+    deviations = deviations_from_orthonormal([basis.vectors for basis in new.values()])
+    vectors = on_cpu([basis.vectors for basis in new.values()])
+    singular_values = on_cpu([basis.singular_values for basis in new.values()])
+    for key, deviation, basis, values in zip(new, deviations, vectors, singular_values, strict=True):
+        # An infinite or undefined singular value makes the sum undefined.
+        computed[key] = Basis(basis, values, deviation + 0 * new[key].singular_values.double().sum())
+
+
 def _side(bases: Mapping[str, Basis], energies: dict[str, float]) -> SideBases:
     return SideBases(
         {name: basis.vectors for name, basis in bases.items()},
         {name: basis.singular_values for name, basis in bases.items()},
         energies,
+        are_checked=True,  # by the rank that computed them, see `_defects`
     )
 
 
@@ -278,28 +292,26 @@ def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: st
     if basis.device.type == "mps":
         basis, values = basis.cpu(), values.cpu()  # no float64 there
     basis, values = basis.detach().float().contiguous(), values.detach().float().contiguous()
-    # An infinite or undefined singular value makes the sum undefined.
-    deviation = deviation_from_orthonormal(basis) + 0 * values.double().sum()
-    return Basis(basis.cpu(), values.cpu(), deviation)
+    return Basis(basis, values)
 
 
 def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> list[_Problem]:
     """What is wrong with bases that are none."""
     checked = [
-        (name, basis.vectors, basis.deviation)
+        (name, basis, basis.deviation)
         for (_, name), basis in computed.items()
         if basis is not None and basis.deviation is not None
     ]
     deviations = values_of([deviation for _, _, deviation in checked])
     problems: list[_Problem] = []
-    for (name, vectors, _), deviation in zip(checked, deviations, strict=True):
+    for (name, basis, _), deviation in zip(checked, deviations, strict=True):
         if not math.isfinite(deviation):
             found = "NaN or infinity"
         elif deviation > MOST_DEVIATION:
             found = f"columns that are not orthonormal (deviation {deviation:.1e})"
         else:
             continue
-        dimension, rank = vectors.shape
+        dimension, rank = basis.vectors.shape
         problems.append({"error": _not_a_basis(found, dimension, rank, name, method)})
     return problems
 

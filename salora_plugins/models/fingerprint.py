@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ranks import Side
 from ..safety_module import SafetyModule, SafetyModuleError
+from ..support.linear_algebra import on_cpu
 from .weights import is_quantized, is_torchao, layer_features, linear_weight
 
 _SAMPLES_PER_WEIGHT = 64
@@ -47,13 +48,17 @@ def _evenly_spaced(size: int, most: int) -> Tensor:
 
 def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Module name -> evenly spaced elements of its weight, (up to 64,) float32 on the CPU: the fingerprint."""
-    samples = {}
+    samples: dict[str, Tensor] = {}
+    places: dict[tuple[torch.Size, torch.device], tuple[Tensor, Tensor]] = {}
     for name in names:
         with linear_weight(model.get_submodule(name)) as weight:
-            index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
-            rows, columns = index // weight.shape[1], index % weight.shape[1]
-            samples[name] = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
-    return samples
+            key = weight.shape, weight.device
+            if key not in places:
+                index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
+                rows, columns = index // weight.shape[1], index % weight.shape[1]
+                places[key] = rows.to(weight.device), columns.to(weight.device)
+            samples[name] = weight[places[key]].float()
+    return dict(zip(samples, on_cpu(list(samples.values())), strict=True))
 
 
 def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable[str]) -> None:

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..support.linear_algebra import values_of
+
 _BITSANDBYTES_PARAMETERS = ("Params4bit", "Int8Params")
 
 
@@ -109,10 +111,13 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ValueError: A target weight holds NaN or infinity; it names the module.
     """
+    finite: dict[str, Tensor] = {}
     for name in names:
         with linear_weight(model.get_submodule(name)) as weight:
-            if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"The weight of {name!r} contains NaN or infinity: the base model is broken, or was loaded in a "
-                    "dtype too small for it."
-                )
+            finite[name] = torch.isfinite(weight).all()
+    for name, is_finite in zip(finite, values_of(list(finite.values())), strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"The weight of {name!r} contains NaN or infinity: the base model is broken, or was loaded in a "
+                "dtype too small for it."
+            )

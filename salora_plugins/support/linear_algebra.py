@@ -16,6 +16,13 @@ _POWER_ITERATIONS = 4
 # Below these sizes a full decomposition takes milliseconds.
 _SMALL_MATRIX = 512
 _SMALL_GRAM = 256
+# On a device that works asynchronously: iterating waits for it at every step, a batch of decompositions once.
+_SMALL_GRAM_ASYNCHRONOUS = 1024
+# Copied to float64 at once.
+_BYTES_TOGETHER = 256 * 2**20
+
+SYNCHRONOUS = frozenset({"cpu", "mps"})
+"""Devices whose operations cost what they compute; on others launching many small ones takes longer than they do."""
 
 _KRYLOV_OVERSAMPLING = 8
 _KRYLOV_STEPS = 4
@@ -28,6 +35,11 @@ MOST_DEVIATION = 1e-4
 """Of a basis whose columns pass for orthonormal, see `deviation_from_orthonormal`."""
 
 _said: set[tuple[str, str]] = set()
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether a device's operations had better be few and large, and not waited for."""
+    return device.type not in SYNCHRONOUS
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +106,7 @@ def _first_that_works(
     for number, attempt in enumerate(attempts):
         try:
             result = attempt()
-            if all(bool(part.isfinite().all()) for part in result):
+            if torch.stack([part.isfinite().all() for part in result]).all():  # one wait for the device
                 return tuple(part.to(matrix.device) for part in result)
             error = "the result contains NaN or infinity"
         except RuntimeError as failure:  # torch.linalg.LinAlgError and a device's lack of memory are
@@ -189,8 +201,8 @@ def top_eigenpairs(
         decay so slowly that 12 cycles do not suffice.
     """
     block = rank + _KRYLOV_OVERSAMPLING
-    if _is_small(dimension, rank):
-        return _leading(eigh(multiply(torch.eye(dimension, dtype=torch.float64, device=device))), rank)
+    if is_small(dimension, rank, device):
+        return leading_eigenpairs(multiply(torch.eye(dimension, dtype=torch.float64, device=device)), rank)
     vectors = torch.linalg.qr(_gaussian(dimension, block, seed, device, torch.float64)).Q
     previous = torch.zeros(rank, dtype=torch.float64, device=device)
     for _ in range(_KRYLOV_CYCLES):
@@ -235,8 +247,8 @@ def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[
     """
     rows = rows.double()
     inner = rows @ rows.mT
-    if _is_small(rows.shape[-2], rank):
-        squares, left = _leading(eigh(inner), rank)
+    if is_small(rows.shape[-2], rank, rows.device):
+        squares, left = leading_eigenpairs(inner, rank)
     else:
         pairs = [
             top_eigenpairs(partial(torch.matmul, one), rows.shape[-2], rank, device=rows.device, seed=seed)
@@ -245,30 +257,76 @@ def top_right_singular_vectors(rows: Tensor, rank: int, seed: int = 0) -> tuple[
         values, vectors = zip(*pairs, strict=True)
         squares = torch.stack(values).reshape(*rows.shape[:-2], rank)
         left = torch.stack(vectors).reshape(*rows.shape[:-1], rank)
-    # QR restores the orthogonality that the squared singular values' rounding costs.
-    basis, r = torch.linalg.qr(rows.mT @ left)
+    # Restores the orthogonality that the squared singular values' rounding costs.
+    return _orthonormalized(rows.mT @ left), squares.clamp(min=0).sqrt()
+
+
+def _orthonormalized(matrix: Tensor) -> Tensor:
+    """
+    Q of the QR decomposition, R having a positive diagonal, of matrices (..., d, k) with nearly orthogonal columns.
+
+    On an asynchronous device from two Cholesky decompositions (Yamamoto et al. 2015, "Roundoff error analysis of the
+    CholeskyQR2 algorithm"), which are batched products, where a QR decomposition goes through the columns one by one,
+    matrix by matrix. They fail where a column is rounding errors only; then it is QR.
+    """
+    if is_asynchronous(matrix.device):
+        basis, deviation = _cholesky_qr(_cholesky_qr(_with_unit_columns(matrix))[0])
+        if deviation * matrix.shape[-1] < 0.1:  # false for NaN
+            return basis
+    basis, r = torch.linalg.qr(matrix)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return basis * signs[..., None, :], squares.clamp(min=0).sqrt()
+    return basis * signs[..., None, :]
 
 
-def _is_small(dimension: int, rank: int) -> bool:
+def _with_unit_columns(matrix: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
+    return matrix / norms.clamp(min=torch.finfo(matrix.dtype).tiny)
+
+
+def _cholesky_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Q from the Cholesky factor of the Gram matrix, and how far `matrix` itself was from orthonormal."""
+    gram = matrix.mT @ matrix
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    triangle = torch.linalg.cholesky_ex(gram).L  # which does not wait for the device to look for errors
+    inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
+    return matrix @ inverse.mT, (gram - identity).abs().max()
+
+
+def is_small(dimension: int, rank: int, device: torch.device) -> bool:
     """Whether decomposing a matrix takes less than iterating for a few of its eigenpairs."""
-    return dimension <= max(_SMALL_GRAM, 2 * (1 + _KRYLOV_STEPS) * (rank + _KRYLOV_OVERSAMPLING))
+    small = _SMALL_GRAM_ASYNCHRONOUS if is_asynchronous(device) else _SMALL_GRAM
+    return dimension <= max(small, 2 * (1 + _KRYLOV_STEPS) * (rank + _KRYLOV_OVERSAMPLING))
 
 
-def _leading(pairs: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Of eigenvalues in ascending order and their vectors the largest, in descending order."""
-    values, vectors = pairs
+def leading_eigenpairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (..., rank) of (..., d, d) matrices, descending, and eigenvectors (..., d, rank)."""
+    values, vectors = eigh(matrices)
     return values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
 
 
 def deviation_from_orthonormal(basis: Tensor) -> Tensor:
     """
-    The largest element of |Q^T Q - I| of a matrix Q (d, rank), a float64 scalar, NaN where Q is not finite; float32
+    The largest element of |Q^T Q - I| of matrices Q (..., d, rank), (...) float64, NaN where Q is not finite; float32
     decompositions leave 1e-6.
     """
-    gram = basis.T.double() @ basis.double()
-    return (gram - torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)).abs().max()
+    double = basis.double()
+    identity = torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
+    return (double.mT @ double - identity).abs().amax(dim=(-2, -1))
+
+
+def deviations_from_orthonormal(bases: Sequence[Tensor]) -> list[Tensor]:
+    """Of every Q (d, rank) the `deviation_from_orthonormal`, computed for those of one shape and device at once."""
+    alike: dict[tuple[torch.Size, torch.device], list[int]] = {}
+    for index, basis in enumerate(bases):
+        alike.setdefault((basis.shape, basis.device), []).append(index)
+    deviations: dict[int, Tensor] = {}
+    for (shape, device), indices in alike.items():
+        size = max(1, _BYTES_TOGETHER // (8 * shape.numel())) if is_asynchronous(device) else 1
+        for start in range(0, len(indices), size):
+            some = indices[start : start + size]
+            of_some = deviation_from_orthonormal(stacked([bases[i] for i in some]))
+            deviations |= zip(some, of_some.reshape(-1).unbind(), strict=True)
+    return [deviations[index] for index in range(len(bases))]
 
 
 def values_of(scalars: Sequence[Tensor]) -> list[float]:
@@ -278,10 +336,24 @@ def values_of(scalars: Sequence[Tensor]) -> list[float]:
         by_device.setdefault(scalar.device, []).append(index)
     values = [0.0] * len(scalars)
     for indices in by_device.values():
-        of_device = torch.stack([scalars[i].double().reshape(()) for i in indices]).tolist()
+        of_device = torch.stack([scalars[i].reshape(()) for i in indices]).tolist()
         for i, value in zip(indices, of_device, strict=True):
             values[i] = value
     return values
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU of tensors that are elsewhere, waiting for every device once."""
+    copies = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    # Out of the pinned memory that the copies went to, which is for the next ones.
+    return [copy.clone() if tensor.is_cuda else copy for tensor, copy in zip(tensors, copies, strict=True)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape along a new first dimension; one alone as it is, for which operations are a bit faster."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def fix_signs(basis: Tensor) -> Tensor:
