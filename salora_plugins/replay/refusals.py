@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..activations.errors import CalibrationError
 from ..calibration.cache import cache_folder
@@ -73,7 +74,7 @@ def own_refusals(
     Greedy answers, with adapters disabled; of each the first paragraph. Under torch.distributed, where every rank must
     call it, each answers its share, and all return the same. The answers are kept in the folder of the calibrated
     safety modules and taken from there the next time, unless an adapter has whole modules of its own (modules_to_save)
-    or the weights are elsewhere (DeepSpeed ZeRO-3).
+    or the weights are sharded (FSDP2, DeepSpeed ZeRO-3).
 
     Args:
         model: The aligned model, with or without adapters; it is left as it was found.
@@ -214,9 +215,10 @@ def _key(model: nn.Module, tokenizer: Any, prompts: list[list[int]], *settings: 
 
 
 def _is_known_by_its_weights(base: nn.Module) -> bool:
-    """Whether every weight is here, and none is a copy that an adapter trains and that stays in use without it."""
-    return all(parameter.numel() for parameter in base.parameters()) and not any(
-        isinstance(module, AuxiliaryTrainingWrapper) for module in base.modules()
+    """Whether every weight is here and whole, and none is a copy that an adapter trains and that stays without it."""
+    return not (
+        any(isinstance(parameter, DTensor) or not parameter.numel() for parameter in base.parameters())
+        or any(isinstance(module, AuxiliaryTrainingWrapper) for module in base.modules())
     )
 
 
