@@ -199,8 +199,9 @@ def _text(tokenizer: Any, answer: list[int]) -> str:
 
 def _key(model: nn.Module, tokenizer: Any, prompts: list[list[int]], *settings: Any) -> str | None:
     """A name for all that the answers depend on; None where they are not to be kept."""
-    in_layers = isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner)
-    base = model.get_base_model() if in_layers else model
+    base = model
+    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
+        base = model.get_base_model()
     if not prompts or not _is_known_by_its_weights(base):
         return None
     decides = [
