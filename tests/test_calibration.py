@@ -148,11 +148,9 @@ def test_text_rows_need_a_tokenizer_and_take_one():
 
 
 def test_model_that_refuses_nothing():
-    requests = [{"prompt": f"Please do harm number {i}."} for i in range(20)]
-    with pytest.raises(CalibrationError, match=r"refused 0 of 20 requests of safety_data, so there is too little"):
-        calibrate(llama(), tokenizer(), safety_data=requests, **OPTIONS)
-    with pytest.raises(CalibrationError, match=r"refused 0 of \d+ requests of safety_data"):
-        calibrate(llama(), tokenizer(), num_safety_samples=4, **OPTIONS)
+    for options in ({}, {"num_safety_samples": 4}):  # however few are wanted, all are asked
+        with pytest.raises(CalibrationError, match=r"refused 0 of 20 requests of safety_data, so there is too little"):
+            calibrate(llama(), tokenizer(), safety_data=asked(20), **options, **OPTIONS)
 
 
 def asked(count: int) -> list[dict]:

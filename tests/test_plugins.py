@@ -20,6 +20,7 @@ from salora_plugins.calibration.basis import top_singular_vectors
 from salora_plugins.cli import create_cli
 from salora_plugins.evaluation.judges.keyword import OPENINGS, REFUSAL_PHRASES, is_refusal, keyword_judge
 from salora_plugins.prompts.builtin import builtin_prompts
+from salora_plugins.prompts.public_sets import PUBLIC_SETS
 from salora_plugins.rows.reading import load_examples
 
 DISTRIBUTION = Path(__file__).parent / "plugin_distribution"
@@ -79,7 +80,7 @@ def test_installed_plugin_is_used_by_name(installed_here):
     with pytest.warns(RuntimeWarning) as caught:
         names = [sorted(found()) for found in (plugins.data_sources, plugins.basis_methods, plugins.judges)]
     assert names == [
-        ["another_source", "builtin", "endless_requests", "failing_requests", "test_requests"],
+        sorted(["another_source", "builtin", "endless_requests", "failing_requests", "test_requests", *PUBLIC_SETS]),
         ["first_coordinates", "salora"],
         ["keyword", "never"],
     ]

@@ -79,11 +79,14 @@ def test_only_what_the_base_model_refuses_is_kept(monkeypatch):
     model = adapted(size=1.0)
     assert own_refusals(model, tokenizer(), REQUESTS, **options | {"batch_size": 3}) == refusals
     assert own_refusals(llama(), tokenizer(), REQUESTS, **options, num=2) == refusals[:2]
-    # The second time they come from the disk.
+    # The second time they come from the disk, with an adapter or without.
+    whole = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     monkeypatch.setattr("salora_plugins.replay.refusals.greedy_answers", None)
-    assert own_refusals(llama(), tokenizer(), REQUESTS, **options) == refusals
-    with pytest.raises(TypeError):
-        own_refusals(llama(seed=1), tokenizer(), REQUESTS, **options)
+    for known in (llama(), model, model.base_model.model, get_peft_model(llama(), LORA)):
+        assert own_refusals(known, tokenizer(), REQUESTS, **options) == refusals
+    for other in (llama(seed=1), get_peft_model(llama(seed=1), LORA), whole):
+        with pytest.raises(TypeError):
+            own_refusals(other, tokenizer(), REQUESTS, **options)
 
 
 def test_responses_in_the_data_are_taken_and_not_asked_for():

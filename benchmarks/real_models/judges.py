@@ -1,4 +1,4 @@
-"""A second judge, written without a look at the package's phrases, so that no result hangs on one list."""
+"""A second judge from a second, differently built list, so that no result hangs on one list."""
 
 from __future__ import annotations
 

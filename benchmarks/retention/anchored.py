@@ -15,7 +15,7 @@ from salora_plugins import SafetyModule, SaLoRAConfig
 from salora_plugins.safety_module import SideBases
 
 BETAS = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
-"""Of the tokens of a response, the last for all that follow (Qi et al., section 4.1)."""
+"""Of the tokens of a response, the last for all that follow (Qi et al., caption of table 3)."""
 
 SECOND = "refusals"
 """The adapter that only the anchor trains."""
@@ -46,6 +46,10 @@ def constrained_sft_loss(logits: Tensor, base: Tensor, labels: Tensor, betas: Se
 
     Its gradient is that of cross entropy times 2 sigma(-beta_t log(pi / pi_base)), which is 1 at the start and fades as
     a token becomes more probable than it is to the base: soon where beta_t is large, as for the first tokens.
+
+    Checked against the paper's table 3 (caption) and the authors' published trainer. That multiplies cross entropy by
+    this weight, detached: the same gradient, but for a weight of at least 0.001. As here, it takes the mean over the
+    response tokens of a batch and the probabilities of the model before training, with the betas of `BETAS`.
 
     Args:
         logits: Of the model in training, (batch, length, vocabulary).

@@ -63,26 +63,26 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 def _value(option: Option, given: Any) -> Any:
     if option.type == RankPattern:
-        return _pattern(flag(option), given or ())
+        return _pattern(option, given or ())
     if option.type == Rank and given is not None:
-        return _rank(flag(option), given)
+        return _rank(option.name, given, option.least)
     if option.several:
         return named_by_a_host(given, flag(option)) if given else option.default
     return given
 
 
-def _rank(name: str, text: str) -> Rank:
+def _rank(name: str, text: str, least: int) -> Rank:
     rank = rank_of_text(text)
     if isinstance(rank, str):
-        check_rank(name.removeprefix("--").replace("-", "_"), rank, 0)
+        check_rank(name, rank, least)  # before the model is loaded
     return rank
 
 
-def _pattern(name: str, entries: Iterable[str]) -> RankPattern:
+def _pattern(option: Option, entries: Iterable[str]) -> RankPattern:
     pattern = {}
     for entry in entries:
         module, separator, rank = entry.rpartition("=")
         if not separator or not module:
-            raise ValueError(f"{name} {entry}: give MODULE=RANK, such as down_proj=64.")
-        pattern[module] = _rank(name, rank)
+            raise ValueError(f"{flag(option)} {entry}: give MODULE=RANK, such as down_proj=64.")
+        pattern[module] = _rank(f"{option.name}[{module!r}]", rank, option.least)
     return pattern

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ranks import Side
@@ -22,10 +23,10 @@ _SAMPLES_PER_PARAMETER = 1024
 def model_fingerprint(model: nn.Module) -> str:
     """
     Hex digest of a model from a few elements of every parameter, as they are stored: a different one for another dtype
-    or quantization of the same checkpoint.
+    or quantization of the same checkpoint. A base model with adapters in its layers has its own.
     """
     digest = hashlib.sha256()
-    for module_name, module in model.named_modules():
+    for module_name, module in _without_adapters(model):
         offloaded = has_offloaded_params(module)
         with align_module_device(module, torch.device("cpu")) if offloaded else nullcontext():
             for name, parameter in module.named_parameters(recurse=False):
@@ -33,6 +34,21 @@ def model_fingerprint(model: nn.Module) -> str:
                 values = parameter.dequantize() if is_torchao(parameter) else parameter
                 digest.update(_samples(values.detach().flatten()).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _without_adapters(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` as it is without adapters: an adapted layer is its base layer, under the name of both."""
+    seen = set() if seen is None else seen
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _without_adapters(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _samples(values: Tensor) -> Tensor:

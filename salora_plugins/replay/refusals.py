@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..activations.errors import CalibrationError
 from ..calibration.cache import cache_folder
@@ -69,8 +72,9 @@ def own_refusals(
     Have the base model answer harmful requests, and keep the answers that refuse.
 
     Greedy answers, with adapters disabled; of each the first paragraph. Under torch.distributed, where every rank must
-    call it, each answers its share, and all return the same. Without an adapter on the model, the answers are kept in
-    the folder of the calibrated safety modules and taken from there the next time.
+    call it, each answers its share, and all return the same. The answers are kept in the folder of the calibrated
+    safety modules and taken from there the next time, unless an adapter has whole modules of its own (modules_to_save)
+    or the weights are sharded (FSDP2, DeepSpeed ZeRO-3).
 
     Args:
         model: The aligned model, with or without adapters; it is left as it was found.
@@ -195,17 +199,28 @@ def _text(tokenizer: Any, answer: list[int]) -> str:
 
 def _key(model: nn.Module, tokenizer: Any, prompts: list[list[int]], *settings: Any) -> str | None:
     """A name for all that the answers depend on; None where they are not to be kept."""
-    if not prompts or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    base = model
+    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
+        base = model.get_base_model()
+    if not prompts or not _is_known_by_its_weights(base):
         return None
     decides = [
         version("salora-plugins"),
         version("transformers"),
-        model_fingerprint(model),
+        model_fingerprint(base),
         sorted(end_tokens(model, tokenizer)),
         hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         *settings,
     ]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _is_known_by_its_weights(base: nn.Module) -> bool:
+    """Whether every weight is here and whole, and none is a copy that an adapter trains and that stays without it."""
+    return not (
+        any(isinstance(parameter, DTensor) or not parameter.numel() for parameter in base.parameters())
+        or any(isinstance(module, AuxiliaryTrainingWrapper) for module in base.modules())
+    )
 
 
 def _load(key: str | None, most: int) -> list[str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,27 +89,10 @@ def load_examples(
             )
         ]
     where = describe(source, option)
-    examples: list[Example | TokenizedExample] = []
     left_out = _LeftOut(where)
     columns = (*TOKENIZED_COLUMNS, *TEXT_COLUMNS)
-    for number, row in read_rows(source, option=option, max_rows=max_rows, columns=columns, beside=GROUP_COLUMNS):
-        row_name = f"row {number} of {where}"
-        if is_undesirable(row):
-            left_out.undesirable.append((row_name, row["label"]))
-            continue
-        found = parse_row(row, row_name, allow_text=not allow_missing_response)
-        if not found:
-            left_out.only_calls.append(row_name)
-        group = _group(row)
-        for example in found:
-            if group and isinstance(example, Example):
-                example = replace(example, group=group)
-            if isinstance(example, Example) and example.response is None and not allow_missing_response:
-                left_out.unanswered.append(row_name)
-            else:
-                if isinstance(example, TokenizedExample):
-                    check_token_ids(example.input_ids, vocabulary, row_name.__str__)
-                examples.append(example)
+    rows = read_rows(source, option=option, max_rows=max_rows, columns=columns, beside=GROUP_COLUMNS)
+    examples = list(_usable(rows, left_out, allow_missing_response, vocabulary))
     if not examples:
         raise DataError(left_out.nothing_usable())
     left_out.report()
@@ -119,6 +102,30 @@ def load_examples(
             "the response tokens in `labels`."
         )
     return examples
+
+
+def _usable(
+    rows: Iterable[tuple[int, Any]], left_out: _LeftOut, allow_missing_response: bool, vocabulary: int | None
+) -> Iterator[Example | TokenizedExample]:
+    """The examples of numbered rows; the rows that are not used are noted in `left_out`."""
+    for number, row in rows:
+        row_name = f"row {number} of {left_out.where}"
+        if is_undesirable(row):
+            left_out.undesirable.append((row_name, row["label"]))
+            continue
+        found = parse_row(row, row_name, allow_text=not allow_missing_response)
+        if not found:
+            left_out.only_calls.append(row_name)
+        group = _group(row)
+        for example in found:
+            if isinstance(example, TokenizedExample):
+                check_token_ids(example.input_ids, vocabulary, row_name.__str__)
+            elif example.response is None and not allow_missing_response:
+                left_out.unanswered.append(row_name)
+                continue
+            elif group:
+                example = replace(example, group=group)
+            yield example
 
 
 def _group(row: Any) -> str:
