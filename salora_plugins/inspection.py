@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 LARGE_LEAK = 0.1
 """Above this median leak of a kind of layer, a safety module is said to leak."""
 WHAT_HELPS = (
-    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then safety_positions='header' "
-    "or a header_weight, then a larger input_safety_rank."
+    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then header_weight=10, then a "
+    "larger input_safety_rank."
 )
 _WORST = 3  # layers that are named
 

@@ -34,7 +34,7 @@ def main() -> None:
             print(f"every kind of job runs: {len(results.points())} points")
     elif arguments.command == "publish":
         published = Results(arguments.to)
-        published.add_all(arguments.results.points())
+        published.add_all(Results(arguments.results).points())
     else:
         from .summary import summarize
 

@@ -70,7 +70,8 @@ def adapters(settings: Settings, tokenizer: Any) -> dict[str, PeftConfig]:
         "target_modules": list(settings.target_modules),
         "task_type": "CAUSAL_LM",
     }
-    salora = {**common, "tokenizer": tokenizer, "seed": settings.seed}
+    requests = [row["prompt"] for row in known_requests("calibration")["harmful"]]
+    salora = {**common, "tokenizer": tokenizer, "seed": settings.seed, "safety_data": requests, "num_safety_samples": 128}
     return {
         "LoRA": LoraConfig(**common),
         "SaLoRA, the paper's form": SaLoRAConfig(**salora, variant="paper"),
