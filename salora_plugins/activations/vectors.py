@@ -330,10 +330,11 @@ def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> N
         else:
             squares, bases = leading_eigenpairs(matrices, rank)
             values = squares.clamp(min=0).sqrt()
-        bases, values = fix_signs(bases).float().contiguous().unbind(), values.float()
-        for (statistics, _), basis, of_basis in zip(group, bases, values.unbind(), strict=True):
+        bases, values = fix_signs(bases).float().contiguous(), values.float()
+        least = []
+        for (statistics, _), basis, of_basis in zip(group, bases.unbind(), values.unbind(), strict=True):
             statistics._tops[rank] = basis, of_basis
-        least = [statistics._least_energies(basis) for (statistics, _), basis in zip(group, bases, strict=True)]
+            least.append(statistics._least_energies(basis))
         numbers = _last_direction(values, torch.stack(least)).tolist()
     for (statistics, _), number in zip(group, numbers, strict=True):
         statistics._directions[rank] = number
@@ -360,8 +361,7 @@ class ExactStatistics(VectorStatistics):
     def _stacked(self) -> Tensor:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
 
-    def _update(self, renewed: Tensor) -> None:
-        rows = renewed
+    def _update(self, rows: Tensor) -> None:
         if self._gram is None:
             self._rows.append(rows)
             if self.count > self.dimension:
@@ -446,8 +446,8 @@ class SketchedStatistics(VectorStatistics):
             renewed = self._compress(factor, rows, random_rows)
         return [renewed] if len(others) == 1 else renewed.unbind()
 
-    def _update(self, renewed: Tensor) -> None:
-        self._factor = renewed
+    def _update(self, factor: Tensor) -> None:
+        self._factor = factor
 
     def _compress(self, factor: Tensor, rows: Tensor, random_rows: RandomRows) -> Tensor:
         """
