@@ -441,3 +441,12 @@ def test_bases_from_batched_products_are_those_of_qr(monkeypatch, lost):
     assert torch.allclose(basis.mT @ basis, torch.eye(40, dtype=torch.float64).expand(3, 40, 40), atol=1e-12)
     some = 40 - lost
     assert torch.allclose(basis[..., :some], expected[..., :some], atol=1e-9)
+
+
+def test_tensors_are_copied_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(linear_algebra, "_BYTES_PINNED", 100)
+    at_once, sizes = linear_algebra._on_cpu_at_once, []
+    monkeypatch.setattr(linear_algebra, "_on_cpu_at_once", lambda some: sizes.append(len(some)) or at_once(some))
+    tensors = [torch.full((length,), float(length)) for length in (30, 10, 10, 10, 40, 1)]
+    assert all(torch.equal(one, other) for one, other in zip(linear_algebra.on_cpu(tensors), tensors, strict=True))
+    assert sizes == [1, 3, 1, 1] and linear_algebra.on_cpu([]) == []
