@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins.activations import waiting
 from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.positions import position_mask
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
@@ -31,6 +33,7 @@ from salora_plugins.inference.greedy import greedy_answers
 from salora_plugins.inspection import facts, summary
 from salora_plugins.rows.reading import load_examples
 from salora_plugins.rows.tokenizing import render_rows
+from salora_plugins.support import linear_algebra
 from tiny import (
     gpt2,
     llama,
@@ -369,6 +372,78 @@ def test_one_pass_for_all_layers_and_both_sides(engine):
         calibration_cache=False,
     )
     assert sizes == [16, 4]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, and what of it makes a GPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.all += 1
+        self.waits += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_calibration(layers: int, rows: list[dict], **options) -> tuple[int, int]:
+    """Those of a calibration beyond its forward passes, on a device that is launched on."""
+    model = llama(num_hidden_layers=layers, num_key_value_heads=1, intermediate_size=224)
+    with Operations() as passes, torch.no_grad():
+        for batch in torch.tensor([row["input_ids"] for row in rows]).split(8):
+            model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False, logits_to_keep=1)
+    with Operations() as calibration:
+        calibrate(model, safety_data=rows, calibration_batch_size=8, calibration_cache=False, **options)
+    return calibration.all - passes.all, calibration.waits
+
+
+@pytest.mark.parametrize(
+    ("targets", "most_a_batch", "most_a_layer"), [(["q_proj", "v_proj"], 13, 65), ("all-linear", 46, 245)]
+)
+def test_what_a_calibration_launches_and_waits_for(monkeypatch, targets, most_a_batch, most_a_layer):
+    """Of a block of layers little but the taking of its vectors; a device is waited for as often for 8 as for 4."""
+    monkeypatch.setattr(linear_algebra, "SYNCHRONOUS", frozenset())
+    options = {"target_modules": targets, "calibration_engine": "sketched", "safety_rank": 2, "input_safety_rank": 4}
+    counts = {
+        (layers, size): operations_of_calibration(layers, token_rows(size, length=24), **options)
+        for layers in (4, 8)
+        for size in (16, 32)
+    }
+    for size in (16, 32):
+        assert counts[4, size][1] == counts[8, size][1]
+    batches = (32 - 16) // 8
+    assert (counts[8, 32][1] - counts[8, 16][1]) / batches <= 3
+    of_a_layer = {size: (counts[8, size][0] - counts[4, size][0]) / 4 for size in (16, 32)}
+    assert (of_a_layer[32] - of_a_layer[16]) / batches <= most_a_batch
+    assert of_a_layer[16] - 16 // 8 * most_a_batch <= most_a_layer
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketched"])
+@pytest.mark.parametrize("header_weight", [1.0, 4.0])
+@pytest.mark.parametrize("build", [llama, qwen2, gpt2])
+def test_layers_calibrated_together_get_what_each_gets_alone(monkeypatch, build, header_weight, engine):
+    """On a GPU statistics of one kind are updated and decomposed in batches; nothing else changes."""
+    options = {"target_modules": "all-linear", "safety_rank": 6, "input_safety_rank": 8, "calibration_engine": engine}
+    options |= {"calibration_cache": False, "header_weight": header_weight, "safety_data": token_rows(24, length=30)}
+    alone = calibrate(build(), **options)
+    monkeypatch.setattr(linear_algebra, "SYNCHRONOUS", frozenset())
+    sizes = []
+    update = waiting.update_together
+    monkeypatch.setattr(
+        waiting, "update_together", lambda group, *others: sizes.append(len(group)) or update(group, *others)
+    )
+    together = calibrate(build(), **options)
+    again = calibrate(build(), **options)
+    assert max(sizes) > 1
+    for side, found in together.sides.items():
+        for name, basis in found.bases.items():
+            assert torch.equal(basis, again.sides[side].bases[name])
+            assert smallest_cosine(basis, alone.sides[side].bases[name]) > 1 - 1e-6
+            assert torch.allclose(
+                found.singular_values[name], alone.sides[side].singular_values[name], rtol=1e-4, atol=1e-6
+            )
+            assert found.energies[name] == pytest.approx(alone.sides[side].energies[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("build", [llama, qwen2, gpt2])

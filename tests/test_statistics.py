@@ -7,17 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salora_plugins.activations import waiting
 from salora_plugins.activations.statistics import Engine, choose_engine
 from salora_plugins.activations.vectors import (
     ExactStatistics,
     OutputStatistics,
+    RandomRows,
     SketchedStatistics,
     decompose_together,
+    update_together,
 )
+from salora_plugins.activations.waiting import WaitingUpdates
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.ranks import rank_for_share, ranks_of
 from salora_plugins.support import linear_algebra
-from salora_plugins.support.linear_algebra import eigh, svd, svd_of_product, top_eigenpairs, truncated_svd
+from salora_plugins.support.linear_algebra import (
+    eigh,
+    svd,
+    svd_of_product,
+    top_eigenpairs,
+    top_right_singular_vectors,
+    truncated_svd,
+)
 
 SPECTRA = {
     "fast": lambda d: 0.9 ** torch.arange(d, dtype=torch.float64),
@@ -352,3 +363,90 @@ def test_streams_of_one_shape_are_decomposed_together(monkeypatch):
         assert torch.linalg.matrix_norm(basis.T @ expected, -2) > 1 - 1e-5  # every principal angle is 0
         assert one.directions(8) == other.directions(8) == 8
     assert len(calls) == 3 + len(alone)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_streams_are_updated_together_or_in_halves_where_memory_lacks(monkeypatch, failures):
+    """Nothing is counted twice, or not at all."""
+    torch.manual_seed(0)
+    data = torch.randn(5, 300, 96) * torch.linspace(3, 0.1, 96)
+    scales = torch.rand(60) + 0.5
+    together, alone = ([SketchedStatistics(96, 32) for _ in data] for _ in range(2))
+    compress, asked = SketchedStatistics._compress, []
+
+    def compress_with_little_memory(self, factor, rows, random_rows):
+        asked.append(rows.shape[:-2].numel())
+        if len(asked) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compress(self, factor, rows, random_rows)
+
+    random_rows = RandomRows()
+    with monkeypatch.context() as patch:
+        patch.setattr(SketchedStatistics, "_compress", compress_with_little_memory)
+        for batch in data.split(60, dim=1):
+            update_together(together, batch.unbind(), scales, random_rows)
+    assert asked == {0: [5], 1: [5, 2, 3], 2: [5, 2, 1, 1, 3]}[failures] + [5] * 4
+    for one, other, rows in zip(together, alone, data, strict=True):
+        for batch in rows.split(60):
+            other.update(batch, scales)
+        assert one.count == other.count == 300
+        assert one.energy == pytest.approx(other.energy, rel=1e-6)
+        assert torch.allclose(one.gram(), other.gram(), rtol=1e-4, atol=1e-4 * other.gram().abs().max())
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        asked.clear()
+        failures = 10
+        patch.setattr(SketchedStatistics, "_compress", compress_with_little_memory)
+        update_together(together, data[:, :60].unbind(), scales)
+    assert together[0].count == 300
+
+
+def test_vectors_of_a_layer_that_is_called_twice_wait_in_their_order(monkeypatch):
+    """Before a stream is updated, it gets what waits for it; and no more than a bound waits."""
+    monkeypatch.setattr(linear_algebra, "SYNCHRONOUS", frozenset())
+    torch.manual_seed(0)
+    data = torch.randn(6, 3, 40, 96)
+    queue = WaitingUpdates(lambda device: None)
+    together, alone = ([SketchedStatistics(96, 32) for _ in range(3)] for _ in range(2))
+    for of_call in data:
+        for one, other, rows in zip(together, alone, of_call, strict=True):
+            queue.add(one, rows)
+            other.update(rows)
+    assert together[0].count == 200
+    queue.flush()
+    for one, other in zip(together, alone, strict=True):
+        assert one.count == 240
+        assert torch.allclose(one.gram(), other.gram(), rtol=1e-4, atol=1e-4 * other.gram().abs().max())
+    monkeypatch.setattr(waiting, "_BYTES_TOGETHER", 2 * together[0].bytes_of_update(40))
+    for one, rows in zip(together, data[0], strict=True):
+        queue.add(one, rows)
+    assert [one.count for one in together] == [280, 280, 240]
+    queue.forget()
+    queue.flush()
+    assert together[2].count == 240
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_bases_from_batched_products_are_those_of_qr(monkeypatch, lost):
+    """As on a GPU; directions that are rounding errors only are left to QR."""
+    rows = torch.stack([vectors(40, SPECTRA["like 1/i"](200)) for _ in range(3)])
+    if lost:
+        rows[1, -lost:] = 0
+    expected, values = top_right_singular_vectors(rows, 40)
+    monkeypatch.setattr(linear_algebra, "SYNCHRONOUS", frozenset())
+    qr, calls = torch.linalg.qr, []
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: calls.append(matrix.shape) or qr(matrix))
+    basis, found = top_right_singular_vectors(rows, 40)
+    assert len(calls) == bool(lost)
+    assert torch.allclose(found, values)
+    assert torch.allclose(basis.mT @ basis, torch.eye(40, dtype=torch.float64).expand(3, 40, 40), atol=1e-12)
+    some = 40 - lost
+    assert torch.allclose(basis[..., :some], expected[..., :some], atol=1e-9)
+
+
+def test_tensors_are_copied_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(linear_algebra, "_BYTES_PINNED", 100)
+    at_once, sizes = linear_algebra._on_cpu_at_once, []
+    monkeypatch.setattr(linear_algebra, "_on_cpu_at_once", lambda some: sizes.append(len(some)) or at_once(some))
+    tensors = [torch.full((length,), float(length)) for length in (30, 10, 10, 10, 40, 1)]
+    assert all(torch.equal(one, other) for one, other in zip(linear_algebra.on_cpu(tensors), tensors, strict=True))
+    assert sizes == [1, 3, 1, 1] and linear_algebra.on_cpu([]) == []

@@ -176,14 +176,14 @@ class VectorStatistics(ABC):
     def factor(self) -> Tensor | None:
         """R (m, d) with R^T R = the Gram matrix, where one with few rows is at hand; else None."""
 
-    def _renewed(self, others: Sequence[Any], rows: Tensor, tests: TestRows) -> Sequence[Any]:
+    def _renewed(self, others: Sequence[Any], rows: Tensor, random_rows: RandomRows) -> Sequence[Any]:
         """
         What `_update` needs of the vectors of several statistics of this kind, computed at once; changes nothing.
 
         Args:
             others: All of them, this one first.
             rows: (k, n, d) float32, or (n, d) of this one alone.
-            tests: Where random rows come from.
+            random_rows: Where random rows come from.
         """
         return [rows] if len(others) == 1 else rows.unbind()
 
@@ -202,7 +202,7 @@ class VectorStatistics(ABC):
         return rows.T @ (rows @ block)
 
 
-class TestRows:
+class RandomRows:
     """
     The random matrices that sketches begin with, drawn and copied to the device once for all that need the same: they
     depend on the shape and the seed only.
@@ -225,7 +225,7 @@ def update_together(
     statistics: Sequence[VectorStatistics],
     rows: Sequence[Tensor],
     scales: Tensor | None = None,
-    tests: TestRows | None = None,
+    random_rows: RandomRows | None = None,
 ) -> None:
     """
     Update several statistics of one `kind` in the operations of one; in halves where a device lacks the memory.
@@ -234,13 +234,13 @@ def update_together(
         statistics: All different.
         rows: For each of them (n, d), of one shape, dtype and device.
         scales: (n,), see `VectorStatistics.update`.
-        tests: Random matrices to share with other calls.
+        random_rows: Random matrices to share with other calls.
     """
-    tests = tests or TestRows()
+    random_rows = random_rows or RandomRows()
     try:
         # Under autocast the products would be computed in half precision.
         with torch.autocast(rows[0].device.type, enabled=False):
-            energies, channels, renewed = _of_new_vectors(statistics, rows, scales, tests)
+            energies, channels, renewed = _of_new_vectors(statistics, rows, scales, random_rows)
     except torch.OutOfMemoryError:
         if len(statistics) == 1:
             raise
@@ -254,12 +254,12 @@ def update_together(
             entry._update(new)
         return
     # Not inside the block, where the error keeps what was computed so far.
-    update_together(statistics[:half], rows[:half], scales, tests)
-    update_together(statistics[half:], rows[half:], scales, tests)
+    update_together(statistics[:half], rows[:half], scales, random_rows)
+    update_together(statistics[half:], rows[half:], scales, random_rows)
 
 
 def _of_new_vectors(
-    statistics: Sequence[VectorStatistics], rows: Sequence[Tensor], scales: Tensor | None, tests: TestRows
+    statistics: Sequence[VectorStatistics], rows: Sequence[Tensor], scales: Tensor | None, random_rows: RandomRows
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Any]]:
     """Of each of these statistics the energy, that of its channels, and what `_renewed` gives."""
     first = statistics[0]
@@ -279,7 +279,7 @@ def _of_new_vectors(
         known = [entry._of_channels for entry in statistics if entry._of_channels is not None]
         sums = stacked(known) + sums if known else sums
         channels = [sums] if len(statistics) == 1 else sums.unbind()
-    return energies, channels, first._renewed(statistics, vectors, tests)
+    return energies, channels, first._renewed(statistics, vectors, random_rows)
 
 
 def _last_direction(values: Tensor, least: Tensor) -> Tensor:
@@ -330,10 +330,11 @@ def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> N
         else:
             squares, bases = leading_eigenpairs(matrices, rank)
             values = squares.clamp(min=0).sqrt()
-        bases, values = fix_signs(bases).float().contiguous().unbind(), values.float()
-        for (statistics, _), basis, of_basis in zip(group, bases, values.unbind(), strict=True):
+        bases, values = fix_signs(bases).float().contiguous(), values.float()
+        least = []
+        for (statistics, _), basis, of_basis in zip(group, bases.unbind(), values.unbind(), strict=True):
             statistics._tops[rank] = basis, of_basis
-        least = [statistics._least_energies(basis) for (statistics, _), basis in zip(group, bases, strict=True)]
+            least.append(statistics._least_energies(basis))
         numbers = _last_direction(values, torch.stack(least)).tolist()
     for (statistics, _), number in zip(group, numbers, strict=True):
         statistics._directions[rank] = number
@@ -360,8 +361,7 @@ class ExactStatistics(VectorStatistics):
     def _stacked(self) -> Tensor:
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.dimension)
 
-    def _update(self, renewed: Tensor) -> None:
-        rows = renewed
+    def _update(self, rows: Tensor) -> None:
         if self._gram is None:
             self._rows.append(rows)
             if self.count > self.dimension:
@@ -438,25 +438,25 @@ class SketchedStatistics(VectorStatistics):
     def bytes_of_update(self, count: int) -> int:
         return 8 * (count + self.width) * self.dimension
 
-    def _renewed(self, others: Sequence[SketchedStatistics], rows: Tensor, tests: TestRows) -> Sequence[Tensor]:
+    def _renewed(self, others: Sequence[SketchedStatistics], rows: Tensor, random_rows: RandomRows) -> Sequence[Tensor]:
         factor = rows[..., :0, :] if self._factor is None else stacked([other.factor() for other in others])
         if factor.shape[-2] + rows.shape[-2] <= self.width:
             renewed = torch.cat([factor, rows], dim=-2)
         else:
-            renewed = self._compress(factor, rows, tests)
+            renewed = self._compress(factor, rows, random_rows)
         return [renewed] if len(others) == 1 else renewed.unbind()
 
-    def _update(self, renewed: Tensor) -> None:
-        self._factor = renewed
+    def _update(self, factor: Tensor) -> None:
+        self._factor = factor
 
-    def _compress(self, factor: Tensor, rows: Tensor, tests: TestRows) -> Tensor:
+    def _compress(self, factor: Tensor, rows: Tensor, random_rows: RandomRows) -> Tensor:
         """
         Q^T [F; X] with Q an orthonormal basis of [F; X] T^T, T being one of F's rows, (..., width, d), for one or
         several F (..., m, d) and X (..., n, d).
         """
         test = factor
         if missing := self.width - factor.shape[-2]:
-            random = tests.of(missing, self.dimension, self._seed, rows.device)
+            random = random_rows.of(missing, self.dimension, self._seed, rows.device)
             # The batch is at hand, so that its own power iteration costs no pass over the data.
             test = torch.cat([test, (random @ rows.mT) @ rows], dim=-2)
         test = _orthonormal(test)

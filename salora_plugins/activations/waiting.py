@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..support.linear_algebra import is_asynchronous
-from .vectors import TestRows, VectorStatistics, update_together
+from .vectors import RandomRows, VectorStatistics, update_together
 
 # In float64: what one update of several statistics may copy. It takes about twice that for a while, and the vectors
 # that wait, in the model's dtype, less than half of it for each kind.
@@ -27,7 +27,7 @@ class WaitingUpdates:
 
     def __init__(self, scales: Callable[[torch.device], Tensor | None]) -> None:
         self._scales = scales
-        self._tests = TestRows()
+        self._random_rows = RandomRows()
         self._groups: dict[Any, list[tuple[VectorStatistics, Tensor]]] = {}
         self._waiting: set[int] = set()
 
@@ -38,7 +38,7 @@ class WaitingUpdates:
             rows: (n, d), any floating dtype; must not change any more.
         """
         if not is_asynchronous(rows.device):
-            update_together([statistics], [rows], self._scales(rows.device), self._tests)
+            update_together([statistics], [rows], self._scales(rows.device), self._random_rows)
             return
         if id(statistics) in self._waiting:
             self.flush()  # of a layer that is called twice in a pass
@@ -63,4 +63,4 @@ class WaitingUpdates:
     def _update(self, group: list[tuple[VectorStatistics, Tensor]]) -> None:
         self._waiting.difference_update(id(statistics) for statistics, _ in group)
         statistics, rows = zip(*group, strict=True)
-        update_together(statistics, rows, self._scales(rows[0].device), self._tests)
+        update_together(statistics, rows, self._scales(rows[0].device), self._random_rows)

@@ -103,7 +103,7 @@ def compute_bases(
     for index, name in enumerate(tqdm(names, desc="finding directions", unit="layer", leave=False, disable=rank != 0)):
         if index % _TOGETHER == 0:
             mine = [name for i, name in enumerate(names[index : index + _TOGETHER], index) if i % world_size == rank]
-            _prepare({name: statistics[name] for name in mine}, ranks)
+            prepare({name: statistics[name] for name in mine}, ranks)
         entry = statistics.pop(name)
         for side, wanted in ranks.items():
             vectors = entry.of(side)
@@ -133,7 +133,7 @@ def compute_bases(
     return {side: _side({n: complete[side, source[side, n]] for n in names}, energies[side]) for side in ranks}
 
 
-def _prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> None:
+def prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> None:
     """Decompose the statistics of several modules at once."""
     wanted = [
         (entry.of(side), of_names[name]) for side, of_names in ranks.items() for name, entry in statistics.items()

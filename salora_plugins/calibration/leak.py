@@ -31,10 +31,10 @@ from ..rows.errors import DataError
 from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest
 from ..rows.tokenizing import render_prompts
 from ..support.distributed import gather_json, rank_and_world_size
-from ..support.linear_algebra import top_right_singular_vectors
+from ..support.linear_algebra import is_asynchronous, top_right_singular_vectors
 from ..support.module_names import listed
 from ..support.notices import tell
-from .basis import rank_by_need
+from .basis import prepare, rank_by_need
 from .gathering import safety_statistics
 from .refusals import AnsweredRows
 from .rows import task_rows, tokenizer_for
@@ -169,6 +169,9 @@ def _by_module(
     measured: dict[str, tuple[int, float]] = {}
     known: dict[tuple[int, Rank], tuple[int, float]] = {}  # layers that share their inputs
     failed = ""
+    mine = {name: statistics[name] for index, name in enumerate(settings.names) if index % world_size == rank}
+    on_device = {name: entry for name, entry in mine.items() if is_asynchronous(entry.of("input").device)}
+    prepare(on_device, {"input": wanted})
     for index, name in enumerate(settings.names):
         if index % world_size == rank and not failed:
             key = id(inputs[name]), wanted[name]

@@ -20,6 +20,8 @@ _SMALL_GRAM = 256
 _SMALL_GRAM_ASYNCHRONOUS = 1024
 # Copied to float64 at once.
 _BYTES_TOGETHER = 256 * 2**20
+# Copied from a device at once, by way of pinned memory, which torch keeps.
+_BYTES_PINNED = 64 * 2**20
 
 SYNCHRONOUS = frozenset({"cpu", "mps"})
 """Devices whose operations cost what they compute; on others launching many small ones takes longer than they do."""
@@ -343,11 +345,22 @@ def values_of(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the CPU of tensors that are elsewhere, waiting for every device once."""
+    """Copies on the CPU of tensors that are elsewhere, waiting for a device once for every 64 MiB."""
+    moved: list[Tensor] = []
+    start = size = 0
+    for end, tensor in enumerate(tensors, start=1):
+        size += tensor.numel() * tensor.element_size()
+        if size >= _BYTES_PINNED or end == len(tensors):
+            moved += _on_cpu_at_once(tensors[start:end])
+            start, size = end, 0
+    return moved
+
+
+def _on_cpu_at_once(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-    # Out of the pinned memory that the copies went to, which is for the next ones.
+    # Out of the pinned memory that the copies went to, which is used again for the next ones.
     return [copy.clone() if tensor.is_cuda else copy for tensor, copy in zip(tensors, copies, strict=True)]
 
 
