@@ -71,7 +71,13 @@ def adapters(settings: Settings, tokenizer: Any) -> dict[str, PeftConfig]:
         "task_type": "CAUSAL_LM",
     }
     requests = [row["prompt"] for row in known_requests("calibration")["harmful"]]
-    salora = {**common, "tokenizer": tokenizer, "seed": settings.seed, "safety_data": requests, "num_safety_samples": 128}
+    salora = {
+        **common,
+        "tokenizer": tokenizer,
+        "seed": settings.seed,
+        "safety_data": requests,
+        "num_safety_samples": 128,
+    }
     return {
         "LoRA": LoraConfig(**common),
         "SaLoRA, the paper's form": SaLoRAConfig(**salora, variant="paper"),
