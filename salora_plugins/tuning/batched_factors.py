@@ -233,11 +233,12 @@ class FactorBatch:
         """Tell the layers where they find their weights, unless somebody else has a part in what these are."""
         for index, (of_linear, of_holder) in enumerate(zip(self._linears, self._holders, strict=True)):
             linear, holder = of_linear(), of_holder()
-            if linear is not None:
-                # A wrapper, another parametrization, or hooks.
-                alone = type(holder) is parametrize.ParametrizationList and len(holder) == 1
-                alone = alone and not any(m._forward_hooks or m._forward_pre_hooks for m in (holder, holder[0]))
-                vars(linear)["_pass_weight"] = PassWeight(self._running, index, id(linear)) if alone else None
+            if linear is None or holder is None:
+                continue
+            # A wrapper, another parametrization, or hooks.
+            alone = type(holder) is parametrize.ParametrizationList and len(holder) == 1
+            alone = alone and not any(m._forward_hooks or m._forward_pre_hooks for m in (holder, holder[0]))
+            vars(linear)["_pass_weight"] = PassWeight(self._running, index, id(linear)) if alone else None
 
     def _watch_middle(self) -> None:
         """Where bases are on the host, let the backward pass fetch them when it has half of the layers behind it."""
@@ -347,7 +348,7 @@ class _Group:
         halves = stacked_halves(stacked.float(), offset, self.side, stacked.dtype)
         return self.projected(halves).to(stacked.dtype)
 
-    def gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+    def gradients(self, gradients: list[Tensor]) -> Tensor:
         """(n, ...): the gradients of the trained factors, of those of the weights: the projection is symmetric."""
         stacked = torch.stack(gradients)
         dtype = stacked.dtype
