@@ -205,6 +205,7 @@ class SafeFactor(nn.Module):
         if self.start is None:
             raise AttributeError(f"{self.extra_repr()} starts at a zero update and has no start factor to be replaced.")
         self.start.value = value
+        self._tell_batch()
 
     def forward(self, factor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -347,3 +347,11 @@ def test_trls_and_axolotls_forms_of_a_rule():
     assert block.input_safety_rank == "leak:0.05" and block.input_safety_rank_pattern == {"q": "leak:0.1"}
     with pytest.raises(ValueError, match="safety_rank"):
         SaLoRAOptions(safety_rank="leak:0.05")
+
+
+def test_a_layer_that_is_called_twice_in_a_pass_has_no_leak():
+    model = llama()
+    model.model.layers[1] = model.model.layers[0]
+    layers = {"model.layers.0.self_attn.q_proj": model.model.layers[0].self_attn.q_proj}
+    with pytest.raises(CalibrationError, match=r"q_proj' was called 2 times in 1 passes"):
+        last_inputs(model.eval(), layers, [[1, 2, 3], [4, 5]], batch_size=2)

@@ -18,6 +18,7 @@ from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities,
 from processes import LAUNCHER, run
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.hookspecs import hookimpl
+from salora_plugins.models.running import adapters_disabled
 from salora_plugins.plugins import plugin_manager
 from salora_plugins.replay import (
     Refusal,
@@ -509,3 +510,16 @@ def test_a_second_adapter_learns_from_the_anchor_alone_and_reacts_to_the_safety_
     directions = model.base_model.safety_module("default").input_bases["model.layers.0.self_attn.q_proj"]
     weight = layer.lora_A["refusals"].weight.detach()
     assert (weight - weight @ directions @ directions.T).norm() < 1e-5 * weight.norm()
+
+
+def test_the_base_has_neither_adapters_nor_copies_of_saved_modules():
+    base = llama()
+    expected = base(input_ids=token_batch()).logits
+    model = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    with adapters_disabled(model):
+        assert torch.equal(model(input_ids=token_batch()).logits, expected)
+    assert not torch.equal(model(input_ids=token_batch()).logits, expected)

@@ -310,3 +310,17 @@ def test_compiled_as_a_whole():
         expected = model(token_batch()).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert relative_difference(compiled(token_batch()).logits, expected) <= 1e-5
+
+
+@forms
+def test_the_first_pass_may_be_one_of_inference(form):
+    """The bases that it stacks are used in training, too, by reentrant checkpointing as well."""
+    model = salora(form)
+    with torch.inference_mode():
+        model(input_ids=token_batch())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+    factors = [trained_factor(m) for m in model.modules() if hasattr(m, "parametrizations")]
+    assert factors and any(factor.grad is not None for factor in factors)

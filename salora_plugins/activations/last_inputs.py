@@ -28,7 +28,7 @@ def last_inputs(
         Name -> (prompts, d_in) on the CPU, in the layer's own dtype; layers that read the same tensor share theirs.
 
     Raises:
-        CalibrationError: A layer is not called with one vector per token.
+        CalibrationError: A layer is not called once a pass, with one vector per token.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     last = torch.zeros(0, dtype=torch.int64)  # of every prompt of a batch, among all its tokens
@@ -43,6 +43,13 @@ def last_inputs(
                 raise CalibrationError(f"target_modules: {name!r} is not called with one vector per token.")
             read = tensor, flat.index_select(0, last.to(flat.device)).cpu()
         kept[name].append(read[1])
+
+    def check_calls(batches: int) -> None:
+        for name, parts in kept.items():
+            if len(parts) != batches:
+                raise CalibrationError(
+                    f"target_modules: {name!r} was called {len(parts)} times in {batches} passes, and not once in each."
+                )
 
     def hook(name: str) -> Any:
         return lambda module, args: keep(name, args[0])
@@ -60,6 +67,7 @@ def last_inputs(
                 last = torch.tensor([row * longest + len(prompt) - 1 for row, prompt in enumerate(batch)])
                 size, read = ids.numel(), None
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+                check_calls(start // batch_size + 1)
     finally:
         for handle in handles:
             handle.remove()

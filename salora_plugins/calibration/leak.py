@@ -110,9 +110,10 @@ def measure_leak(
         return Leak(reason=reason)
     layers = {name: base_layer(model.get_submodule(name)) for name in settings.names}
     prompts = [*held_out, *everyday]
-    inputs = last_inputs(model, layers, prompts, settings.batch_size)
+    # First, since it says best what is wrong with a layer.
     statistics = safety_statistics(model, part, positions, settings, "measuring the leak")
     try:
+        inputs = last_inputs(model, layers, prompts, settings.batch_size)
         found = _by_module(statistics, inputs, len(held_out), settings)
     except CalibrationError as error:
         if any(rule_of(rank) is not None for rank in wanted.values()):

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..activations.errors import CalibrationError
-from ..inference.greedy import greedy_answers
+from ..inference.greedy import end_tokens, greedy_answers
 from ..options import Positions
 from ..plugins import judges
 from ..rows.examples import IGNORED, RenderedRequest, TokenizedExample
@@ -218,12 +218,13 @@ class _Answerer:
         answers: list[list[int]] = [[] for _ in requests]
         refused = [False] * len(requests)
         wanted = [i for i, request in enumerate(requests) if len(request.prompt_ids) < self.max_length]
+        ends = end_tokens(self.model, self.tokenizer)
         for limit in (RESPONSE_TOKENS,) if self.whole_responses else (OPENING_TOKENS, VERDICT_TOKENS):
             self._continue(requests, answers, wanted, limit)
             is_last = self.whole_responses or limit == VERDICT_TOKENS
             undecided = []
             for i in wanted:
-                ended = is_last or len(answers[i]) < limit
+                ended = is_last or len(answers[i]) < limit or answers[i][-1] in ends
                 text = self.tokenizer.decode(answers[i], skip_special_tokens=True)
                 # The last word may be cut, or mean something else with the one behind it ("I cannot wait").
                 refused[i] = self.is_refusal(requests[i].request, text if ended else text.rpartition(" ")[0])

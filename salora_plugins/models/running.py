@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .embeddings import input_embeddings
@@ -19,8 +20,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model without the adapters that it carries; their state and requires_grad are put back."""
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    """
+    The base model without the adapters that it carries, the copies of `modules_to_save` and the trained rows of
+    `trainable_token_indices`; their state and requires_grad are put back.
+    """
+    adapted = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     enabled = [module for module in adapted if not module.disable_adapters]
     requires_grad = [(p, p.requires_grad) for module in adapted for p in module.parameters()]
     for module in enabled:

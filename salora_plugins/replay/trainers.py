@@ -146,7 +146,8 @@ def mix_into_training_set(
     """
     Mix the base model's own refusals into the training set of a trainer that is made and has not begun.
 
-    They are rendered with the trainer's tokenizer, and only their responses are trained on.
+    They are rendered with the trainer's tokenizer, and only their responses are trained on, where the rows have labels
+    or a completion mask.
 
     Args:
         trainer: A supervised one, of transformers, TRL or Axolotl, with rows of token ids. Its set must not be packed

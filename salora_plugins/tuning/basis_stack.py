@@ -93,6 +93,11 @@ def stacked(bases: Sequence[Tensor], device: torch.device) -> BasisStack | None:
     Returns:
         None where they are slices of other stacks.
     """
+    with torch.inference_mode(False):  # what is made in an evaluation is trained with, too
+        return _stacked(bases, device)
+
+
+def _stacked(bases: Sequence[Tensor], device: torch.device) -> BasisStack | None:
     first, size = bases[0], bases[0].numel()
     if device.type == "cuda" and not first.is_pinned() and (kept := _page_locked(len(bases), first)) is not None:
         for slot, basis in zip(kept, bases, strict=True):

@@ -205,7 +205,8 @@ class FactorBatch:
         return _Weights(self.scope.passes, factors, [f._version for f in factors], weights, of_groups, [False] * count)
 
     def regroup(self) -> None:
-        """A factor has another basis, is another tensor, or is looked at by a hook."""
+        """A factor has another basis or start, is another tensor, or is looked at by a hook."""
+        self._stop()
         self._groups, self._grouped = [], []
 
     def _as_grouped(self) -> bool:
@@ -305,8 +306,8 @@ class FactorBatch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
         result = memo[id(self)] = object.__new__(FactorBatch)
-        result.regroup()
         result.weights, result._prefetches, result._running = {}, None, RunningPass()
+        result.regroup()
         result._linears, result._holders = (_copied(references, memo) for references in (self._linears, self._holders))
         result.scope = copy.deepcopy(self.scope, memo)
         return result
