@@ -248,7 +248,7 @@ def test_the_leak_costs_the_safety_module_nothing_and_is_kept(tmp_path, caplog):
     module.save(tmp_path)
     assert SafetyModule.load(tmp_path).provenance["leak"] == module.provenance["leak"]
     assert "Leak at the last prompt token, on 16 harmful requests" in summary(module)
-    assert "The safety module leaks" in caplog.text and "safety_positions='header'" in caplog.text
+    assert "The safety module leaks" in caplog.text and "header_weight=10" in caplog.text
 
 
 def test_too_few_rows_and_no_input_side_are_told():
