@@ -10,6 +10,7 @@ from pathlib import Path
 PREAMBLE = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.append({str(Path(__file__).parent.parent)!r})  # benchmarks
 from pathlib import Path
 import torch
 import torch.distributed as dist
