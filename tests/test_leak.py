@@ -24,7 +24,7 @@ from salora_plugins.rows.batching import collate
 from salora_plugins.rows.examples import Example, TokenizedExample
 from salora_plugins.rows.headers import Headers
 from salora_plugins.rows.rendering import Renderer
-from tiny import CHAT_TEMPLATE, llama, refusal_rows, token_rows, tokenizer
+from tiny import CHAT_TEMPLATE, fast_tokenizer, llama, refusal_rows, token_rows, tokenizer
 
 TURNS = "{% for m in messages %}"
 TEMPLATES = {
@@ -73,12 +73,7 @@ def with_template(template: str | None, merges: list[tuple[str, str]] | None = N
         backend = Tokenizer(models.BPE(vocab=symbols, merges=merges))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        result = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="<pad>",
-            eos_token="<|im_end|>",
-            additional_special_tokens=["<|im_start|>"],
-        )
+        result = fast_tokenizer(backend)
     result.chat_template = template
     return result
 

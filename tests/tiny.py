@@ -50,14 +50,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    result = PreTrainedTokenizerFast(
+    result = fast_tokenizer(backend)
+    result.chat_template = CHAT_TEMPLATE
+    return result
+
+
+def fast_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """With the special tokens of these tests and without a chat template."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
     )
-    result.chat_template = CHAT_TEMPLATE
-    return result
 
 
 VOCABULARY = 3 + 256

@@ -133,9 +133,7 @@ class FactorBatch:
     def factors(self) -> list[SafeFactor]:
         """The factors that are still there."""
         holders = [reference() for reference in self._holders]
-        return [
-            holder._modules["0"] for holder in holders if holder is not None
-        ]  # as holder[0], in a tenth of the calls
+        return [holder[0] for holder in holders if holder is not None]
 
     def weight_of(self, index: int, factor: Tensor) -> Tensor | None:
         """
