@@ -340,6 +340,23 @@ def test_a_trained_model_stays_nearer_to_its_base(tmp_path, kind, adapter):
         )
 
 
+def test_a_callback_that_is_used_again_takes_the_base_of_the_model_that_it_is_given(tmp_path):
+    callback, divergences = RefusalAnchorCallback(REFUSALS, every=2), []
+    for seed in (0, 1):
+        model = get_peft_model(llama(seed), LORA)
+        trainer = Trainer(
+            model,
+            arguments(TrainingArguments, tmp_path, max_steps=1),
+            train_dataset=token_rows(4),
+            callbacks=[callback],
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        with model.disable_adapter():
+            divergences.append(callback.anchor.kl(model).abs().max())
+    assert max(divergences) < 1e-5
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def run_to_6(folder: str, **options):
         callback = RefusalAnchorCallback(REFUSALS, weight=3.0, every=2, batch_size=3)
