@@ -680,7 +680,8 @@ PROGRAM = """
 from salora_plugins import calibrate
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-common = {"safety_rank": 6, "input_safety_rank": 4, "calibration_cache": False, "target_modules": ["q_proj", "k_proj", "up_proj"]}
+TARGETS = sys.argv[3].split(",")
+common = {"safety_rank": 6, "input_safety_rank": 4, "calibration_cache": False, "target_modules": TARGETS}
 for engine in ("exact", "sketched"):
     rows = {"safety_data": token_rows(20, seed=1), "utility_data": token_rows(20, seed=2)}
     found = calibrate(llama(), basis_method="actsvd", calibration_engine=engine, **rows, **common)
@@ -695,7 +696,7 @@ def test_two_ranks_end_with_the_same_bits(tmp_path, unaligned):
     targets = ["q_proj", "k_proj", "up_proj"]
     folder = unaligned(tiny.llama, targets)
     try:
-        run(LAUNCHER, PROGRAM, tmp_path, folder)
+        run(LAUNCHER, PROGRAM, tmp_path, folder, ",".join(targets))
     except subprocess.CalledProcessError as error:
         pytest.fail(str(error))
     common = {
