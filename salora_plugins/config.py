@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         if self.safety_module is not None:
             return
 
-        def given(names: Iterable[str]) -> list[str]:
+        def given(names: Collection[str]) -> list[str]:
             return [name for name in OPTIONS if name in names and not _is_default(name, getattr(self, name))]
 
         if self.basis_method == "salora" and not given(OF_BASIS_METHODS):

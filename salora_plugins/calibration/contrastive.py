@@ -52,8 +52,8 @@ def contrastive_rows(settings: RowSettings) -> list[Pair]:
 def _examples(row: Any, where: str) -> tuple[Example | TokenizedExample, Example | TokenizedExample]:
     names = next((names for names in _PAIRS if isinstance(row, Mapping) and all(row.get(n) for n in names)), None)
     if names is None:
-        found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else shortened(row)
-        raise DataError(f"{where} must have prompt, chosen and rejected; it has {found}.")
+        columns = ", ".join(map(repr, row)) if isinstance(row, Mapping) else shortened(row)
+        raise DataError(f"{where} must have prompt, chosen and rejected; it has {columns}.")
     safe, unsafe = names
     found = [parse_row(entry, where, allow_text=True) for entry in (row, {**row, safe: row[unsafe], unsafe: row[safe]})]
     if any(len(of_row) != 1 for of_row in found):
