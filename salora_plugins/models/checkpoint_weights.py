@@ -1,10 +1,11 @@
-"""The weights of a saved model, one at a time, by the names of its modules: the model itself is never loaded."""
+"""The weights of a saved model, one at a time, by the names of its modules: the model itself is not loaded."""
 
 from __future__ import annotations
 
 import copy
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..support.files import read_json_object
 from ..support.hub import hub_folder
 from .embeddings import input_embeddings, output_embeddings
+from .weights import linear_weight
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WANTED = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
@@ -90,6 +92,10 @@ class CheckpointWeights:
         Raises:
             ValueError: There is none, or it has another shape or kind than such a layer's.
         """
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> Tensor:
+        """The same in the dtype of the files."""
         file, key = self._place(name)
         try:
             stored = file.get_tensor(key)
@@ -106,8 +112,7 @@ class CheckpointWeights:
                 f"{self._told}: the weight of {name!r} is stored with shape {tuple(stored.shape)}, and the layer has "
                 f"{tuple(expected.shape)}. Give a model of the same architecture and size."
             )
-        weight = stored.float()
-        return weight.T if isinstance(self._model.get_submodule(name), Conv1D) else weight
+        return stored.T if isinstance(self._model.get_submodule(name), Conv1D) else stored
 
     def _place(self, name: str) -> tuple[Any, str]:
         try:
@@ -199,6 +204,64 @@ class CheckpointWeights:
                 if converter is None:  # otherwise made from several, or a part
                     found.setdefault(renamed, (file, key))
         return found
+
+
+class LoadedWeights:
+    """The same of a model that is in memory, without its adapters; quantized weights are dequantized."""
+
+    def __init__(self, model: nn.Module, *, option: str = "model") -> None:
+        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._option = option
+
+    def stored(self, name: str) -> Tensor:
+        """The weight of the linear layer `name`, (d_out, d_in) in the dtype that it has, on the CPU."""
+        try:
+            layer = self._model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{self._option}: {type(self._model).__name__} has no layer {name!r}. Give a model of the same "
+                "architecture."
+            ) from error
+        with linear_weight(layer) as weight:
+            return weight.detach().to("cpu", copy=True)
+
+
+WeightSource = CheckpointWeights | LoadedWeights
+
+
+@contextmanager
+def opened_weights(
+    source: str | os.PathLike | nn.Module, *, option: str, trust_remote_code: bool = False
+) -> Iterator[WeightSource]:
+    """The weights of a model that is given as in `CheckpointWeights`, or itself."""
+    if isinstance(source, nn.Module):
+        yield LoadedWeights(source, option=option)
+        return
+    with CheckpointWeights(source, option=option, trust_remote_code=trust_remote_code) as weights:
+        yield weights
+
+
+def weight_delta(minuend: WeightSource, subtrahend: WeightSource, name: str) -> Tensor | None:
+    """
+    The difference of two models' weights of one layer, (d_out, d_in) float64; None where it is zero, or no more than
+    the rounding of the one that is kept in the coarser dtype.
+
+    Raises:
+        ValueError: One of them has no such layer, or they are of different shapes, or not finite.
+    """
+    first, second = minuend.stored(name), subtrahend.stored(name)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"The weight of {name!r} has the shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the "
+            "other. Give two models of the same architecture and size."
+        )
+    coarser = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.equal(first.to(coarser), second.to(coarser)):
+        return None
+    delta = first.double() - second.double()
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"The weight of {name!r} contains NaN or infinity in one of the two models.")
+    return delta
 
 
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
