@@ -157,7 +157,7 @@ class _Restoration:
         targets = _names(model, adapter, unsafe_adapter) or self.target_modules
         directions = self._directions(model, tokenizer, targets)
         unsafe = os.fspath(self.finetuned if self.unsafe is None else self.unsafe)
-        vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe, self.loading)
+        vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
         if adapter is None and (self.search is not None or form == "merged"):
             model = load_model(os.fspath(self.finetuned), self.loading.without_revision())
         own = {} if adapter is None else _updates(adapter)
@@ -322,7 +322,6 @@ def _safety_vectors(
     directions: SafetyModule,
     unsafe_adapter: SavedAdapter | None,
     unsafe: str,
-    loading: LoadingOptions,
 ) -> dict[str, SafetyVector]:
     """
     Of the modules whose safe and unsafe weights differ.
@@ -338,19 +337,18 @@ def _safety_vectors(
             if vector.norm:
                 found[name] = vector
     else:
-        safe = LoadedWeights(model, option="aligned")
-        if quantized := [n for n in directions.bases if is_quantized(base_layer(model.get_submodule(n)))]:
+        names = list(directions.bases)
+        if quantized := [name for name in names if is_quantized(model.get_submodule(name))]:
             raise ValueError(
                 f"aligned: {quantized[0]!r} is quantized, so that its difference to the unsafe model's weight would be "
                 "mostly rounding. Load the model unquantized, or give an adapter as the unsafe counterpart."
             )
-        with CheckpointWeights(
-            unsafe, like=model, option="unsafe", trust_remote_code=loading.trust_remote_code
-        ) as weights:
-            for name, basis in directions.bases.items():
-                delta = weight_delta(safe, weights, name)
-                if delta is not None:
-                    found[name] = SafetyVector.of_difference(basis, directions.singular_values[name], delta)
+        safe = LoadedWeights(model, names, option="aligned")
+        weights = CheckpointWeights(unsafe, model, names, option="unsafe")
+        for name, basis in directions.bases.items():
+            delta = weight_delta(safe.weight(name), weights.weight(name), name)
+            if delta is not None:
+                found[name] = SafetyVector.of_difference(basis, directions.singular_values[name], delta)
     if not found:
         raise ValueError(
             f"unsafe={unsafe!r} has the aligned model's weights in all {len(directions.bases)} modules, so that there "
