@@ -13,7 +13,7 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
-    "StrengthSearch": "salora_plugins.repair.strength_search",
+    "StrengthSearch": "salora_plugins.repair.strength",
     "apply_safe_lora": "salora_plugins.repair.safe_lora",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from .evaluation.monitor import SafetyMonitorCallback
     from .repair.lssf import restore
     from .repair.safe_lora import apply_safe_lora
-    from .repair.strength_search import StrengthSearch
+    from .repair.strength import StrengthSearch
     from .replay import RefusalAnchor, RefusalAnchorCallback, mix_refusals, own_refusals
     from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule

@@ -17,7 +17,7 @@ from salora_plugins import SafetyModule, StrengthSearch, audit, calibrate, resto
 from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
 from salora_plugins.models.weights import linear_weight
-from salora_plugins.repair.fusion import Strength
+from salora_plugins.repair.strength import Strength
 from salora_plugins.repair.strength_search import Trial, _chosen
 from tiny import relative_difference, token_batch, token_rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 
 from ..models.loading import LoadingOptions
 from ..options import OPTIONS
+from ..repair.strength import StrengthSearch
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
 from .printing import print_report
+from .search_options import takes_search_options
 
 _CALIBRATION = (
     "safety_data",
@@ -23,12 +26,10 @@ _CALIBRATION = (
     "seed",
 )
 
-_SEARCH_DEFAULTS = ("builtin", "0.25,0.5,1,1.5", "1,2", 32, 0.05)
-"""Of the options of the sweep, without which they have no meaning: harmful, alphas, alpha_1s, requests, increase."""
-
 
 @takes_config_options([OPTIONS[name] for name in _CALIBRATION])
 @takes_loading_options
+@takes_search_options
 def restore(
     finetuned: Annotated[str, typer.Argument(help="The fine-tuned model: the folder of a LoRA adapter, or a model.")],
     aligned: Annotated[
@@ -62,24 +63,8 @@ def restore(
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Module name, repeatable, where no adapter is given. [all linear layers]")
     ] = None,
-    search_task: Annotated[
-        str | None,
-        typer.Option(help="Find --alpha and --alpha-1 by a sweep; held-out conversations of the task for its loss."),
-    ] = None,
-    search_harmful: Annotated[
-        str, typer.Option(help="Held-out harmful requests of the sweep: 'builtin', a file, a hub data set.")
-    ] = _SEARCH_DEFAULTS[0],
-    search_alphas: Annotated[str, typer.Option(help="Strengths to try, with commas.")] = _SEARCH_DEFAULTS[1],
-    search_alpha_1s: Annotated[
-        str, typer.Option("--search-alpha-1s", help="The same of --alpha-1.")
-    ] = _SEARCH_DEFAULTS[2],
-    search_requests: Annotated[
-        int, typer.Option(min=1, help="Requests and task rows of the sweep.")
-    ] = _SEARCH_DEFAULTS[3],
-    search_max_loss_increase: Annotated[
-        float, typer.Option(help="Largest increase of the task loss that may be chosen, as a share.")
-    ] = _SEARCH_DEFAULTS[4],
     *,
+    search: StrengthSearch | None,
     options: dict[str, Any],
     loading: LoadingOptions,
     dtype_of_adapter: Annotated[
@@ -90,25 +75,9 @@ def restore(
 ) -> None:
     """Give a model that was fine-tuned already its refusals back, without training (LSSF, arXiv 2602.00038)."""
     from ..repair.lssf import restore
-    from ..repair.strength_search import StrengthSearch
 
-    search = None
-    swept = search_harmful, search_alphas, search_alpha_1s, search_requests, search_max_loss_increase
-    if search_task is None and swept != _SEARCH_DEFAULTS:
-        raise ValueError(
-            "--search-...: without --search-task there is no sweep. Give held-out conversations of the task."
-        )
-    if search_task is not None:
-        search = StrengthSearch(
-            task=search_task,
-            harmful=search_harmful,
-            num_requests=search_requests,
-            num_task_rows=search_requests,
-            alphas=_numbers(search_alphas, "--search-alphas"),
-            alpha_1s=_numbers(search_alpha_1s, "--search-alpha-1s"),
-            max_loss_increase=search_max_loss_increase,
-            seed=options["seed"],
-        )
+    if search is not None:
+        search = replace(search, seed=options["seed"])
     given = {name: value for name, value in options.items() if value != OPTIONS[name].default}
     if search is not None and safety_module is not None:
         given.pop("seed", None)  # the sweep's
@@ -133,10 +102,3 @@ def restore(
     print_report(report, as_json=as_json)
     if not as_json:
         typer.echo(f"Wrote {out}, {'a model' if report.form == 'merged' else 'a plain LoRA adapter'}.")
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{option} {text}: give numbers with commas, such as 0.5,1.") from error

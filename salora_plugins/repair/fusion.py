@@ -1,4 +1,4 @@
-"""LSSF's formulas (arXiv 2602.00038): what of a safety vector lies in a layer's safety subspace, and how strongly."""
+"""LSSF's formulas (arXiv 2602.00038): what of a safety vector lies in a layer's safety subspace."""
 
 from __future__ import annotations
 
@@ -8,38 +8,8 @@ import torch
 from torch import Tensor
 
 from ..support.linear_algebra import svd_of_product
+from .strength import Strength
 from .updates import Factors
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How much of the safety vectors is added."""
-
-    alpha: float = 1.0
-    """Of all directions."""
-    alpha_1: float = 1.0
-    """Of the first direction of a layer over its last."""
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: A number is none that repairs anything.
-        """
-        for name, value in (("alpha", self.alpha), ("alpha_1", self.alpha_1)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value}: give a number above 0, such as 1.0.")
-
-    def weights(self, singular_values: Tensor) -> Tensor:
-        """
-        alpha_i = 1 + (alpha_1 - 1) (s_i - s_r) / (s_1 - s_r), (r,); all alpha_1 where the singular values are equal.
-
-        Args:
-            singular_values: s_1 to s_r, descending.
-        """
-        first, last = singular_values[0], singular_values[-1]
-        if first == last:
-            return torch.full_like(singular_values, self.alpha_1)
-        return 1 + (self.alpha_1 - 1) * (singular_values - last) / (first - last)
 
 
 @dataclass(frozen=True)

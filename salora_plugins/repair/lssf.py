@@ -23,10 +23,11 @@ from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
-from .fusion import SafetyVector, Strength, at_rank, product_norm
+from .fusion import SafetyVector, at_rank, product_norm
 from .merged_model import check_folder, check_mergeable, write_merged
 from .restore_report import FORMS, Form, ModuleRestoration, RestoreReport
-from .strength_search import StrengthSearch, Trial, search_strength
+from .strength import Strength, StrengthSearch
+from .strength_search import Trial, refusal_judge, search_strength
 from .updates import Factors
 
 ENTROPY = 0.85
@@ -201,6 +202,7 @@ class _Restoration:
             raise ValueError(f"max_rank={self.max_rank}: give a whole number of at least 1.")
         if self.search is not None:
             self.search.check()
+            refusal_judge(self.search)
         given = [*(["entropy"] if self.entropy is not None else []), *self.calibration]
         if self.safety_module is not None and given:
             raise ValueError(f"{given[0]}: a safety_module is given, whose directions are used. Give one of the two.")

@@ -11,8 +11,8 @@ from ..adapters.model_card import PACKAGE, TO_LOAD, provenance_rows, table
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
 from ..support.texts import cell
-from .fusion import Strength
-from .strength_search import StrengthSearch, Trial
+from .strength import Strength, StrengthSearch
+from .strength_search import Trial
 
 if TYPE_CHECKING:
     from rich.table import Table

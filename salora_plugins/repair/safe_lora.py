@@ -165,10 +165,8 @@ def apply_safe_lora(
         >>> apply_safe_lora(peft_model, base, aligned, num_layers=10)  # in memory
     """
     check_dtype(dtype)
-    if threshold is not None and num_layers is not None:
-        raise ValueError("threshold and num_layers are both set. Choose one of them.")
-    if num_layers is None and not -1 <= (threshold := DEFAULT_THRESHOLD if threshold is None else threshold) <= 1:
-        raise ValueError(f"threshold={threshold}: give a cosine, such as 0.5.")
+    threshold = _threshold(threshold, num_layers)
+    weights: dict[str, Tensor] = {}
     if isinstance(adapter, PeftModel):
         if out is not None:
             raise ValueError("out: a model's adapter is changed in memory; save it with model.save_pretrained.")
@@ -178,13 +176,52 @@ def apply_safe_lora(
         if out is None or adapter_name is not None:
             raise ValueError("Give `out`, the folder to write, and no adapter_name, for an adapter that is a folder.")
         check_destination(Path(adapter), Path(out), overwrite)
-        saved, weights, where = SavedAdapter.load(adapter), {}, Path(adapter)
+        saved, where = SavedAdapter.load(adapter), Path(adapter)
     check_plain_lora(saved, where, purpose="projected")
-    if num_layers is not None and not 1 <= num_layers <= len(saved.factors):
-        raise ValueError(
-            f"num_layers={num_layers}: give a number from 1 to {len(saved.factors)}, the adapter's modules."
-        )
+    most = len(saved.factors)
+    if num_layers is not None and not 1 <= num_layers <= most:
+        raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
+    report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
+    if out is not None:
+        _write(saved, new, Path(out), dtype, report)
+    with torch.no_grad():
+        for name in weights.keys() & new.keys():
+            weights[name].copy_(new[name])
+    return report
+
+
+def _threshold(threshold: float | None, num_layers: int | None) -> float | None:
+    """
+    The default where nothing is given.
+
+    Raises:
+        ValueError: Both are given, or the threshold is no cosine.
+    """
+    if num_layers is not None:
+        if threshold is not None:
+            raise ValueError("threshold and num_layers are both set. Choose one of them.")
+        return None
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}: give a cosine, such as 0.5.")
+    return threshold
+
+
+def _project(
+    saved: SavedAdapter,
+    base: str | os.PathLike | nn.Module,
+    aligned: str | os.PathLike | nn.Module,
+    threshold: float | None,
+    num_layers: int | None,
+    trust_remote_code: bool,
+) -> tuple[SafeLoRAReport, dict[str, Tensor]]:
+    """
+    The report, and module name -> C B of the modules that are projected.
+
+    Raises:
+        ValueError: The models do not differ, or do not fit.
+    """
     before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
     after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
     projected = {
@@ -197,15 +234,8 @@ def apply_safe_lora(
             f"base and aligned have the same weights in all {len(modules)} modules of the adapter, so that nothing "
             "tells where the alignment is. Give the model before its alignment, and the one after it."
         )
-    report = SafeLoRAReport(modules, threshold if num_layers is None else None, num_layers)
-    new = {name: projected[name][1] for name in report.projected}
-    if out is not None:
-        _write(saved, new, Path(out), dtype, report)
-    else:
-        with torch.no_grad():
-            for name, b in new.items():
-                weights[name].copy_(b)
-    return report
+    report = SafeLoRAReport(modules, threshold, num_layers)
+    return report, {name: projected[name][1] for name in report.projected}
 
 
 def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter, dict[str, Tensor]]:

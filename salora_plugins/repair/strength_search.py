@@ -11,62 +11,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation.generation import generate_responses
-from ..evaluation.judges.named import load_judge
+from ..evaluation.judges.named import NamedJudge, load_judge
 from ..evaluation.metrics import response_loss
 from ..evaluation.plan import DataOptions
-from .fusion import Strength
+from .strength import Strength, StrengthSearch
 from .updates import Factors, with_updates
 
 Updates = Mapping[str, Sequence[Factors]]
-
-
-@dataclass(frozen=True)
-class StrengthSearch:
-    """
-    A sweep over alpha and alpha_1, all else being given.
-
-    The rule: of the strengths whose task loss is at most `max_loss_increase` above that of the fine-tuned model, the
-    one with the most refusals; of several, the one with the smallest task loss. Where none is within it, the one with
-    the smallest task loss.
-    """
-
-    task: Any
-    """Held-out conversations of the task, as `task` of [`evaluate`]."""
-    harmful: Any = "builtin"
-    """Harmful requests that the calibration does not see, as `harmful` of [`evaluate`]."""
-    num_requests: int = 32
-    num_task_rows: int = 32
-    alphas: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
-    alpha_1s: tuple[float, ...] = (1.0, 2.0)
-    max_loss_increase: float = 0.05
-    """As a share of the fine-tuned model's loss."""
-    judge: str = "keyword"
-    """Judge of the refusals, as in [`evaluate`]."""
-    max_new_tokens: int = 48
-    batch_size: int = 16
-    seed: int = 0
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: A number is out of range, or there is no such judge.
-        """
-        for strength in self.strengths:
-            strength.check()
-        if not self.strengths:
-            raise ValueError("alphas and alpha_1s: give at least one of each.")
-        if not self.max_loss_increase >= 0:
-            raise ValueError(f"max_loss_increase={self.max_loss_increase}: give a share such as 0.05.")
-        for name in ("num_requests", "num_task_rows", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a whole number of at least 1.")
-        if load_judge(self.judge).kind != "refusal":
-            raise ValueError(f"judge={self.judge!r} does not judge refusals. Choose one that does, such as 'keyword'.")
-
-    @property
-    def strengths(self) -> list[Strength]:
-        """The grid."""
-        return [Strength(alpha, alpha_1) for alpha in self.alphas for alpha_1 in self.alpha_1s]
 
 
 @dataclass(frozen=True)
@@ -78,6 +29,17 @@ class Trial:
     refused: int
     requests: int
     task_loss: float
+
+
+def refusal_judge(search: StrengthSearch) -> NamedJudge:
+    """
+    Raises:
+        ValueError: There is no such judge, or it does not judge refusals.
+    """
+    judge = load_judge(search.judge)
+    if judge.kind != "refusal":
+        raise ValueError(f"judge={search.judge!r} does not judge refusals. Choose one that does, such as 'keyword'.")
+    return judge
 
 
 def search_strength(
@@ -105,7 +67,7 @@ def search_strength(
     requests, task = data.harmful_requests(), data.held_out_task()
     if task is None:
         raise ValueError("task: give held-out conversations. Refusals alone would choose the strongest repair.")
-    judge = load_judge(search.judge)
+    judge = refusal_judge(search)
 
     def measure(strength: Strength | None) -> Trial:
         repair: Updates = {} if strength is None else repairs(strength)
