@@ -42,7 +42,7 @@ def restore(
     out: Source,
     *,
     unsafe: Source | None = None,
-    form: Form | None = None,
+    form: str | None = None,
     alpha: float = 1.0,
     alpha_1: float = 1.0,
     entropy: float | None = None,
@@ -128,7 +128,7 @@ class _Restoration:
     aligned: Source | PreTrainedModel
     out: Path
     unsafe: Source | None
-    form: Form | None
+    form: str | None
     strength: Strength
     entropy: float | None
     max_rank: int | None
@@ -210,11 +210,14 @@ class _Restoration:
             raise ValueError(f"{fixed[0]}: the safety directions follow from `entropy`; or give a safety_module.")
 
     def _form(self, adapter: SavedAdapter | None) -> Form:
-        possible = [name for name in FORMS if adapter is not None or name != "combined"]
-        if self.form is not None and self.form not in possible:
-            reason = ", since the fine-tuned model is no adapter to combine with" if self.form in FORMS else ""
-            raise ValueError(f"form={self.form!r}: choose one of {', '.join(possible)}{reason}.")
-        return self.form or possible[0]
+        possible: list[Form] = [name for name in FORMS if adapter is not None or name != "combined"]
+        if self.form is None:
+            return possible[0]
+        for name in possible:
+            if name == self.form:
+                return name
+        reason = ", since the fine-tuned model is no adapter to combine with" if self.form in FORMS else ""
+        raise ValueError(f"form={self.form!r}: choose one of {', '.join(possible)}{reason}.")
 
     def _check_inputs(self, adapter: SavedAdapter | None, unsafe_adapter: SavedAdapter | None, form: Form) -> None:
         if form == "merged":
@@ -449,8 +452,8 @@ def _as_adapter(
             fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers),
             modules_to_save=config.get("modules_to_save") if form == "combined" else None,
         )
-        name = base_model or getattr(model.config, "_name_or_path", None)
-        config = {**fresh.to_dict(), "base_model_name_or_path": name, **known}
+        named = base_model or getattr(model.config, "_name_or_path", None)
+        config = {**fresh.to_dict(), "base_model_name_or_path": named, **known}
     config |= {
         **{"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)},
         **{"use_rslora": False, "init_lora_weights": True},

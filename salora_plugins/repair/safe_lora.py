@@ -248,7 +248,8 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter,
     chosen = adapter_name or model.active_adapter
     if not isinstance(chosen, str) or chosen not in model.peft_config:
         raise ValueError(f"adapter_name={chosen!r}: choose one of {', '.join(map(repr, model.peft_config))}.")
-    factors, weights = {}, {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -257,7 +258,8 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter,
         if chosen in layer.lora_embedding_A:
             raise ValueError(f"The adapter {chosen!r} has an embedding, {name!r}; only linear layers can be projected.")
         if chosen in layer.lora_A:
-            a, b = layer.lora_A[chosen].weight, layer.lora_B[chosen].weight
+            parts: Any = layer.lora_A[chosen], layer.lora_B[chosen]
+            a, b = (part.weight for part in parts)
             factors[name], weights[name] = (a.detach().cpu(), b.detach().cpu()), b
     return SavedAdapter(model.peft_config[chosen].to_dict(), factors, {}), weights
 
