@@ -227,7 +227,12 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError("input_utility_rank has no effect without an input side: leave it out.")
 
     def _refuse_options_of_other_methods(self) -> None:
-        """Options that this basis method does not read; one of a plugin that is not here is left to the calibration."""
+        """
+        Options that this basis method does not read. With a safety module nothing is calibrated; a method of a plugin
+        that is not here is left to the calibration.
+        """
+        if self.safety_module is not None:
+            return
 
         def given(names: Iterable[str]) -> list[str]:
             return [name for name in OPTIONS if name in names and not _is_default(name, getattr(self, name))]
@@ -249,7 +254,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}, "
                 "which reads no safety data: leave it out."
             )
-        if needs.unaligned_model and self.unaligned_model is None and self.safety_module is None:
+        if needs.unaligned_model and self.unaligned_model is None:
             raise ValueError(
                 f"basis_method={self.basis_method!r} compares the model with the one before its alignment: name that "
                 "with unaligned_model, a folder or a hub repository."
@@ -411,7 +416,7 @@ def check_form(values: dict[str, Any], file: Path) -> None:
 
 def _is_default(name: str, value: Any) -> bool:
     default = OPTIONS[name].default
-    return value is default or (isinstance(value, type(default)) and value == default)
+    return value is default or (isinstance(value, (str, int, float)) and value == default)
 
 
 def _name_of(value: Any) -> str | None:

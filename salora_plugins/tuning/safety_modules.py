@@ -16,6 +16,7 @@ from ..calibration import calibrate_with
 from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
+from ..options import OF_BASIS_METHODS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
 
@@ -31,6 +32,7 @@ _OPTIONS_OF_SAFETY_MODULES = (
     "safety_positions",
     "header_weight",
     "basis_method",
+    *OF_BASIS_METHODS,
 )
 
 
