@@ -36,6 +36,7 @@ LAYERS = (
     ("tuning",),
     ("tuner",),
     ("registration", "resuming", "evaluation", "replay"),
+    ("repair",),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

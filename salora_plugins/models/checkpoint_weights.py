@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from ..support.hub import hub_file, is_hub_id, is_model_name
 from ..support.module_names import listed
+from .embeddings import input_embeddings, output_embeddings
 from .fingerprint import spread_samples
-from .weights import base_layer, layer_features
+from .weights import base_layer, layer_features, linear_weight
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -50,7 +53,7 @@ class CheckpointWeights:
         self._layers = {name: base_layer(model.get_submodule(name)) for name in names}
         self._folder = Path(source).expanduser()
         files = self._files()
-        keys = _keys_of_modules(files, model)
+        keys = _with_tied_head(_keys_of_modules(files, model), model)
         if missing := [name for name in self._layers if name not in keys]:
             raise ValueError(
                 f"{option}={source!r} has no weight for {len(missing)} of {len(self._layers)} target modules: "
@@ -150,8 +153,114 @@ def _keys_of_modules(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _with_tied_head(keys: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """With the head of a model that shares its weight with the embeddings, where only theirs is stored."""
+    head, embeddings = output_embeddings(model), input_embeddings(model)
+    if head is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return keys
+    names = {base_layer(module): name.removesuffix(".base_layer") for name, module in model.named_modules()}
+    head_name, source = names.get(base_layer(head), ""), names.get(embeddings) if embeddings is not None else None
+    return {head_name: keys[source], **keys} if head_name and source in keys else keys
+
+
 def _renamings(model: nn.Module) -> list[WeightRenaming]:
     """What transformers renames in checkpoints of this architecture."""
     if not isinstance(model, PreTrainedModel):
         return []
     return [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+
+class LoadedWeights:
+    """
+    The same of a model that is in memory, its adapters left out; quantized weights are dequantized.
+
+    Args:
+        model: The model.
+        names: Names of its linear layers.
+        option: What the user calls it, for messages.
+
+    Raises:
+        ValueError: It has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], *, option: str) -> None:
+        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        _check_modules(self._model, names, option)
+
+    def weight(self, name: str) -> Tensor:
+        """(d_out, d_in) of a layer, on the CPU, in the dtype that it has."""
+        with linear_weight(self._model.get_submodule(name)) as weight:
+            return weight.detach().to("cpu", copy=True)
+
+
+def weights_of(
+    source: str | os.PathLike | nn.Module, names: Iterable[str], *, option: str, trust_remote_code: bool = False
+) -> CheckpointWeights | LoadedWeights:
+    """
+    The weights of a model that need not be loaded: the modules of a checkpoint are those of the causal language model
+    that its own configuration describes.
+
+    Args:
+        source: As for `CheckpointWeights`; or a model.
+        names: Names of linear layers.
+        option: What the user calls the source, for messages.
+        trust_remote_code: Run the repository's own model code.
+
+    Raises:
+        FileNotFoundError, ValueError: See `CheckpointWeights`.
+    """
+    if isinstance(source, nn.Module):
+        return LoadedWeights(source, names, option=option)
+    names, source = list(names), os.fspath(source)
+    skeleton = _skeleton(source, option, trust_remote_code)
+    _check_modules(skeleton, names, f"{option}={source!r}")
+    return CheckpointWeights(source, skeleton, names, option=option)
+
+
+def _skeleton(source: str, option: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without its weights: what its modules are called, and of which kinds they are."""
+    name, _, revision = (source, "", "") if os.path.isdir(source) else source.partition("@")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(f"{option}={source!r}: there is no model of that name ({error}).") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{option}={source!r} is quantized. Name the model as it was before it was quantized.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_modules(model: nn.Module, names: Iterable[str], told: str) -> None:
+    known = dict(model.named_modules())
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{told}: {type(model).__name__} has no linear layer {listed(missing)}. Give a model of the same "
+            "architecture."
+        )
+
+
+def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | None:
+    """
+    The difference of two models' weights of one layer, (d_out, d_in) float64; None where it is zero, or no more than
+    the rounding of the one that is kept in the coarser dtype.
+
+    Args:
+        minuend: The one, in its dtype.
+        subtrahend: The other, in its dtype.
+        name: The layer's name, for messages.
+
+    Raises:
+        ValueError: They are of different shapes, or not finite.
+    """
+    if minuend.shape != subtrahend.shape:
+        raise ValueError(
+            f"The weight of {name!r} has the shape {tuple(minuend.shape)} in one model and {tuple(subtrahend.shape)} "
+            "in the other. Give two models of the same architecture and size."
+        )
+    coarser = max(minuend.dtype, subtrahend.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.equal(minuend.to(coarser), subtrahend.to(coarser)):
+        return None
+    delta = minuend.double() - subtrahend.double()
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"The weight of {name!r} contains NaN or infinity in one of the two models.")
+    return delta
