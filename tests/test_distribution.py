@@ -63,7 +63,10 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built from it."""
+    """The source distribution, and the wheel that is built from it; those of a folder that `make dist` names."""
+    if given := os.environ.get("SALORA_DISTRIBUTIONS"):
+        (archive,), (wheel,) = Path(given).glob("*.tar.gz"), Path(given).glob("*.whl")
+        return archive, wheel
     folder = tmp_path_factory.mktemp("build")
     tree = folder / "tree"
     # `integrations` is left out wherever it is, and comes from the root only: it may be linked into the package.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import salora_plugins
 from salora_plugins import SafetyModule, SaLoRAConfig
@@ -56,6 +58,17 @@ def test_the_next_major_is_outside_of_what_is_declared(installed, host):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hosts.warn_of_unsupported(host)  # once a process
+
+
+@pytest.mark.skipif("SALORA_LOWEST" not in os.environ, reason="only where the lowest releases are installed")
+def test_what_is_installed_here_is_the_lowest_that_is_declared():
+    optional = PROJECT["optional-dependencies"]
+    declared = [Requirement(text) for text in [*PROJECT["dependencies"], *optional["trl"], *optional["plot"]]]
+    lowest = {each.name: [spec.version for spec in each.specifier if spec.operator == ">="] for each in declared}
+    installed = {name: metadata.version(name) for name in lowest}
+    assert {name: [Version(text)] for name, text in installed.items()} == {
+        name: [Version(text) for text in texts] for name, texts in lowest.items()
+    }
 
 
 @pytest.mark.parametrize("version", ["0.20.9", "1.0.0.dev0", "1.0.0rc1", "2"])
