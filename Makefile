@@ -3,8 +3,8 @@ VENV ?= .venv
 NEWEST_VENV ?= .venv-newest
 LOWEST_VENV ?= .venv-lowest
 OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
-# Two files at a time; tiny models gain nothing from more threads.
-RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+# Two files at a time, in the order of tests/conftest.py; tiny models gain nothing from more threads.
+RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 PYTEST ?=
 TAG ?=
 
