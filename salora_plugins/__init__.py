@@ -81,7 +81,10 @@ def __getattr__(name: str) -> Any:
         return value
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    hosts = importlib.import_module("salora_plugins.support.hosts")
+    hosts.warn_of_unsupported(*hosts.in_use())
+    with hosts.explained(*hosts.in_use()):
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import fresh
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
@@ -552,7 +553,7 @@ for name, base in {adapters!r}.items():
         torch.save(model(torch.load("tokens.pt")).logits, f"{{name}}.logits.pt")
 assert "salora_plugins" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+    fresh.run(["-c", script], cwd=folder, check=True)
     for name, base in adapters.items():
         trained = _logits(load_for_training(_base(folder, base), folder / name))
         assert tiny.relative_difference(torch.load(folder / f"{name}.logits.pt"), trained) <= 1e-5

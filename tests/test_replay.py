@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities, constrained_sft_loss
-from processes import LAUNCHER, run
+from processes import run_ranks
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.hookspecs import hookimpl
 from salora_plugins.models.running import adapters_disabled
@@ -397,7 +397,7 @@ dist.destroy_process_group()
 
 def test_two_processes_find_the_gradient_of_one(tmp_path):
     """Of the anchor and of two accumulated batches, with and without gradients that are views of the buffers."""
-    run(LAUNCHER, PARALLEL, tmp_path)
+    run_ranks(PARALLEL, tmp_path)
     model = adapted()
     anchor = RefusalAnchor.of(model, tokenizer(), REFUSALS, batch_size=5)
     whole = anchor.backward(model, 1, weight=2.0)
