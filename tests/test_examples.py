@@ -1,4 +1,7 @@
-"""The examples can be read, and say what is so. They are run, or validated by their host, in the hosts' own tests."""
+"""
+The examples can be read, say what is so, and run with stand-ins for model and data: scripts of TRL and notebooks here,
+files of Axolotl in test_axolotl.py.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import ast
 import json
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from salora_plugins import SaLoRAConfig
+from certificate import largest_share_inside
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from salora_plugins.integrations.axolotl.args import SaLoRAOptions
 from salora_plugins.options import OPTIONS
+from tiny import llama, preference_rows, refusal_rows, sum_rows, tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -40,15 +46,83 @@ def test_json(name):
     assert json.loads((EXAMPLES / name).read_text())["zero_optimization"]["stage"] == int(name[-6])
 
 
-@pytest.mark.parametrize(("name", "config"), [("trl_sft.py", "SFTConfig"), ("trl_dpo.py", "DPOConfig")])
-def test_the_command_of_a_script(name, config, tmp_path):
-    trl = pytest.importorskip("trl")
-    script = runpy.run_path(str(EXAMPLES / name))
+def trl_arguments(name: str) -> list[str]:
+    """The arguments of the command in a script's docstring."""
     command = ast.get_docstring(ast.parse((EXAMPLES / name).read_text())).partition("python ")[2].partition("\n\n")[0]
     path, *arguments = shlex.split(command)
     assert path == f"examples/{name}"
+    return arguments
+
+
+TRL_SCRIPTS = {
+    "trl_sft.py": "SFTConfig",
+    "trl_dpo.py": "DPOConfig",
+    "trl_kto.py": "KTOConfig",
+    "trl_grpo.py": "GRPOConfig",
+    "trl_reward.py": "RewardConfig",
+}
+
+
+def test_every_trl_script_is_tested():
+    assert TRL_SCRIPTS.keys() == {file.name for file in EXAMPLES.glob("trl_*.py")}
+
+
+@pytest.mark.parametrize(("name", "config"), TRL_SCRIPTS.items())
+def test_the_command_of_a_script(name, config, tmp_path):
+    trl = pytest.importorskip("trl")
+    script = runpy.run_path(str(EXAMPLES / name))
     kinds = (script[kind] for kind in ("ScriptArguments", config, "ModelConfig", "SaLoRAArguments"))
     cpu = ["--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path)]
-    parsed = trl.TrlParser(tuple(kinds)).parse_args_and_config([*arguments, *cpu])
+    parsed = trl.TrlParser(tuple(kinds)).parse_args_and_config([*trl_arguments(name), *cpu])
     made = script["get_peft_config"](parsed[2], parsed[3], seed=parsed[1].seed)
     assert isinstance(made, SaLoRAConfig) and (made.safety_rank, made.r) == (32, 16)
+    assert parsed[0].dataset_name.startswith("trl-lib/")
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """A folder with a tiny model, its safety module, and rows for every script."""
+    folder = tmp_path_factory.mktemp("examples")
+    llama().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "safety.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusal_rows()))
+    calibrate(
+        llama(), tokenizer(), target_modules=["q_proj", "v_proj"], safety_rank=8, safety_data=refusal_rows()
+    ).save(folder / "safety.safetensors")
+    pairs = preference_rows().to_list()
+    rows = {
+        "trl_sft.py": sum_rows().to_list(),
+        "trl_dpo.py": pairs,
+        "trl_kto.py": [
+            {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+            for i, row in enumerate(pairs)
+        ],
+        "trl_grpo.py": [{"prompt": row["prompt"]} for row in pairs],
+        "trl_reward.py": pairs,
+    }
+    for name, of_script in rows.items():
+        (folder / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_script))
+    return folder
+
+
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--use_cpu"]
+SHORT += ["--bf16", "False", "--report_to", "none", "--disable_tqdm", "true"]
+MORE = {"trl_grpo.py": ["--num_generations", "2", "--max_completion_length", "8"]}
+
+
+@pytest.mark.parametrize("name", TRL_SCRIPTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_script_runs(name, stand_ins, tmp_path, monkeypatch):
+    """With the arguments of its own command, and stand-ins for what that would download; the last ones count."""
+    pytest.importorskip("trl")
+    arguments = trl_arguments(name)
+    replaced = ["--model_name_or_path", stand_ins / "model", "--dataset_name", (stand_ins / name).with_suffix(".jsonl")]
+    safety = ["--safety_rank", "8", "--safety_data", stand_ins / "safety.jsonl"]
+    if "--safety_module" in arguments:
+        safety = ["--safety_rank", "8", "--safety_module", stand_ins / "safety.safetensors"]
+    given = [*arguments, *replaced, *safety, *SHORT, *MORE.get(name, []), "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert largest_share_inside(tmp_path / "out") <= 1e-5
+    assert SafetyModule.load(tmp_path / "out").safety_rank == 8
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
