@@ -10,6 +10,7 @@ import json
 import runpy
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,46 @@ def test_a_script_runs(name, stand_ins, tmp_path, monkeypatch):
     assert largest_share_inside(tmp_path / "out") <= 1e-5
     assert SafetyModule.load(tmp_path / "out").safety_rank == 8
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
+
+
+NOTEBOOKS = [file.name for file in sorted(EXAMPLES.glob("*.ipynb"))]
+
+
+def code_cells(name: str) -> list[dict]:
+    return [cell for cell in json.loads((EXAMPLES / name).read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_stored_without_outputs(name):
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code_cells(name))
+
+
+def run_notebook(name: str, tmp_path: Path, monkeypatch) -> dict:
+    """Cell after cell in one namespace, as a kernel does; figures are drawn and not shown. Returns the namespace."""
+    pytest.importorskip("trl")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    namespace: dict = {"__name__": "__main__"}
+    for number, cell in enumerate(code_cells(name)):
+        exec(compile("".join(cell["source"]), f"{name}, code cell {number}", "exec"), namespace)
+    assert pyplot.get_fignums()
+    pyplot.close("all")
+    return namespace
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_protect_and_measure(tmp_path, monkeypatch):
+    table = run_notebook("protect_and_measure.ipynb", tmp_path, monkeypatch)["table"]
+    refused, loss = table["harmful refused"], table["held-out loss"]
+    assert refused["LoRA"] < refused["SaLoRA"]
+    assert loss["SaLoRA"] < 0.5 * loss["base"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_audit_and_repair(tmp_path, monkeypatch):
+    found = run_notebook("audit_and_repair.ipynb", tmp_path, monkeypatch)
+    table = found["table"]
+    assert not found["found"].is_outside and found["repaired"].is_outside
+    assert table["harmful refused"]["adapter"] < table["harmful refused"]["repaired"]
+    assert table["held-out loss"]["adapter"] < table["held-out loss"]["repaired"] < table["held-out loss"]["base"]
