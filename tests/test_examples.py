@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import shlex
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from certificate import largest_share_inside
@@ -111,22 +113,47 @@ SHORT += ["--bf16", "False", "--report_to", "none", "--disable_tqdm", "true"]
 MORE = {"trl_grpo.py": ["--num_generations", "2", "--max_completion_length", "8"]}
 
 
-@pytest.mark.parametrize("name", TRL_SCRIPTS)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_script_runs(name, stand_ins, tmp_path, monkeypatch):
-    """With the arguments of its own command, and stand-ins for what that would download; the last ones count."""
+def run_script(name: str, arguments: list[str], stand_ins: Path, out: Path, monkeypatch) -> SafetyModule:
+    """With its arguments, and stand-ins for what they would download; the last ones count. Returns what is saved."""
     pytest.importorskip("trl")
-    arguments = trl_arguments(name)
     replaced = ["--model_name_or_path", stand_ins / "model", "--dataset_name", (stand_ins / name).with_suffix(".jsonl")]
     safety = ["--safety_rank", "8", "--safety_data", stand_ins / "safety.jsonl"]
     if "--safety_module" in arguments:
         safety = ["--safety_rank", "8", "--safety_module", stand_ins / "safety.safetensors"]
-    given = [*arguments, *replaced, *safety, *SHORT, *MORE.get(name, []), "--output_dir", tmp_path / "out"]
+    given = [*arguments, *replaced, *safety, *SHORT, *MORE.get(name, []), "--output_dir", out]
     monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert largest_share_inside(tmp_path / "out") <= 1e-5
-    assert SafetyModule.load(tmp_path / "out").safety_rank == 8
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
+    assert largest_share_inside(out) <= 1e-5
+    return SafetyModule.load(out)
+
+
+@pytest.mark.parametrize("name", TRL_SCRIPTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_script_runs(name, stand_ins, tmp_path, monkeypatch):
+    assert run_script(name, trl_arguments(name), stand_ins, tmp_path, monkeypatch).safety_rank == 8
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_commands_of_sharded_runs(stand_ins, tmp_path, monkeypatch):
+    """
+    As far as a CPU goes: the launcher reads both, and the script takes the safety module, unsharded and in one process.
+    accelerate shards on accelerators only; sharded factors are tested in test_scale_out.py and test_deepspeed.py.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    text = (EXAMPLES.parent / "docs" / "examples.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ +accelerate launch (.*)$", text, re.MULTILINE)
+    fsdp2, zero3 = (launch_command_parser().parse_args(shlex.split(command)) for command in commands)
+    assert fsdp2.training_script == zero3.training_script == "examples/trl_sft.py"
+    assert fsdp2.config_file == "examples/accelerate-fsdp2.yaml"
+    at = zero3.training_script_args.index("--deepspeed")
+    assert zero3.training_script_args[at + 1] == "examples/deepspeed-zero3.json"
+    same = zero3.training_script_args[:at] + zero3.training_script_args[at + 2 :]
+    assert same[:-1] == fsdp2.training_script_args[:-1]  # all but the output's folder
+    taken = run_script("trl_sft.py", fsdp2.training_script_args, stand_ins, tmp_path, monkeypatch)
+    given = SafetyModule.load(stand_ins / "safety.safetensors")
+    assert all(torch.equal(taken.bases[name], basis) for name, basis in given.bases.items())
 
 
 NOTEBOOKS = [file.name for file in sorted(EXAMPLES.glob("*.ipynb"))]
