@@ -425,6 +425,63 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     return configs
 
 
+def _write_example_rows(folder: Path) -> dict[str, str]:
+    """Rows in the columns of the examples' data sets; returns type of a data set -> file."""
+    sums, pairs = list(tiny.sum_rows()), list(tiny.preference_rows())
+    speakers = {"user": "human", "assistant": "gpt"}
+    rows = {
+        "chat_template": [
+            {
+                "conversations": [
+                    {"from": speakers[message["role"]], "value": message["content"]}
+                    for message in (*row["prompt"], *row["completion"])
+                ]
+            }
+            for row in sums
+        ],
+        "chatml.intel": [
+            {
+                "system": "",
+                "question": row["prompt"][0]["content"],
+                "chosen": row["chosen"][0]["content"],
+                "rejected": row["rejected"][0]["content"],
+            }
+            for row in pairs
+        ],
+        "chatml.ultra": [
+            {
+                "prompt": row["prompt"][0]["content"],
+                "completion": row["chosen" if i % 2 else "rejected"][0]["content"],
+                "label": bool(i % 2),
+            }
+            for i, row in enumerate(pairs)
+        ],
+    }
+    for kind, of_kind in rows.items():
+        _write_jsonl(folder / f"{kind}.jsonl", of_kind)
+    return {kind: str(folder / f"{kind}.jsonl") for kind in rows}
+
+
+def _small(example: Path, folder: Path, rows: dict[str, str]) -> dict:
+    """An example with stand-ins for model and data, short, and in the numbers of a CPU."""
+    config = yaml.safe_load(example.read_text())
+    (data,) = config["datasets"]
+    data.update(path=rows[data["type"]], ds_type="json")
+    config["salora"].update(safety_rank=8, safety_data=str(folder / REFUSALS))
+    return config | {
+        "base_model": str(folder / "llama"),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / example.stem),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "sequence_len": 256,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+    }
+
+
 def _write_yaml(file: Path, config: dict) -> str:
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
@@ -455,6 +512,10 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     commands["calibrate elsewhere"] = ["salora-calibrate", files["dpo"], "--out", str(folder / "dpo.safetensors")]
     commands["calibrate with another template"] = ["salora-calibrate", files["another template"]]
     commands["calibrate for LoRA"] = ["salora-calibrate", files["lora"]]
+    rows = _write_example_rows(folder)
+    for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
+        file = _write_yaml(folder / "configs" / example.name, _small(example, folder, rows))
+        commands[example.stem] = ["train", file, "--launcher", "python"]
     commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
     refused = {
         name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
@@ -816,3 +877,13 @@ def test_the_checkpoint_before_a_half_written_one(runs):
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
 def test_examples_are_valid(runs, name):
     assert runs[1]["errors"][name] is None
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
+def test_examples_run(runs, name):
+    """With stand-ins for model and data, in one process."""
+    folder = _ran(runs, name)
+    assert largest_share_inside(folder) <= 1e-5
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
+    if "refusal_share" in (EXAMPLES / f"{name}.yml").read_text():
+        assert "| Refusals mixed in |" in (folder / "checkpoint-2" / "README.md").read_text()
