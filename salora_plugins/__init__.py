@@ -13,6 +13,7 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
+    "attribute": "salora_plugins.attribution",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
@@ -34,6 +35,7 @@ __all__ = [
     "SafetyModule",
     "SafetyMonitorCallback",
     "__version__",
+    "attribute",
     "audit",
     "calibrate",
     "evaluate",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .adapters.export import export_adapter
     from .adapters.projection import project_adapter
     from .adapters.publishing import push_to_hub
+    from .attribution import attribute
     from .calibration import calibrate
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate

@@ -35,6 +35,7 @@ LAYERS = (
     ("tuning",),
     ("tuner",),
     ("registration", "resuming", "evaluation", "replay"),
+    ("attribution",),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

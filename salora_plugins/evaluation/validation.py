@@ -26,6 +26,7 @@ from .removal import random_directions, without_directions
 from .reports.validation_report import RANDOM_SUBSPACES, Measures, SideValidation, ValidationReport
 from .request_sets import Request
 
+
 def validate(
     safety_module: SafetyModule | str | os.PathLike,
     model: nn.Module,
@@ -71,9 +72,7 @@ def validate(
     _check_layers(model, names)
     check_belongs(safety_module, model, names)
     with adapters_disabled(model):
-        rows = with_own_answers(
-            model, tokenizer, harmless, option="harmless", batch_size=batch_size, progress=progress
-        )
+        rows = with_own_answers(model, tokenizer, harmless, option="harmless", batch_size=batch_size, progress=progress)
         ordinary = _ordinary_directions(model, tokenizer, rows, safety_module, batch_size)
         total = 1 + len(safety_module.sides) * (2 + RANDOM_SUBSPACES)
         with tqdm(total=total, desc="validating", unit="state", disable=not progress) as bar:
