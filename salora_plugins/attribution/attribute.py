@@ -341,8 +341,8 @@ def _check_ranks(model: nn.Module, names: Sequence[str], points: Sequence[RankPo
             least = min(narrow.values())
             raise ValueError(
                 f"ranks: {point} is too much for {listed(list(narrow))}, whose weights have at most {least} "
-                f"directions. Give ranks below {least}, or {point.safety}:{point.utility}/{PAPER_OUTPUTS}, which is scaled to each "
-                "layer, or leave these layers out of target_modules."
+                f"directions. Give ranks below {least}, or {point.safety}:{point.utility}/{PAPER_OUTPUTS}, "
+                "which is scaled to each layer, or leave these layers out of target_modules."
             )
 
 

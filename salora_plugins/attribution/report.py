@@ -32,8 +32,8 @@ FAMILY_TITLES: dict[Family, str] = {
 }
 PAPER = (
     "In the paper, for Llama-2-7B-chat: attack success .71 at zero-shot accuracy .59 without the ranks 6:146, .67 at "
-    ".59 without 96:646, 0 at .58 with nothing removed; and an accuracy of .38 without the first safety direction of each "
-    "layer when it is not freed of the utility directions (1:0)."
+    ".59 without 96:646, 0 at .58 with nothing removed; and an accuracy of .38 without the first safety direction of "
+    "each layer when it is not freed of the utility directions (1:0)."
 )
 """What to expect."""
 _COLORS: dict[Family, str] = {"ranks": "#c8553d", "snip": "#2a6f97", "wanda": "#2a9d5c"}

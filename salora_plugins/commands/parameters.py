@@ -42,7 +42,7 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 
 def target_modules_of(given: list[str] | None) -> list[str] | str | None:
-    """Of --target-modules: a single text with characters that no module name has is a regular expression, as in PEFT."""
+    """Of a command: a single text with characters that no module name has is a regular expression, as in PEFT."""
     if not given:
         return None
     if len(given) == 1 and (given[0] == "all-linear" or not set(given[0]) <= _NAME_CHARACTERS):
