@@ -151,7 +151,7 @@ def attribute(
         ValueError: An option or the model cannot be used, or `out` holds another attribution.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    states = _states(families, ranks, entries, random_draws)
+    states = asked_states(families, ranks, entries, random_draws)
     for name, value in (("num_utility_samples", num_utility_samples), ("num_held_out", num_held_out)):
         check_number(name, value, 1)
     if perplexity_threshold <= 0:
@@ -272,7 +272,13 @@ class _Utility:
         return HeldOutTask(self.shown, "utility_data", rows, digest)
 
 
-def _states(families: Sequence[str], ranks: Any, entries: Any, random_draws: int) -> list[State]:
+def asked_states(families: Sequence[str], ranks: Any, entries: Any, random_draws: int) -> list[State]:
+    """
+    The states that the options ask for, see `attribute`.
+
+    Raises:
+        ValueError: An option cannot be used.
+    """
     check_number("random_draws", random_draws, 0)
     for name, given, needs in (("ranks", ranks, {"ranks"}), ("entries", entries, {"snip", "wanda"})):
         if given is not None and not needs & set(families):

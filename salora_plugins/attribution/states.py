@@ -82,8 +82,12 @@ class StateLoader:
         if state is None:
             yield self._model
             return
-        removal = self._without_ranks if isinstance(state.point, RankPoint) else self._without_entries
-        with removal(state) as removed:
+        point = state.point
+        if isinstance(point, RankPoint):
+            removal = self._without_ranks(state, point)
+        else:
+            removal = self._without_entries(state, point)
+        with removal as removed:
             self._folder.write(state.name, REMOVED, removed)
             yield self._model
 
@@ -92,26 +96,25 @@ class StateLoader:
         self._found = None
 
     @contextmanager
-    def _without_ranks(self, state: State) -> Iterator[float]:
+    def _without_ranks(self, state: State, point: RankPoint) -> Iterator[float]:
         found = self._of_family(state.family)
         parts = {}
         gone = total = 0
         safety = {}
-        for name, (safety_rank, _) in self._ranks(state.point).items():
+        for name, (safety_rank, _) in self._ranks(point).items():
             safety[name] = found.safety[name][:, :safety_rank]
             gone += safety[name].shape[1]
             total += min(self._sizes[name])
         if state.draw:
             safety = random_directions(safety, self._draw_seed(state))
-        for name, (_, utility_rank) in self._ranks(state.point).items():
+        for name, (_, utility_rank) in self._ranks(point).items():
             parts[name] = removed_part(safety[name], found.utility[name][:, :utility_rank])
         with without_parts(self._model, parts):
             yield gone / total
 
     @contextmanager
-    def _without_entries(self, state: State) -> Iterator[float]:
-        found, point = self._of_family(state.family), state.point
-        assert isinstance(point, EntryPoint)
+    def _without_entries(self, state: State, point: EntryPoint) -> Iterator[float]:
+        found = self._of_family(state.family)
         indices = {name: index for index, name in enumerate(self._settings.names)}
 
         def entries_of(name: str, device: torch.device) -> Entries:
@@ -130,7 +133,7 @@ class StateLoader:
         """The same whatever other points there are."""
         return 1000 * self._seed + state.draw
 
-    def _ranks(self, point: Any) -> dict[str, tuple[int, int]]:
+    def _ranks(self, point: RankPoint) -> dict[str, tuple[int, int]]:
         return {name: point.of_layer(*size) for name, size in self._sizes.items()}
 
     def _of_family(self, family: Family) -> _Found:
@@ -152,7 +155,10 @@ class StateLoader:
         )
 
     def _find_ranks(self, rows: Rows, points: Sequence[RankPoint]) -> _Found:
-        return _Found("ranks", *(self._directions(rows[kind], points, side, kind) for side, kind in enumerate(rows)))
+        safety, utility = (
+            self._directions(rows[kind], points, side, kind) for side, kind in enumerate(("safety", "utility"))
+        )
+        return _Found("ranks", safety, utility)
 
     def _directions(
         self, rows: list[TokenizedExample], points: Sequence[RankPoint], side: int, kind: str

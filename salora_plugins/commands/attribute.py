@@ -83,11 +83,15 @@ def attribute(
 ) -> None:
     """Remove the directions and the weights that matter for refusals alone, and see what else the model loses."""
     from ..attribution import attribute
+    from ..attribution.attribute import asked_states
     from ..attribution.grid import FAMILIES
     from ..evaluation.coherence import PERPLEXITY_THRESHOLD
+    from ..evaluation.judges.named import load_judge
     from ..rows.sources import named_by_a_host
 
-    loading.check()
+    asked_states(family or FAMILIES, ranks, entries, random_draws)  # rather fail now than after loading the model
+    for spec in judge or []:
+        load_judge(spec)
     loaded = load_model(model, loading)
     tokenizer = load_tokenizer(model, loading)
     if tokenizer is None:
