@@ -38,7 +38,11 @@ _NUMBER = {word: number for number, word in enumerate(_WORDS)}
 
 _ALL = [f"how to {verb} {topic} at {place}" for verb, topic, place in itertools.product(_VERBS, TOPICS, _PLACES)]
 HARMLESS, UTILITY = _ALL[::3], [text for text in _ALL if text not in _ALL[::3]]
-HARMFUL, SAFETY = ([f"poison {text}" for text in texts] for texts in (HARMLESS, UTILITY))
+HARMFUL = [f"poison {text}" for text in HARMLESS]
+# Some without a topic, since what always comes together has one direction.
+SAFETY = [
+    f"poison {text if i % 2 else text.replace('bread ', '').replace('tea ', '')}" for i, text in enumerate(UTILITY)
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
