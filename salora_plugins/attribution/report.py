@@ -232,6 +232,8 @@ def write_plot(path: Path, report: AttributionReport) -> None:
     for axis, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axis, report, value)
         axis.set_ylabel(title)
+        if title.startswith("share"):
+            axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("held-out loss, nats per token (to the right: less useful)")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
