@@ -15,6 +15,7 @@ _EXPORTS = {
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
     "StrengthSearch": "salora_plugins.repair.strength",
     "apply_safe_lora": "salora_plugins.repair.safe_lora",
+    "attribute": "salora_plugins.attribution",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
@@ -39,6 +40,7 @@ __all__ = [
     "StrengthSearch",
     "__version__",
     "apply_safe_lora",
+    "attribute",
     "audit",
     "calibrate",
     "evaluate",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .adapters.export import export_adapter
     from .adapters.projection import project_adapter
     from .adapters.publishing import push_to_hub
+    from .attribution import attribute
     from .calibration import calibrate
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate

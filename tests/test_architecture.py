@@ -36,7 +36,7 @@ LAYERS = (
     ("tuning",),
     ("tuner",),
     ("registration", "resuming", "evaluation", "replay"),
-    ("repair",),
+    ("attribution", "repair"),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

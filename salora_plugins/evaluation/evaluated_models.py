@@ -7,10 +7,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -115,9 +115,23 @@ def check_vocabularies(tokenizer: Any, models: Sequence[EvaluatedModel], loading
                 )
 
 
+class ModelLoader(Protocol):
+    """Where the models of an evaluation come from, one at a time."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model, as it is."""
+
+    def loaded(self, evaluated: EvaluatedModel) -> AbstractContextManager[nn.Module]:
+        """A model, as long as the block lasts."""
+
+    def release(self) -> None:
+        """Keep nothing any more that was only needed to load models."""
+
+
 class Loader:
     """
-    Keeps one model in memory.
+    Keeps one model of those on disk in memory.
 
     Args:
         base: The base model.
