@@ -1,0 +1,1 @@
+"""Ways to find the protected directions of a layer, each registered as a basis method."""
