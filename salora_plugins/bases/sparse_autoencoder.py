@@ -1,4 +1,4 @@
-"""Sparse autoencoders (SAEs) in the format of sae-lens: encoder, decoder directions, and where in a model they belong."""
+"""Sparse autoencoders (SAEs) as sae-lens saves them: encoder, decoder directions, and where in a model they belong."""
 
 from __future__ import annotations
 
