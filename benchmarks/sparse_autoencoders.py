@@ -87,7 +87,11 @@ def train(rows: Tensor, hook_name: str, *, features: int, active: int, samples: 
         autoencoder.W_enc.copy_(starts.T)
     batch = 512
     settings = SAETrainerConfig(
-        total_training_samples=samples, train_batch_size_samples=batch, lr=1e-3, lr_decay_steps=samples // batch // 3
+        total_training_samples=samples,
+        train_batch_size_samples=batch,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_decay_steps=samples // batch // 3,
     )
     trainer = SAETrainer(settings, autoencoder, _epochs(rows, batch, seed))
     return trainer.fit()

@@ -101,6 +101,8 @@ def summary(safety_module: SafetyModule) -> str:
         data += f" ({provenance.get('refusals', '?')} refusals to {provenance['requests']} requests)"
     positions = one_line(provenance.get("safety_positions", ""))
     lines.append(f"{data}, {provenance.get('positions_counted', '?')} {positions} positions")
+    if not safety_module.protects:
+        lines.insert(0, "SAILS: directions that a training starts in. Nothing is protected.")
     engine = one_line(provenance.get("engine", "unknown"))
     if "sketch_width" in provenance:
         inputs = f", of inputs {provenance['input_sketch_width']}" if "input_sketch_width" in provenance else ""

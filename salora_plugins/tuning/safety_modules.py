@@ -95,7 +95,9 @@ def safety_module_of_checkpoint(
 
 
 def bases_of(safety_module: SafetyModule, name: str) -> dict[Side, Tensor]:
-    """The bases of one module: U_C and, where there is an input side, V_C."""
+    """The bases that one module's update is kept out of: U_C and, where there is an input side, V_C; of SAILS none."""
+    if not safety_module.protects:
+        return {}
     return {side: found.bases[name] for side, found in safety_module.sides.items()}
 
 
@@ -114,6 +116,7 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     """
     given = config.safety_module
     safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
+    _check_variant(config, safety_module)
     positions = safety_module.provenance.get("safety_positions")
     if config.safety_positions is not None and positions not in (None, config.safety_positions):
         raise ValueError(
@@ -141,6 +144,23 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
             stacklevel=3,
         )
     return safety_module
+
+
+def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """
+    Raises:
+        ValueError: Directions to start in are to protect, or those of a safety module are to start in.
+    """
+    if safety_module.protects and config.variant == "sails":
+        raise ValueError(
+            "variant='sails' with a safety module, whose directions are to be kept out of: leave safety_module out and "
+            "set sae and contrastive_data, or give what a SAILS adapter was saved with."
+        )
+    if not safety_module.protects and config.variant != "sails":
+        raise ValueError(
+            f"variant={config.variant!r} with the directions that a SAILS adapter starts in, which protect nothing. "
+            "Calibrate with basis_method='sae' for a safety module of such directions, or set variant='sails'."
+        )
 
 
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
