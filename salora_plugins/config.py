@@ -97,9 +97,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Start of the factors. "task": the weight's top singular directions, their output side restricted to
             what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
             "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. "sails": that of
-            the variant, and of no other. None of them changes what the model computes before the first step. `None` means "zero" with an input side, and "task"
-            without one or where an option of the task start is given: `task_data`, another `task_rank` or
-            `num_task_samples` than by default.
+            the variant, and of no other. None of them changes what the model computes before the first step. `None`
+            means "zero" with an input side, and "task" without one or where an option of the task start is given:
+            `task_data`, another `task_rank` or `num_task_samples` than by default.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,

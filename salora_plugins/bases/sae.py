@@ -37,7 +37,7 @@ VARIANCE = 0.8
 _ROWS_AT_ONCE = 1024
 # What SAEs may take together, in bytes; others wait for a further pass of the model.
 _BYTES_AT_ONCE = 4 * 2**30
-# A singular value this much smaller than the largest is rounding error.
+# What is this much smaller than what it is compared with, is rounding error.
 _NEGLIGIBLE = 1e-6
 
 
@@ -96,7 +96,8 @@ def top_features(safe: Tensor, unsafe: Tensor, share: float) -> Tensor:
     difference = (safe.double() - unsafe.double()).abs()
     most = max(1, int(share * difference.shape[0]))
     order = difference.argsort(descending=True, stable=True)[:most]
-    return order[difference[order] > 0]
+    rounding = _NEGLIGIBLE * torch.maximum(safe.double().abs(), unsafe.double().abs())
+    return order[(difference > rounding)[order]]
 
 
 def principal_directions(directions: Tensor) -> tuple[Tensor, Tensor]:
