@@ -155,7 +155,7 @@ def test_an_autoencoder_that_is_none_is_refused(kind, parts, told):
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(CalibrationError, match="no such folder.*RELEASE:ID"):
+    with pytest.raises(CalibrationError, match=r"no such folder.*RELEASE:ID"):
         load_autoencoder(str(tmp_path / "nothing"))
     with pytest.raises(CalibrationError, match=r"the folder has no cfg.json"):
         load_autoencoder(str(tmp_path))
@@ -280,7 +280,7 @@ def test_pairs_of_plain_texts_and_of_token_ids():
 
 def test_rows_that_are_no_pairs():
     good = {"prompt": "Do harm.", "chosen": CHOSEN, "rejected": REJECTED}
-    with pytest.raises(DataError, match="row 2 of contrastive_data.*no `rejected`"):
+    with pytest.raises(DataError, match=r"row 2 of contrastive_data.*no `rejected`"):
         load_pairs([good, {"prompt": "x", "chosen": "y"}], option="contrastive_data")
     equal = {**good, "rejected": CHOSEN}
     other = {"chosen": [USER, turn("a")], "rejected": [{**USER, "content": "Else"}, turn("b")]}
