@@ -30,6 +30,7 @@ LAYERS = (
     ("inference",),
     ("lora_options",),
     ("config",),
+    ("bases",),
     ("calibration", "parametrization"),
     ("adapters",),
     ("tuning",),
