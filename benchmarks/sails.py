@@ -4,9 +4,9 @@ What the subspace of a sparse autoencoder's features captures, keeps and teaches
     python -m benchmarks.sails run --out outputs/sails
     python -m benchmarks.sails write --results outputs/sails
 
-`run` needs `pip install 'salora-plugins[sae,demo]'` and minutes on a CPU: it trains an autoencoder a layer with sae-lens
-for the demo's model and for one that has lost its refusals. `write` puts what was measured into docs/evidence/sails.json
-and into the tables of docs/methods/sails.md. A part whose file is there is not run again.
+`run` needs `pip install 'salora-plugins[sae,demo]'` and minutes on a CPU: it trains an autoencoder a layer with
+sae-lens, for the demo's model and for one that has lost its refusals. `write` puts what was measured into
+docs/evidence/sails.json and into the tables of docs/methods/sails.md. A part whose file is there is not run again.
 """
 
 from __future__ import annotations
