@@ -12,7 +12,6 @@ docs/evidence/sails.json and into the tables of docs/methods/sails.md. A part wh
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 from . import tables
 from .runs import EVIDENCE, made_once, read_json, write_json
 
-PAGE = EVIDENCE.parent / "methods" / "sails.md"
+DOCUMENT = EVIDENCE.parent / "methods" / "sails.md"
 RESULT = EVIDENCE / "sails.json"
 WRITERS = ["o_proj", "down_proj"]
 LAYERS = range(4)
@@ -297,8 +296,9 @@ def by_seeds_table(results: dict[str, Any], label: str) -> str:
     return tables.markdown([label, "refused", "look-alikes refused", "task right", "task loss"], rows)
 
 
-def page_tables(results: dict[str, Any]) -> dict[str, str]:
-    """Name -> table of docs/methods/sails.md."""
+def document_tables() -> dict[str, str]:
+    """Name -> table of docs/methods/sails.md, from what was published."""
+    results = read_json(RESULT)
     return {
         "captured": captured_table(results["captured"]),
         "kept": by_seeds_table(results["kept"], "method"),
@@ -327,7 +327,7 @@ def main() -> None:
             which: read_json(args.results / f"sae-{which}" / "measured.json") for which in ("demo", "unsafe")
         }
         write_json(RESULT, {**found, "autoencoders": autoencoder})
-    tables.write(PAGE, page_tables(json.loads(RESULT.read_text(encoding="utf-8"))))
+    tables.write(DOCUMENT, document_tables())
 
 
 if __name__ == "__main__":

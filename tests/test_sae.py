@@ -8,13 +8,17 @@ import math
 import numpy
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 import tiny
+from salora_plugins import SafetyModule, SaLoRAConfig, audit, calibrate, export, load_for_training, project
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
+from salora_plugins.inspection import summary
 from salora_plugins.models.residual import residual_writer
+from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
 from salora_plugins.rows.pairs import load_pairs, tokenize_pairs
 
@@ -293,3 +297,393 @@ def test_rows_that_are_no_pairs():
         tokenize_pairs(pairs, tiny.tokenizer(), max_length=5, option="contrastive_data")
     with pytest.raises(DataError, match="no tokenizer"):
         tokenize_pairs(pairs, None, max_length=5, option="contrastive_data")
+
+
+# A model with constructed autoencoders: the planted feature fires on the token that all safe responses consist of.
+
+SAFE_TOKEN, UNSAFE_TOKEN = 100, 150
+ARCHITECTURES_OF_MODELS = {
+    "llama": (tiny.llama, ["o_proj", "down_proj"]),
+    "qwen2": (tiny.qwen2, ["o_proj"]),
+    "gpt2": (tiny.gpt2, ["attn.c_proj", "mlp.c_proj"]),
+}
+WIDTH, LAYERS = 64, 2
+
+
+def pairs(count: int = 6) -> list[dict[str, list[int]]]:
+    """Rows of token ids: prompts of other tokens, responses of one token each."""
+    prompts = [row["input_ids"][:6] for row in tiny.token_rows(count, seed=8)]
+    return [
+        {"prompt_ids": prompt, "chosen_ids": [SAFE_TOKEN] * 5, "rejected_ids": [UNSAFE_TOKEN] * 4}
+        for prompt in ([token for token in row if token not in (SAFE_TOKEN, UNSAFE_TOKEN)] for row in prompts)
+    ]
+
+
+def blocks(model) -> list[torch.nn.Module]:
+    return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
+
+
+def stream(model, layer: int, token: int) -> torch.Tensor:
+    """What a block puts out at the responses' positions, (n, d)."""
+    found = []
+
+    def hook(module, args, output) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output)[0, -4:])
+
+    handle = blocks(model)[layer].register_forward_hook(hook)
+    with torch.no_grad():
+        for row in pairs():
+            model(input_ids=torch.tensor([row["prompt_ids"] + [token] * 4]))
+    handle.remove()
+    return torch.cat(found)
+
+
+def planted(folder, model, count: int = 1, width: int = WIDTH) -> tuple[str, dict[int, torch.Tensor]]:
+    """
+    Autoencoders of all layers with `count` features that fire on the safe token only, others that fire everywhere, and
+    others that never do. Returns the option `sae`, and layer -> the planted directions (d, count).
+    """
+    directions = {}
+    for layer in range(LAYERS):
+        safe, unsafe = stream(model, layer, SAFE_TOKEN), stream(model, layer, UNSAFE_TOKEN)
+        reader = safe.mean(dim=0) - unsafe.mean(dim=0)
+        threshold = ((safe @ reader).min() + (unsafe @ reader).max()) / 2
+        assert (safe @ reader).min() > threshold > (unsafe @ reader).max()
+        parts = weights("standard", width, 20, seed=layer)
+        parts["W_enc"].zero_()
+        parts["b_dec"].zero_()
+        parts["b_enc"][:] = torch.linspace(-1, 1, 20)
+        parts["W_enc"][:WIDTH, :count] = reader[:width, None] * torch.linspace(1, 2, count)
+        parts["b_enc"][:count] = -threshold * torch.linspace(1, 2, count)
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+        saved(folder / f"layer_{layer}", kind, parts)
+        directions[layer] = torch.linalg.qr(parts["W_dec"][:count].double().T).Q
+    return f"{folder}/layer_{{layer}}", directions
+
+
+def overlap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The smallest cosine of the principal angles between two subspaces."""
+    return torch.linalg.svdvals(found.double().T @ expected).min().item()
+
+
+def sae_config(sae: str | dict, **options) -> SaLoRAConfig:
+    defaults = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["o_proj", "down_proj"],
+        "basis_method": "sae",
+        "sae": sae,
+        "contrastive_data": pairs(),
+        "input_safety_rank": 0,
+        "init": "zero",
+        "task_type": "CAUSAL_LM",
+    }
+    return SaLoRAConfig(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES_OF_MODELS)
+def test_a_planted_direction_is_found_and_kept_out_of(architecture, tmp_path):
+    make, targets = ARCHITECTURES_OF_MODELS[architecture]
+    model = make()
+    sae, directions = planted(tmp_path, model, count=3)
+    model = get_peft_model(model, sae_config(sae, target_modules=targets, safety_rank=3))
+    safety_module = model.base_model.safety_module()
+    for name, basis in safety_module.bases.items():
+        assert basis.shape == (WIDTH, 3)
+        assert overlap(basis, directions[residual_writer(name).layer]) > 1 - 1e-6
+    assert set(safety_module.sides) == {"output"}
+    assert safety_module.provenance["sae"] == sae and safety_module.provenance["basis_method"] == "sae"
+    train_a_little(model)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    assert audit(folder).is_outside and audit(folder).largest_shares["output"] < 1e-6
+
+
+def test_the_default_rank_is_a_share_of_the_variance(tmp_path):
+    model = tiny.llama()
+    sae, directions = planted(tmp_path, model, count=10)
+    found = calibrate(model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5)))
+    for name, basis in found.bases.items():
+        _, layer, *_ = name.split("layers")[1].split(".")
+        rows = load_autoencoder(sae.replace("{layer}", layer)).decoder[:10].double().numpy()
+        values = numpy.linalg.svd(rows / numpy.linalg.norm(rows, axis=1, keepdims=True), compute_uv=False)
+        shares = (values**2).cumsum() / (values**2).sum()
+        assert basis.shape[1] == int((shares >= 0.8).argmax()) + 1
+        assert found.sides["output"].captured_energy[name] == pytest.approx(shares[basis.shape[1] - 1], rel=1e-4)
+    more = calibrate(model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5, safety_rank=0.95)))
+    entropy = calibrate(
+        model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5, safety_rank="entropy:0.5"))
+    )
+    for name, basis in found.bases.items():
+        assert entropy.bases[name].shape[1] < basis.shape[1] < more.bases[name].shape[1]
+    # All that a file has is taken of it, though the default is a number.
+    more.save(tmp_path / "more.safetensors")
+    wrapped = get_peft_model(
+        tiny.llama(), SaLoRAConfig(target_modules=["o_proj", "down_proj"], safety_module=tmp_path / "more.safetensors")
+    )
+    assert wrapped.base_model.safety_module().bases.keys() == more.bases.keys()
+
+
+def test_the_input_side_is_found_as_always(tmp_path):
+    model = tiny.llama()
+    sae, directions = planted(tmp_path, model)
+    options = {"safety_data": tiny.token_rows(16), "input_safety_rank": 8, "calibration_cache": False}
+    usual = calibrate(model, target_modules=["o_proj", "down_proj"], safety_rank=4, **options)
+    found = calibrate(model, **options_of_calibration(sae_config(sae, **options)))
+    for name, basis in found.input_bases.items():
+        torch.testing.assert_close(basis, usual.input_bases[name])
+        assert overlap(found.bases[name], directions[residual_writer(name).layer]) > 1 - 1e-6
+    assert found.provenance["safety_samples"] == 16
+
+
+def options_of_calibration(config: SaLoRAConfig) -> dict:
+    names = ("target_modules", "basis_method", "sae", "contrastive_data", "contrastive_positions", "sae_feature_share")
+    more = ("safety_rank", "input_safety_rank", "safety_data", "calibration_cache", "layers_to_transform", "variant")
+    return {name: getattr(config, name) for name in (*names, *more)}
+
+
+def train_a_little(model, steps: int = 3, seed: int = 0) -> None:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        batch = tiny.token_batch(seed=seed + step)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_mappings_of_layers(tmp_path):
+    model = tiny.llama()
+    sae, directions = planted(tmp_path, model)
+    of_layers = {"1": sae}
+    found = calibrate(model, **options_of_calibration(sae_config(of_layers, layers_to_transform=[1])))
+    assert all(overlap(basis, directions[1]) > 1 - 1e-6 for basis in found.bases.values())
+    with pytest.raises(CalibrationError, match=r"sae has none for layer 0.*it has some for 1.*layers_to_transform"):
+        calibrate(model, **options_of_calibration(sae_config(of_layers)))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"target_modules": ["q_proj", "o_proj"]},
+            r"q_proj' .*do not write into the residual stream.*exclude_modules=",
+        ),
+        ({"sae": None}, "needs SAEs"),
+        ({"sae": "{folder}/layer_0"}, r"is for layer 0 .*down_proj|o_proj is in layer 1"),
+        ({"sae": "{folder}/nothing_{layer}"}, "no such folder"),
+        ({"contrastive_data": None}, "give contrastive_data"),
+        ({"contrastive_positions": "prompt"}, "share their prompt"),
+        ({"sae_feature_share": 0.0}, "sae_feature_share=0.0"),
+        ({"safety_rank": 40}, r"safety_rank=40, but the kept features of .* have 1 directions"),
+        ({"contrastive_data": "same"}, "no feature differs"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(options, told, tmp_path):
+    model = tiny.llama()
+    sae, _ = planted(tmp_path, model)
+    options = {"sae": sae, **options}
+    if isinstance(options["sae"], str):
+        options["sae"] = options["sae"].replace("{folder}", str(tmp_path))
+    if options.get("contrastive_data") == "same":
+        # Nothing but the order differs, and the planted feature fires as often in both.
+        row = {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [7, 9]}
+        options["contrastive_data"] = [row]
+        never_firing(tmp_path)
+    with pytest.raises(CalibrationError, match=told):
+        calibrate(model, **options_of_calibration(sae_config(**options)))
+
+
+def never_firing(folder) -> None:
+    for layer in range(LAYERS):
+        parts = weights("standard", WIDTH, 20)
+        parts["W_enc"].zero_()
+        parts["b_enc"][:] = -1
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+        saved(folder / f"layer_{layer}", kind, parts)
+
+
+@pytest.mark.parametrize(
+    ("hook", "width", "told"),
+    [
+        ("blocks.{layer}.hook_resid_post", 32, "activations of 32 numbers, and .* writes 64"),
+        ("blocks.{layer}.hook_mlp_out", WIDTH, "into which .*o_proj does not write: leave o_proj out"),
+        ("blocks.{layer}.attn.hook_z", WIDTH, r"must be for the residual stream behind its layer"),
+    ],
+)
+def test_an_autoencoder_of_another_place_is_refused(hook, width, told, tmp_path):
+    for layer in range(LAYERS):
+        kind = {"architecture": "standard", "metadata": {"hook_name": hook.replace("{layer}", str(layer))}}
+        saved(tmp_path / f"layer_{layer}", kind, weights("standard", width, 20))
+    with pytest.raises(CalibrationError, match=told):
+        calibrate(tiny.llama(), **options_of_calibration(sae_config(f"{tmp_path}/layer_{{layer}}")))
+
+
+def test_an_autoencoder_of_what_the_mlp_adds(tmp_path):
+    """Its features are read where the MLP ends."""
+    model = tiny.llama()
+    direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(6))
+    for layer in range(LAYERS):
+        found: list[torch.Tensor] = []
+        handle = blocks(model)[layer].mlp.register_forward_hook(lambda m, a, output: found.append(output[0, -4:]))
+        for token in (SAFE_TOKEN, UNSAFE_TOKEN):
+            with torch.no_grad():
+                model(input_ids=torch.tensor([pairs()[0]["prompt_ids"] + [token] * 4]))
+        handle.remove()
+        parts = weights("standard", WIDTH, 20)
+        parts["W_enc"].zero_()
+        parts["b_enc"][:], parts["b_dec"][:] = -1, 0
+        reader = found[0].mean(dim=0) - found[1].mean(dim=0)
+        parts["W_enc"][:, 0] = reader
+        parts["b_enc"][0] = -((found[0] @ reader).min() + (found[1] @ reader).max()) / 2
+        parts["W_dec"][0] = direction
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_mlp_out"}}
+        saved(tmp_path / f"layer_{layer}", kind, parts)
+    options = {"target_modules": ["down_proj"], "contrastive_data": pairs()[:1]}
+    found = calibrate(model, **options_of_calibration(sae_config(f"{tmp_path}/layer_{{layer}}", **options)))
+    expected = (direction / direction.norm()).double()[:, None]
+    assert all(overlap(basis, expected) > 1 - 1e-6 for basis in found.bases.values())
+
+
+# SAILS: a start in the subspace, and no protection.
+
+
+def sails_config(sae: str | dict, **options) -> SaLoRAConfig:
+    own = {"variant": "sails", "init": None, "basis_method": "salora", "input_safety_rank": None}
+    return sae_config(sae, **{**own, "sae_feature_share": 0.5, **options})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES_OF_MODELS)
+def test_sails_starts_in_the_subspace_at_the_very_model(architecture, tmp_path):
+    make, targets = ARCHITECTURES_OF_MODELS[architecture]
+    model = make()
+    batch = tiny.token_batch()
+    before = model(input_ids=batch).logits.detach()
+    sae, directions = planted(tmp_path, model, count=5)
+    wrapped = get_peft_model(model, sails_config(sae, target_modules=targets))
+    torch.testing.assert_close(wrapped(input_ids=batch).logits, before, rtol=1e-4, atol=1e-4 * before.abs().max())
+    subspaces = wrapped.base_model.safety_module().bases
+    for name, subspace in subspaces.items():
+        layer = wrapped.base_model.model.get_submodule(name)
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        torch.testing.assert_close(trained_factor(b).detach(), 0.1 * subspace[:, :2])
+        assert overlap(trained_factor(b).detach() * 10, directions[residual_writer(name).layer]) > 1 - 1e-5
+        assert torch.equal(safe_factor(b).offset, trained_factor(b)) and safe_factor(b).basis is None
+        assert trained_factor(a).abs().max() > 0 and safe_factor(a).basis is None
+        assert not layer.get_delta_weight("default").any()
+    assert wrapped.peft_config["default"].init == "sails"
+
+
+def test_sails_trains_within_and_outside_and_claims_nothing(tmp_path, capsys):
+    model = tiny.llama()
+    sae, directions = planted(tmp_path, model, count=5)
+    wrapped = get_peft_model(model, sails_config(sae))
+    train_a_little(wrapped)
+    wrapped.eval()
+    folder, batch = tmp_path / "adapter", tiny.token_batch()
+    wrapped.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(tiny.llama(), folder).eval()
+    torch.testing.assert_close(loaded(input_ids=batch).logits, wrapped(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
+    assert type(loaded.peft_config["default"]) is LoraConfig and loaded.peft_config["default"].r == 4
+    with pytest.raises(ValueError, match="directions that a SAILS adapter starts in, and nothing is kept out of them"):
+        audit(folder)
+    card = (folder / "README.md").read_text()
+    assert "## SAILS" in card and "Protected | nothing" in card and "there is no certificate" in card
+    assert "‖" not in card and "salora" not in card.split("---")[1].replace("salora-plugins", "")
+    assert not SafetyModule.load(folder).protects
+    assert summary(SafetyModule.load(folder)).startswith("SAILS: directions that a training starts in. Nothing is prot")
+    project_to = tmp_path / "projected"
+    with pytest.raises(ValueError, match="directions that a SAILS adapter starts in"):
+        project(folder, folder, project_to)
+    assert not project_to.exists()
+    usual = calibrate(
+        tiny.llama(), target_modules=["o_proj", "down_proj"], safety_rank=4, safety_data=tiny.token_rows(8)
+    )
+    assert audit(folder, usual).verdict == "inside"
+    assert export(folder, tmp_path / "exported").safety_shares is None
+
+
+def test_a_resumed_sails_run_equals_an_uninterrupted_one(tmp_path):
+    model = tiny.llama()
+    sae, _ = planted(tmp_path, model, count=5)
+    trained = {}
+    for interrupted in (False, True):
+        torch.manual_seed(3)
+        wrapped = get_peft_model(tiny.llama(), sails_config(sae))
+        step_with_sgd(wrapped, range(2))
+        if interrupted:
+            wrapped.save_pretrained(tmp_path / "checkpoint")
+            wrapped = load_for_training(tiny.llama(), tmp_path / "checkpoint")
+            assert wrapped.peft_config["default"].variant == "sails"
+        step_with_sgd(wrapped, range(2, 4))
+        trained[interrupted] = get_peft_model_state_dict(wrapped)
+    assert trained[True].keys() == trained[False].keys()
+    for name, tensor in trained[False].items():
+        torch.testing.assert_close(trained[True][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def step_with_sgd(model, numbers) -> None:
+    """Without a state of the optimizer."""
+    for number in numbers:
+        batch = tiny.token_batch(seed=number)
+        model(input_ids=batch, labels=batch).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-2 * parameter.grad
+                    parameter.grad = None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"init": "zero"}, "start of its own"),
+        ({"basis_method": "actsvd"}, "takes the directions of 'sae'"),
+        ({"safety_data": ["a request"]}, "safety_data=.* protects nothing"),
+        ({"input_safety_rank": 4}, "input_safety_rank=.* protects nothing"),
+        ({"safety_positions": "prompt"}, "safety_positions=.* protects nothing"),
+        ({"variant": "two-sided", "init": "sails", "basis_method": "sae"}, "the start of variant='sails'"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_sails(options, told):
+    with pytest.raises(ValueError, match=told):
+        sails_config("folder/layer_{layer}", **options)
+
+
+def test_more_rank_than_the_subspace_has_is_refused(tmp_path):
+    model = tiny.llama()
+    sae, _ = planted(tmp_path, model, count=5)
+    with pytest.raises(ValueError, match=r"r=9, but the SAE subspace of .*o_proj has \d directions"):
+        get_peft_model(model, sails_config(sae, r=9))
+
+
+def test_directions_to_protect_and_to_start_in_are_not_confused(tmp_path):
+    model = tiny.llama()
+    sae, _ = planted(tmp_path, model, count=5)
+    get_peft_model(tiny.llama(), sails_config(sae)).save_pretrained(tmp_path / "sails")
+    with pytest.raises(ValueError, match="variant='two-sided' with the directions that a SAILS adapter starts in"):
+        get_peft_model(
+            tiny.llama(), SaLoRAConfig(target_modules=["o_proj", "down_proj"], safety_module=tmp_path / "sails")
+        )
+    protecting = calibrate(model, **options_of_calibration(sae_config(sae)))
+    with pytest.raises(ValueError, match="variant='sails' with a safety module"):
+        get_peft_model(tiny.llama(), SaLoRAConfig(variant="sails", target_modules=["o_proj"], safety_module=protecting))
+
+
+def test_trl_arguments_make_the_same_configuration(tmp_path):
+    trl = pytest.importorskip("trl")
+    from salora_plugins.integrations.trl import SaLoRAArguments, get_peft_config
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pairs()[0]) + "\n")
+    sae, _ = planted(tmp_path, tiny.llama(), count=5)
+    given = ["--use_salora", "--variant", "sails", "--sae", sae, "--contrastive_data", str(file)]
+    parser = trl.TrlParser((trl.ModelConfig, SaLoRAArguments))
+    model_args, salora_args = parser.parse_args_and_config(
+        [*given, "--sae_feature_share", "0.5", "--lora_r", "2", "--lora_target_modules", "o_proj"]
+    )
+    found = get_peft_config(model_args, salora_args)
+    assert (found.variant, found.init, found.sae, found.contrastive_data) == ("sails", "sails", sae, str(file))
+    wrapped = get_peft_model(tiny.llama(), found)
+    assert len(wrapped.base_model.safety_module().bases) == LAYERS
