@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 
 import tiny
-from salora_plugins import SafetyModule, SaLoRAConfig, audit, calibrate, export, load_for_training, project
+from salora_plugins import SafetyModule, SaLoRAConfig, audit, calibrate, export_adapter, load_for_training
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
@@ -401,7 +401,7 @@ def test_a_planted_direction_is_found_and_kept_out_of(architecture, tmp_path):
 
 def test_the_default_rank_is_a_share_of_the_variance(tmp_path):
     model = tiny.llama()
-    sae, directions = planted(tmp_path, model, count=10)
+    sae, _ = planted(tmp_path, model, count=10)
     found = calibrate(model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5)))
     for name, basis in found.bases.items():
         _, layer, *_ = name.split("layers")[1].split(".")
@@ -525,7 +525,7 @@ def test_an_autoencoder_of_what_the_mlp_adds(tmp_path):
     direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(6))
     for layer in range(LAYERS):
         found: list[torch.Tensor] = []
-        handle = blocks(model)[layer].mlp.register_forward_hook(lambda m, a, output: found.append(output[0, -4:]))
+        handle = blocks(model)[layer].mlp.register_forward_hook(lambda m, a, output, into=found: into.append(output[0, -4:]))
         for token in (SAFE_TOKEN, UNSAFE_TOKEN):
             with torch.no_grad():
                 model(input_ids=torch.tensor([pairs()[0]["prompt_ids"] + [token] * 4]))
@@ -600,7 +600,7 @@ def test_sails_trains_within_and_outside_and_claims_nothing(tmp_path, capsys):
         tiny.llama(), target_modules=["o_proj", "down_proj"], safety_rank=4, safety_data=tiny.token_rows(8)
     )
     assert audit(folder, usual).verdict == "inside"
-    assert export(folder, tmp_path / "exported").safety_shares is None
+    assert export_adapter(folder, tmp_path / "exported").safety_shares is None
 
 
 def test_a_resumed_sails_run_equals_an_uninterrupted_one(tmp_path):
