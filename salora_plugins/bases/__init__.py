@@ -1,1 +1,1 @@
-"""Ways to find the protected directions of a layer, each registered as a basis method."""
+"""Ways to find safety directions beside SaLoRA's own, each a basis method that says what it needs."""
