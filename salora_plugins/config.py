@@ -266,7 +266,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}: "
                 f"leave it out{', or set basis_method to one that reads it: ' + ', '.join(readers) if readers else ''}."
             )
-        if unread := given(needs.unread_options):
+        if unread := given(needs.unread_options(self.has_input_side)):
             raise ValueError(
                 f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}, "
                 "which reads no safety data: leave it out."
@@ -324,16 +324,20 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             return self.safety_positions
         return "prompt" if self.has_input_side else "response"
 
-    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[Side, dict[str, Rank]]:
+    def safety_ranks(
+        self, default_input_ranks: Mapping[str, int], default_ranks: Mapping[str, Rank] | None = None
+    ) -> dict[Side, dict[str, Rank]]:
         """
         Args:
             default_input_ranks: Module name -> rank of its input side where no option names one.
+            default_ranks: The same of the output side; None: `safety_rank`.
 
         Returns:
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
         names = default_input_ranks.keys()
-        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        output = self.safety_rank if default_ranks is None else default_ranks
+        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, output, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
             default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank

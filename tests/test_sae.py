@@ -12,7 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 
 import tiny
-from salora_plugins import SafetyModule, SaLoRAConfig, audit, calibrate, export_adapter, load_for_training
+from salora_plugins import (
+    SafetyModule,
+    SaLoRAConfig,
+    audit,
+    calibrate,
+    export_adapter,
+    load_for_training,
+    project_adapter,
+)
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
@@ -314,7 +322,7 @@ def pairs(count: int = 6) -> list[dict[str, list[int]]]:
     """Rows of token ids: prompts of other tokens, responses of one token each."""
     prompts = [row["input_ids"][:6] for row in tiny.token_rows(count, seed=8)]
     return [
-        {"prompt_ids": prompt, "chosen_ids": [SAFE_TOKEN] * 5, "rejected_ids": [UNSAFE_TOKEN] * 4}
+        {"prompt_ids": prompt, "chosen_ids": [SAFE_TOKEN] * 4, "rejected_ids": [UNSAFE_TOKEN] * 4}
         for prompt in ([token for token in row if token not in (SAFE_TOKEN, UNSAFE_TOKEN)] for row in prompts)
     ]
 
@@ -338,7 +346,14 @@ def stream(model, layer: int, token: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def planted(folder, model, count: int = 1, width: int = WIDTH) -> tuple[str, dict[int, torch.Tensor]]:
+def reader_of(safe: torch.Tensor, unsafe: torch.Tensor) -> torch.Tensor:
+    """A direction (d,) whose product is 1 with the rows of the one, and -1 with those of the other."""
+    rows = torch.cat([safe, unsafe]).double()
+    sides = torch.cat([torch.ones(len(safe)), -torch.ones(len(unsafe))]).double()
+    return (torch.linalg.pinv(rows) @ sides).float()
+
+
+def planted(folder, model, count: int = 1) -> tuple[str, dict[int, torch.Tensor]]:
     """
     Autoencoders of all layers with `count` features that fire on the safe token only, others that fire everywhere, and
     others that never do. Returns the option `sae`, and layer -> the planted directions (d, count).
@@ -346,15 +361,13 @@ def planted(folder, model, count: int = 1, width: int = WIDTH) -> tuple[str, dic
     directions = {}
     for layer in range(LAYERS):
         safe, unsafe = stream(model, layer, SAFE_TOKEN), stream(model, layer, UNSAFE_TOKEN)
-        reader = safe.mean(dim=0) - unsafe.mean(dim=0)
-        threshold = ((safe @ reader).min() + (unsafe @ reader).max()) / 2
-        assert (safe @ reader).min() > threshold > (unsafe @ reader).max()
-        parts = weights("standard", width, 20, seed=layer)
+        reader = reader_of(safe, unsafe)
+        parts = weights("standard", WIDTH, 20, seed=layer)
         parts["W_enc"].zero_()
         parts["b_dec"].zero_()
         parts["b_enc"][:] = torch.linspace(-1, 1, 20)
-        parts["W_enc"][:WIDTH, :count] = reader[:width, None] * torch.linspace(1, 2, count)
-        parts["b_enc"][:count] = -threshold * torch.linspace(1, 2, count)
+        parts["W_enc"][:, :count] = reader[:, None] * torch.linspace(1, 2, count)
+        parts["b_enc"][:count] = 0
         kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
         saved(folder / f"layer_{layer}", kind, parts)
         directions[layer] = torch.linalg.qr(parts["W_dec"][:count].double().T).Q
@@ -525,7 +538,9 @@ def test_an_autoencoder_of_what_the_mlp_adds(tmp_path):
     direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(6))
     for layer in range(LAYERS):
         found: list[torch.Tensor] = []
-        handle = blocks(model)[layer].mlp.register_forward_hook(lambda m, a, output, into=found: into.append(output[0, -4:]))
+        handle = blocks(model)[layer].mlp.register_forward_hook(
+            lambda m, a, output, into=found: into.append(output[0, -4:])
+        )
         for token in (SAFE_TOKEN, UNSAFE_TOKEN):
             with torch.no_grad():
                 model(input_ids=torch.tensor([pairs()[0]["prompt_ids"] + [token] * 4]))
@@ -533,9 +548,7 @@ def test_an_autoencoder_of_what_the_mlp_adds(tmp_path):
         parts = weights("standard", WIDTH, 20)
         parts["W_enc"].zero_()
         parts["b_enc"][:], parts["b_dec"][:] = -1, 0
-        reader = found[0].mean(dim=0) - found[1].mean(dim=0)
-        parts["W_enc"][:, 0] = reader
-        parts["b_enc"][0] = -((found[0] @ reader).min() + (found[1] @ reader).max()) / 2
+        parts["W_enc"][:, 0], parts["b_enc"][0] = reader_of(*found), 0
         parts["W_dec"][0] = direction
         kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_mlp_out"}}
         saved(tmp_path / f"layer_{layer}", kind, parts)
@@ -574,9 +587,9 @@ def test_sails_starts_in_the_subspace_at_the_very_model(architecture, tmp_path):
     assert wrapped.peft_config["default"].init == "sails"
 
 
-def test_sails_trains_within_and_outside_and_claims_nothing(tmp_path, capsys):
+def test_sails_trains_within_and_outside_and_claims_nothing(tmp_path):
     model = tiny.llama()
-    sae, directions = planted(tmp_path, model, count=5)
+    sae, _ = planted(tmp_path, model, count=5)
     wrapped = get_peft_model(model, sails_config(sae))
     train_a_little(wrapped)
     wrapped.eval()
@@ -594,7 +607,7 @@ def test_sails_trains_within_and_outside_and_claims_nothing(tmp_path, capsys):
     assert summary(SafetyModule.load(folder)).startswith("SAILS: directions that a training starts in. Nothing is prot")
     project_to = tmp_path / "projected"
     with pytest.raises(ValueError, match="directions that a SAILS adapter starts in"):
-        project(folder, folder, project_to)
+        project_adapter(folder, folder, project_to)
     assert not project_to.exists()
     usual = calibrate(
         tiny.llama(), target_modules=["o_proj", "down_proj"], safety_rank=4, safety_data=tiny.token_rows(8)
@@ -681,9 +694,9 @@ def test_trl_arguments_make_the_same_configuration(tmp_path):
     given = ["--use_salora", "--variant", "sails", "--sae", sae, "--contrastive_data", str(file)]
     parser = trl.TrlParser((trl.ModelConfig, SaLoRAArguments))
     model_args, salora_args = parser.parse_args_and_config(
-        [*given, "--sae_feature_share", "0.5", "--lora_r", "2", "--lora_target_modules", "o_proj"]
+        [*given, "--sae_feature_share", "0.5", "--lora_r", "2", "--lora_target_modules", "o_proj", "down_proj"]
     )
     found = get_peft_config(model_args, salora_args)
     assert (found.variant, found.init, found.sae, found.contrastive_data) == ("sails", "sails", sae, str(file))
     wrapped = get_peft_model(tiny.llama(), found)
-    assert len(wrapped.base_model.safety_module().bases) == LAYERS
+    assert len(wrapped.base_model.safety_module().bases) == 2 * LAYERS

@@ -76,15 +76,13 @@ def _write_card_of_sails(
     folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule, notes: Mapping[str, str]
 ) -> None:
     """The card of an adapter that is to teach refusals: it has no certificate, since it is kept out of nothing."""
-    saved, known = config.to_lora_config(), safety_module.provenance
+    saved = config.to_lora_config()
     rows = {
         "Rank": f"r = {config.r} trained, {saved.r} saved; scaling {_number(saved)}",
         "Start": f"B = 0.1 of the first r of {_ranks(safety_module.bases)} directions, in {len(safety_module.bases)} "
         "layers; A random; their product is subtracted",
         "Protected": "nothing",
-        "Sparse autoencoders": markdown(known.get("sae", "unknown")),
-        "Contrastive data": markdown(known.get("contrastive_data", "unknown")),
-        "Versions": markdown(", ".join(f"{name} {number}" for name, number in known.versions.items())),
+        **provenance_rows(safety_module),
         **{markdown(name): markdown(text) for name, text in notes.items()},
     }
     section = f"""

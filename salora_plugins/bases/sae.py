@@ -390,7 +390,7 @@ def register_basis_methods(register: RegisterBasisMethod) -> None:
         "sae",
         feature_directions,
         BasisNeeds(
-            safety_rows=False,
+            safety_rows="input",
             chooses_rank=True,
             prepare=prepare,
             options=("contrastive_data", "contrastive_positions", "sae", "sae_feature_share"),

@@ -16,6 +16,7 @@ from ..calibration import calibrate_with
 from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
+from ..options import OPTIONS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
 
@@ -164,9 +165,17 @@ def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
 
 
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
-    """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
-    bases = safety_module.input_bases
-    return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
+    """
+    The ranks to take of a safety module: its own where the configuration asks for none, and on the output side neither
+    did who calibrated it, so that its method chose.
+    """
+    bases, default = safety_module.input_bases, OPTIONS["safety_rank"].default
+    own = {name: safety_module.bases[name].shape[1] for name in names if name in safety_module.bases}
+    chosen = config.safety_rank == safety_module.provenance.get("safety_rank") == default
+    return config.safety_ranks(
+        {name: bases[name].shape[1] if name in bases else 0 for name in names},
+        {name: own.get(name, default) for name in names} if chosen else None,
+    )
 
 
 def _all_directions(safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
