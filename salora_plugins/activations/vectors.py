@@ -355,10 +355,12 @@ def rank_by_need(vectors: VectorStatistics, wanted: float | RankRule) -> tuple[i
     most = min(vectors.dimension - 1, vectors.most_directions)
     rank, size = min(32, most), min(vectors.dimension, vectors.count)
     while rank:
-        found = rank_of_spectrum(vectors.top(rank)[1], vectors.energy, size, wanted)
-        if found is not None and vectors.directions(found) == found:
-            return found, True
-        if found is not None or rank == most:
+        known, energy = vectors.top(rank)[1], vectors.energy
+        found = rank_of_spectrum(known, energy, size, wanted)
+        is_settled = rank == most or found == rank_of_spectrum(known, energy, size, wanted, at_least=True)
+        if found is not None and is_settled:
+            return (found, True) if vectors.directions(found) == found else (vectors.directions(most), False)
+        if rank == most:
             break
         rank = min(2 * rank, most)
     return vectors.directions(most), False
