@@ -412,8 +412,10 @@ def without_unread_safety_data(options: Mapping[str, Any]) -> dict[str, Any]:
     Options of a host without `safety_data` where the basis method does not read it: for a host that has another use for
     it, since training on refusals, or measuring them, asks its requests.
     """
-    needs = basis_needs().get(options.get("basis_method") or OPTIONS["basis_method"].default)
-    is_unread = needs is not None and "safety_data" in needs.unread_options
+    variant = options.get("variant") or OPTIONS["variant"].default
+    method = "sae" if variant == "sails" else options.get("basis_method") or OPTIONS["basis_method"].default
+    needs, has_input_side = basis_needs().get(method), variant == "two-sided" and options.get("input_safety_rank") != 0
+    is_unread = needs is not None and "safety_data" in needs.unread_options(has_input_side)
     return {name: value for name, value in options.items() if not (is_unread and name == "safety_data")}
 
 
