@@ -157,7 +157,7 @@ def sae_options(out: Path, sae: str) -> dict[str, Any]:
     return {"basis_method": "sae", "sae": sae, "contrastive_data": material(out)["pairs"]}
 
 
-def captured(out: Path) -> dict[str, Any]:
+def captured(out: Path, seeds: int) -> dict[str, Any]:
     """Per layer: how much of the safety directions that responses give lies in the subspace of the features."""
     import torch
 
@@ -185,7 +185,7 @@ def captured(out: Path) -> dict[str, Any]:
     return result
 
 
-def kept(out: Path) -> dict[str, Any]:
+def kept(out: Path, seeds: int) -> dict[str, Any]:
     """Refusals and task after fine-tuning the demo's task on the layers that write into the stream."""
     from peft import LoraConfig
 
@@ -207,7 +207,7 @@ def kept(out: Path) -> dict[str, Any]:
     }
     result = {"before": summary(measure("before", model, tokenizer, progress=False))}
     for name, config_of in methods.items():
-        for seed in range(2):
+        for seed in range(seeds):
             trained = fine_tune(config_of(), Settings(target_modules=tuple(WRITERS), seed=seed), progress=False).eval()
             result[f"{name}, seed {seed}"] = summary(measure(name, trained, tokenizer, progress=False))
             print(name, seed, result[f"{name}, seed {seed}"], flush=True)
@@ -220,7 +220,7 @@ def summary(measurement: Any) -> dict[str, Any]:
     return {**counts, "task_loss": round(measurement.task_loss, 4)}
 
 
-def taught(out: Path) -> dict[str, Any]:
+def taught(out: Path, seeds: int) -> dict[str, Any]:
     """Refusals that LoRA and SAILS teach the model that has lost its own, on o_proj, by steps."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -245,20 +245,17 @@ def taught(out: Path) -> dict[str, Any]:
     # Few rows and few steps: enough of either, and both refuse everything.
     rows = known["refused"][:48] + known["harmless"][:24]
     result = {"before": summary(measure("before", model(), tokenizer, progress=False))}
-    for steps in (10, 20, 40):
-        for rate in (5e-4, 2e-3):
-            for name, config_of in methods.items():
-                for seed in range(3):
-                    trained = train_adapter(
-                        model(), tokenizer, config_of(), rows, steps, learning_rate=rate, seed=seed
-                    ).eval()
-                    key = f"{name}, {steps} steps, {rate:g}, seed {seed}"
-                    result[key] = summary(measure(name, trained, tokenizer, max_prompts=64, progress=False))
-                    print(key, result[key], flush=True)
+    for steps in (10, 30):
+        for name, config_of in methods.items():
+            for seed in range(seeds):
+                trained = train_adapter(model(), tokenizer, config_of(), rows, steps, seed=seed).eval()
+                key = f"{name}, {steps} steps, seed {seed}"
+                result[key] = summary(measure(name, trained, tokenizer, max_prompts=64, progress=False))
+                print(key, result[key], flush=True)
     return result
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"captured": captured, "kept": kept, "taught": taught}
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"captured": captured, "kept": kept, "taught": taught}
 
 
 def _share(counts: Sequence[Sequence[int]]) -> str:
@@ -302,7 +299,7 @@ def document_tables() -> dict[str, str]:
     return {
         "captured": captured_table(results["captured"]),
         "kept": by_seeds_table(results["kept"], "method"),
-        "taught": by_seeds_table(results["taught"], "method, steps, learning rate"),
+        "taught": by_seeds_table(results["taught"], "method, steps"),
     }
 
 
@@ -311,13 +308,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--seeds", type=int, default=2)
     run.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     write = commands.add_parser("write")
     write.add_argument("--results", type=Path)
     args = parser.parse_args()
     if args.command == "run":
         for name in args.parts:
-            made_once(args.out / f"{name}.json", lambda name=name: PARTS[name](args.out))
+            made_once(args.out / f"{name}.json", lambda name=name: PARTS[name](args.out, args.seeds))
         return
     if args.results is not None:
         if missing := [name for name in PARTS if not (args.results / f"{name}.json").exists()]:

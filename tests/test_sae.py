@@ -9,9 +9,9 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 
 import tiny
+from constructed_saes import D_IN, D_SAE, config, saved, weights
 from salora_plugins import (
     SafetyModule,
     SaLoRAConfig,
@@ -29,27 +29,6 @@ from salora_plugins.models.residual import residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
 from salora_plugins.rows.pairs import load_pairs, tokenize_pairs
-
-D_IN, D_SAE = 12, 40
-
-
-def weights(architecture: str, d_in: int = D_IN, d_sae: int = D_SAE, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    vectors = {name: normal(d_sae) / 4 for name in ARCHITECTURES[architecture]}
-    return {"W_enc": normal(d_in, d_sae), "W_dec": normal(d_sae, d_in), "b_dec": normal(d_in), **vectors}
-
-
-def config(architecture: str, **options) -> dict:
-    return {
-        "architecture": architecture,
-        "metadata": {"hook_name": "blocks.3.hook_resid_post", "sae_lens_version": "6.0.0"},
-        **({"k": 5} if architecture == "topk" else {}),
-        **options,
-    }
 
 
 def encoded_densely(kind: dict, parts: dict[str, torch.Tensor], rows: torch.Tensor) -> numpy.ndarray:
@@ -105,16 +84,6 @@ def test_features_are_those_of_sae_lens(kind, tmp_path):
     rows = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(1))
     theirs = sae_lens.SAE.load_from_disk(folder)
     torch.testing.assert_close(load_autoencoder(str(folder)).encode(rows), theirs.encode(rows).detach())
-
-
-def saved(folder, kind: dict, parts: dict[str, torch.Tensor] | None = None):
-    """A folder as sae-lens writes it."""
-    parts = weights(kind["architecture"]) if parts is None else parts
-    shape = {"d_in": parts["W_enc"].shape[0], "d_sae": parts["W_enc"].shape[1]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cfg.json").write_text(json.dumps({**shape, "dtype": "float32", "device": "cpu", **kind}))
-    save_file(parts, folder / "sae_weights.safetensors")
-    return folder
 
 
 def test_an_autoencoder_of_sae_lens_before_6(tmp_path):
