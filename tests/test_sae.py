@@ -206,7 +206,7 @@ def test_how_many_directions_a_rank_is():
     [
         ("model.layers.3.self_attn.o_proj", (3, "model.layers.3", "model.layers.3.self_attn", "attn_out")),
         ("model.layers.3.mlp.down_proj", (3, "model.layers.3", "model.layers.3.mlp", "mlp_out")),
-        ("model.layers.3.mlp.experts.7.down_proj", (3, "model.layers.3", "model.layers.3.mlp.experts.7", "mlp_out")),
+        ("model.layers.3.mlp.experts.7.down_proj", (3, "model.layers.3", "model.layers.3.mlp", "mlp_out")),
         ("transformer.h.0.attn.c_proj", (0, "transformer.h.0", "transformer.h.0.attn", "attn_out")),
         ("transformer.h.0.mlp.c_proj", (0, "transformer.h.0", "transformer.h.0.mlp", "mlp_out")),
         ("model.layers.3.self_attn.q_proj", None),
@@ -373,7 +373,9 @@ def test_a_planted_direction_is_found_and_kept_out_of(architecture, tmp_path):
     for name, basis in safety_module.bases.items():
         assert basis.shape == (WIDTH, 3)
         assert overlap(basis, directions[residual_writer(name).layer]) > 1 - 1e-6
-    assert set(safety_module.sides) == {"output"}
+    assert set(safety_module.sides) == {"output"} and "safety_samples" not in safety_module.provenance
+    assert f"Sparse autoencoders: {sae}, 0.3 of their features" in summary(safety_module)
+    assert "6 pairs, response positions" in summary(safety_module)
     assert safety_module.provenance["sae"] == sae and safety_module.provenance["basis_method"] == "sae"
     train_a_little(model)
     folder = tmp_path / "adapter"

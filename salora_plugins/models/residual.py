@@ -63,7 +63,8 @@ def residual_writer(name: str) -> ResidualWriter | None:
         adds = "attn_out" if "attn" in part else "mlp_out"
     if adds is None or not part:
         return None
-    return ResidualWriter(layer, block, f"{block}.{part}", adds)
+    # What a block adds is the sum over its experts.
+    return ResidualWriter(layer, block, f"{block}.{part.partition('.experts')[0]}", adds)
 
 
 def normalizes_outputs(block: nn.Module) -> bool:
