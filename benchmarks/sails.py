@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,12 @@ def taught(out: Path, seeds: int) -> dict[str, Any]:
     text = known["refused"] + known["complied"] + known["harmless"] + known["problems"]
     sae = autoencoders(model(), tokenizer, out / "sae-unsafe", text)
     common: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}
-    sails = {"contrastive_data": known["pairs"], "sae": sae, "tokenizer": tokenizer, "calibration_cache": False}
+    sails: dict[str, Any] = {
+        "contrastive_data": known["pairs"],
+        "sae": sae,
+        "tokenizer": tokenizer,
+        "calibration_cache": False,
+    }
     methods: dict[str, Callable[[], Any]] = {
         "LoRA": lambda: LoraConfig(**common),
         "SAILS": lambda: SaLoRAConfig(**common, **sails, variant="sails"),
@@ -315,7 +321,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "run":
         for name in args.parts:
-            made_once(args.out / f"{name}.json", lambda name=name: PARTS[name](args.out, args.seeds))
+            made_once(args.out / f"{name}.json", partial(PARTS[name], args.out, args.seeds))
         return
     if args.results is not None:
         if missing := [name for name in PARTS if not (args.results / f"{name}.json").exists()]:

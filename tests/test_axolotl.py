@@ -418,7 +418,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "lora_target_modules": ["o_proj"],
             "salora": {
                 "variant": "sails",
-                "sae": {0: f"{folder}/sae/layer_0", "1": f"{folder}/sae/layer_{{layer}}"},
+                "sae": {0: f"{folder}/sae/layer_0", 1: f"{folder}/sae/layer_{{layer}}"},
                 "contrastive_data": str(folder / "conversations.jsonl"),
                 "sae_feature_share": 0.5,
             },

@@ -159,7 +159,9 @@ def subspace_size(subspace: FeatureSubspace, rank: Rank | None, name: str) -> in
     return number
 
 
-def feature_directions(statistics: ModuleStatistics, rank: Any, side: Side) -> tuple[Tensor, ...]:
+def feature_directions(
+    statistics: ModuleStatistics, rank: Any, side: Side
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]:
     """
     U of SAILS for the output side; the input side is found as by the method "salora", from the safety rows.
 

@@ -140,13 +140,13 @@ def _pair(row: Any, where: str, vocabulary: int | None) -> Pair | None:
     for asked, *answers in _TOKENS:
         if asked in row and all(name in row for name in answers):
             before = token_ids(row, asked, where)
-            chosen, rejected = (
+            safe, unsafe = (
                 TokenizedExample(before + ids, (IGNORED,) * len(before) + ids)
                 for ids in (token_ids(row, name, where) for name in answers)
             )
-            check_token_ids(chosen.input_ids, vocabulary, where.__str__)
-            check_token_ids(rejected.input_ids, vocabulary, where.__str__)
-            return (chosen, rejected) if chosen.has_response and rejected.has_response else None
+            check_token_ids(safe.input_ids, vocabulary, where.__str__)
+            check_token_ids(unsafe.input_ids, vocabulary, where.__str__)
+            return (safe, unsafe) if safe.has_response and unsafe.has_response else None
     row = {name: row[name] for name in _TEXT if name in row}  # others decide what a row is where answers are wanted
     if missing := [name for name in _TEXT[1:] if name not in row]:
         raise DataError(
