@@ -197,7 +197,7 @@ def kept(out: Path, seeds: int) -> dict[str, Any]:
     common: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": WRITERS, "task_type": "CAUSAL_LM"}
     requests = [row["prompt"] for row in known_requests("calibration")["harmful"]]
     salora: dict[str, Any] = {**common, "tokenizer": tokenizer, "calibration_cache": False}
-    of_requests = {"safety_data": requests, "num_safety_samples": 128}
+    of_requests: dict[str, Any] = {"safety_data": requests, "num_safety_samples": 128}
     features = sae_options(out, sae)
     methods: dict[str, Callable[[], Any]] = {
         "LoRA": lambda: LoraConfig(**common),
@@ -206,12 +206,18 @@ def kept(out: Path, seeds: int) -> dict[str, Any]:
         "sae": lambda: SaLoRAConfig(**salora, **of_requests, **features),
         "sae, output side only": lambda: SaLoRAConfig(**salora, **features, input_safety_rank=0, init="zero"),
     }
-    result = {"before": summary(measure("before", model, tokenizer, progress=False))}
-    for name, config_of in methods.items():
-        for seed in range(seeds):
-            trained = fine_tune(config_of(), Settings(target_modules=tuple(WRITERS), seed=seed), progress=False).eval()
-            result[f"{name}, seed {seed}"] = summary(measure(name, trained, tokenizer, progress=False))
-            print(name, seed, result[f"{name}, seed {seed}"], flush=True)
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        trained = fine_tune(methods[name](), Settings(target_modules=tuple(WRITERS), seed=seed), progress=False).eval()
+        return summary(measure(name, trained, tokenizer, progress=False))
+
+    folder = out / "runs-kept"
+    result = {"before": made_once(folder / "before.json", lambda: summary(measure("before", model, tokenizer)))}
+    for seed in range(seeds):
+        for name in methods:
+            key = f"{name}, seed {seed}"
+            result[key] = made_once(folder / f"{key}.json", partial(run, name, seed))
+            print(key, result[key], flush=True)
     return result
 
 
@@ -250,13 +256,18 @@ def taught(out: Path, seeds: int) -> dict[str, Any]:
     }
     # Few rows and few steps: enough of either, and both refuse everything.
     rows = known["refused"][:48] + known["harmless"][:24]
-    result = {"before": summary(measure("before", model(), tokenizer, progress=False))}
-    for steps in (10, 30):
-        for name, config_of in methods.items():
-            for seed in range(seeds):
-                trained = train_adapter(model(), tokenizer, config_of(), rows, steps, seed=seed).eval()
+
+    def run(name: str, steps: int, seed: int) -> dict[str, Any]:
+        trained = train_adapter(model(), tokenizer, methods[name](), rows, steps, seed=seed).eval()
+        return summary(measure(name, trained, tokenizer, max_prompts=64, progress=False))
+
+    runs = out / "runs-taught"
+    result = {"before": made_once(runs / "before.json", lambda: summary(measure("before", model(), tokenizer)))}
+    for seed in range(seeds):
+        for steps in (10, 30):
+            for name in methods:
                 key = f"{name}, {steps} steps, seed {seed}"
-                result[key] = summary(measure(name, trained, tokenizer, max_prompts=64, progress=False))
+                result[key] = made_once(runs / f"{key}.json", partial(run, name, steps, seed))
                 print(key, result[key], flush=True)
     return result
 
