@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
-from salora_plugins.models.targets import target_module_names
 from salora_plugins.parametrization import project_out
 from salora_plugins.ranks import Side
 
 from ..small_model import load, lora_options
-from .directions import input_grams, registered
+from .directions import make_known
 from .experiment import Experiment
 from .methods import Method
 from .tasks import harmful_rows, harmless_rows
@@ -62,15 +61,18 @@ def safety_module(experiment: Experiment, method: Method) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    plugin = registered()
     rows = harmful_rows(experiment, calibration.safety_data)
     model = load(experiment.model)
     options: dict[str, Any] = {}
     if calibration.directions != "strongest":
-        names = target_module_names(model, SaLoRAConfig(target_modules=method.target_modules))
-        plugin.harmless = input_grams(model, names, harmless_rows(experiment), calibration.positions)
-        # The Gram matrix itself is compared, not a sketch of it.
-        options = {"basis_method": calibration.directions, "calibration_engine": "exact"}
+        make_known()
+        harmless = harmless_rows(experiment)
+        options = {
+            "basis_method": calibration.directions,
+            "utility_data": harmless,
+            "num_utility_samples": len(harmless),
+            "calibration_engine": "exact",  # the Gram matrix itself is compared, not a sketch of it
+        }
     calibrate(
         model,
         experiment.tokenizer,
