@@ -34,7 +34,7 @@ LAYERS = (
     ("adapters",),
     ("tuning",),
     ("tuner",),
-    ("registration", "resuming", "evaluation", "replay"),
+    ("registration", "resuming", "evaluation", "replay", "doctor"),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),
