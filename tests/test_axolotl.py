@@ -393,6 +393,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "remove_unused_columns": False,
             "datasets": [{**data("steps.jsonl", "stepwise_supervised")[0], "step_separator": "\n"}],
         },
+        "more as lora": {"adapter": "lora", "salora": None, "lora_model_dir": str(folder / "sft"), "max_steps": 1},
         "killed": both_sides,
         "resumed from half": both_sides,
         "resumed by itself": {**both_sides, "auto_resume_from_checkpoints": True},
@@ -610,6 +611,12 @@ def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):
     assert _losses(more / "checkpoint-4")[0] < _losses(first / "checkpoint-4")[0]
     assert json.loads((more / "salora_config.json").read_text())["r"] == 4
     assert "lora_r: 2 is ignored" in (folder / "log.txt").read_text()
+
+
+def test_axolotls_own_adapter_on_a_saved_one_is_warned_of(runs):
+    assert _ran(runs, "more as lora").is_dir()
+    log = (runs[0] / "log.txt").read_text()
+    assert log.count(f"lora_model_dir: {runs[0] / 'sft'} is a SaLoRA adapter, and adapter: lora trains it further") == 1
 
 
 def test_dpo_starts_at_its_reference_and_uses_the_defaults(runs):

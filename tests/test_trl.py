@@ -273,3 +273,10 @@ def test_task_callback_without_salora_is_refused(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="needs a trainer with peft_config=SaLoRAConfig"):
         trainer.train()
+
+
+def test_a_salora_adapter_as_the_model_is_refused(tmp_path):
+    (tmp_path / "salora_config.json").write_text("{}")
+    for salora_args in (SaLoRAArguments(use_salora=True), SaLoRAArguments()):
+        with pytest.raises(ValueError, match="load_for_training"):
+            get_peft_config(trl.ModelConfig(model_name_or_path=str(tmp_path)), salora_args)

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments
 
-from ...config import SaLoRAConfig
+from ...config import CONFIG_FILE, SaLoRAConfig
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
 from ...replay import RefusalAnchorCallback, mix_into_training_set
@@ -99,8 +99,10 @@ def get_peft_config(
         seed: Seed of the calibration.
 
     Raises:
-        ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses.
+        ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses; or
+            the model is a SaLoRA adapter.
     """
+    _check_model(model_args)
     given = {name: value for name, value in salora_args.given().items() if name not in OF_THE_RUN}
     if not salora_args.use_salora:
         if any(getattr(salora_args, name) for name in OF_THE_RUN):
@@ -127,6 +129,20 @@ def get_peft_config(
         "use_dora": model_args.use_dora,
     }
     return SaLoRAConfig(**lora_options, **salora_options, tokenizer=tokenizer, seed=seed)
+
+
+def _check_model(model_args: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: A SaLoRA adapter is named as the model: transformers loads it as plain LoRA on its base model.
+    """
+    name = model_args.model_name_or_path
+    if name is not None and (Path(name) / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--model_name_or_path {name} is a SaLoRA adapter, which would be trained further as plain LoRA, without "
+            "its safety module. Give the trainer model=load_for_training(base_model, folder) of salora_plugins, and no "
+            "peft_config; or merge the adapter, and name the result."
+        )
 
 
 def train_on_refusals(trainer: Trainer, salora_args: SaLoRAArguments, *, seed: int = 0) -> None:
