@@ -1,6 +1,8 @@
 """The real SFTTrainer and DPOTrainer with peft_config=SaLoRAConfig(...)."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -8,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
+from salora_plugins.cli import create_cli
+from salora_plugins.evaluation.reports.report import EvaluationReport
 from tiny import (
     llama,
     preference_rows,
@@ -231,8 +236,15 @@ def test_example_script(folder, tmp_path):
     command += ["--lora_r", "4", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "v_proj"]
     command += ["--learning_rate", "1e-2", "--output_dir", tmp_path / "out", "--max_steps", "2", "--use_cpu"]
     command += ["--bf16", "False", "--report_to", "none"]
-    subprocess.run([str(part) for part in command], check=True)
+    result = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
     assert largest_share_inside(tmp_path / "out") <= 1e-5
+    # The line that is printed at the end measures the very adapter.
+    line = re.search("^ *salora (evaluate .*)$", result.stdout, re.MULTILINE).group(1)
+    few = ["--num-requests", "2", "--max-new-tokens", "4"]
+    evaluated = CliRunner().invoke(create_cli(), [*shlex.split(line), *few])
+    assert evaluated.exit_code == 0, evaluated.output
+    report = EvaluationReport.load(tmp_path / "out-evaluation")
+    assert [(m.name, m.source) for m in report.models] == [("base", str(folder)), ("trained", str(tmp_path / "out"))]
 
 
 def test_script_arguments():

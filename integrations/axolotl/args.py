@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, c
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
 from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm, check_refusals
+from .errors import check_block, in_one_sentence
 from .host_options import check_host_options
 
 ADAPTER = "salora"
@@ -162,13 +163,16 @@ class SaLoRAArgs(BaseModel):
     def _refuse_what_would_be_wrong(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        if data.get("adapter") == ADAPTER:
-            check_host_options(data)
-        elif data.get("salora") is not None:
-            raise ValueError(
-                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove "
-                "the block."
-            )
+        with in_one_sentence():
+            if data.get("adapter") == ADAPTER:
+                check_host_options(data)
+                if data.get("salora") is not None:
+                    check_block(SaLoRAOptions, data["salora"], "salora")
+            elif data.get("salora") is not None:
+                raise ValueError(
+                    f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or "
+                    "remove the block."
+                )
         return data
 
     @model_validator(mode="after")
@@ -179,14 +183,15 @@ class SaLoRAArgs(BaseModel):
             return self
         options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude=set(OF_THE_RUN))
         trains = not (self.inference or self.merge_lora)
-        if trains:
-            check_files(options)
-        check_basis_method(options)
-        config = as_config(options)
-        if trains:
-            check_kernels(self, config)
-            check_refusals(self)
-        check_rank_for_vllm(self, config)
+        with in_one_sentence():
+            if trains:
+                check_files(options)
+            check_basis_method(options)
+            config = as_config(options)
+            if trains:
+                check_kernels(self, config)
+                check_refusals(self)
+            check_rank_for_vllm(self, config)
         return self
 
     @model_validator(mode="after")

@@ -130,6 +130,14 @@ class SaLoRAPlugin(BasePlugin):
                 callbacks.append(SafetyMonitorCallback(trainer, **_given(block["monitor"])))
         return callbacks
 
+    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
+        """Put our part into the model card, which Axolotl has written anew, and say how to measure the result."""
+        if cfg.adapter == ADAPTER and cfg.local_rank in (None, 0):
+            from .after_training import renew_card, say_how_to_evaluate
+
+            renew_card(cfg)
+            say_how_to_evaluate(cfg)
+
 
 def _warn_of_training_unprotected(cfg: DictDefault) -> None:
     """A saved SaLoRA adapter is plain LoRA, so that Axolotl trains it further as such, without a word."""

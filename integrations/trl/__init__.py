@@ -3,7 +3,14 @@
 `peft_config=SaLoRAConfig(...)` is all that TRL's trainers need; nothing here is required.
 """
 
-from .arguments import SaLoRAArguments, get_peft_config, read_dataset, train_on_refusals
+from .arguments import SaLoRAArguments, get_peft_config, read_dataset, say_how_to_evaluate, train_on_refusals
 from .callback import TaskInitializationCallback
 
-__all__ = ["SaLoRAArguments", "TaskInitializationCallback", "get_peft_config", "read_dataset", "train_on_refusals"]
+__all__ = [
+    "SaLoRAArguments",
+    "TaskInitializationCallback",
+    "get_peft_config",
+    "read_dataset",
+    "say_how_to_evaluate",
+    "train_on_refusals",
+]

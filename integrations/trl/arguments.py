@@ -14,7 +14,10 @@ from peft import PeftConfig
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments
 
+from ...adapters.saved import ADAPTER_CONFIG_FILE
 from ...config import CONFIG_FILE, SaLoRAConfig
+from ...evaluation.command_line import how_to_evaluate
+from ...models.loading import LoadingOptions
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
 from ...replay import RefusalAnchorCallback, mix_into_training_set
@@ -171,6 +174,27 @@ def train_on_refusals(trainer: Trainer, salora_args: SaLoRAArguments, *, seed: i
         mix_into_training_set(trainer, salora_args.refusal_share, requests, seed=seed)
     if salora_args.refusal_anchor is not None:
         trainer.add_callback(RefusalAnchorCallback(requests, weight=salora_args.refusal_anchor, seed=seed))
+
+
+def say_how_to_evaluate(trainer: Trainer, model_args: ModelConfig) -> None:
+    """
+    Print the `salora evaluate` command for the adapter that a trainer has saved, on its main process; of a model that
+    was trained as a whole, nothing.
+
+    Args:
+        trainer: After `trainer.save_model()`.
+        model_args: TRL's model arguments, by which the base model was loaded.
+    """
+    if not trainer.is_world_process_zero() or not (Path(trainer.args.output_dir) / ADAPTER_CONFIG_FILE).is_file():
+        return
+    revision = model_args.model_revision
+    loading = LoadingOptions(
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        revision=None if revision == "main" else revision,
+        trust_remote_code=bool(getattr(trainer.args, "trust_remote_code", False)),
+    )
+    print(how_to_evaluate(str(model_args.model_name_or_path), str(trainer.args.output_dir), loading), flush=True)
 
 
 def _mapping(name: str, text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
 from ..support.hub import is_model_name
+from ..support.numbers import tiny_share
 from ..support.texts import markdown, markdown_code
 from .digest import card_mark
 from .saved import CARD_FILE
@@ -130,7 +131,7 @@ def certificate_row(shares: Mapping[Side, float], digest: str) -> str:
     if not shares:
         return "not computed: the file holds no lora_A and lora_B of a linear layer"
     formulas: dict[Side, str] = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
-    parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
+    parts = [f"{formulas[side]} ≤ {tiny_share(share)}" for side, share in shares.items()]
     return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
 
 

@@ -15,7 +15,8 @@ from packaging.specifiers import SpecifierSet
 
 from ..calibration.cache import FOLDER_VARIABLE, cache_folder
 from ..plugins import plugin_manager, register_peft_types
-from ..support.memory import accelerator_memory, free_memory, in_gb
+from ..support.memory import accelerator_memory, free_memory
+from ..support.numbers import size
 from ..support.version import PACKAGE, package_version
 from .findings import Finding, Status
 
@@ -138,10 +139,10 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    yield Finding("Devices", "CPU", f"{os.cpu_count()} cores, {in_gb(free_memory())} of memory free")
+    yield Finding("Devices", "CPU", f"{os.cpu_count()} cores, {size(free_memory())} of memory free")
     for name, (free, total) in accelerator_memory().items():
         device = torch.cuda.get_device_name(torch.device(name))
-        yield Finding("Devices", name, f"{device}, {in_gb(free)} of {in_gb(total)} free")
+        yield Finding("Devices", name, f"{device}, {size(free)} of {size(total)} free")
     if not torch.accelerator.is_available():
         yield Finding("Devices", "accelerator", "none that this torch can use: models run on the CPU", "warning")
     elif (accelerator := torch.accelerator.current_accelerator()) is not None and accelerator.type != "cuda":
@@ -160,7 +161,7 @@ def _cache() -> Finding:
         )
     files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    text = f"{folder}: {len(files)} kept, {in_gb(sum(file.stat().st_size for file in files))}"
+    text = f"{folder}: {len(files)} kept, {size(sum(file.stat().st_size for file in files))}"
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return Finding("Cache", "safety modules", text)
     return Finding(

@@ -25,7 +25,8 @@ from ..ranks import SideRanks
 from ..rows.examples import RenderedRequest
 from ..rows.rendering import has_template
 from ..support.files import read_json_object
-from ..support.memory import ROOM, accelerator_memory, free_memory, in_gb
+from ..support.memory import ROOM, accelerator_memory, free_memory
+from ..support.numbers import size
 from .findings import Finding
 
 AREA = "Model"
@@ -136,7 +137,7 @@ def _weights(source: str, loading: LoadingOptions) -> tuple[Finding, int | None]
         remedy = "Copy the whole folder" if Path(source).is_dir() else f"Fetch them: hf download {source}"
         return Finding(AREA, "weights", text, "problem", remedy), None
     size = sum(file.stat().st_size for file in files)
-    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {in_gb(size)}"), size
+    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size(size)}"), size
 
 
 def _downloaded(source: str, loading: LoadingOptions) -> Path | None:
@@ -199,8 +200,8 @@ def _memory(weights: int, statistics: int) -> Finding:
     """Weights with room for activations, and statistics, beside what there is."""
     needed = ROOM * weights + statistics
     places = {name: free for name, (free, _) in accelerator_memory().items()} | {"the CPU": free_memory()}
-    there = ", ".join(f"{in_gb(free)} on {name}" for name, free in places.items())
-    text = f"calibration needs about {in_gb(needed)} ({in_gb(weights)} of weights); free are {there}"
+    there = ", ".join(f"{size(free)} on {name}" for name, free in places.items())
+    text = f"calibration needs about {size(needed)} ({size(weights)} of weights); free are {there}"
     if any(needed <= free for free in places.values()):
         return Finding(AREA, "memory", text)
     if needed <= sum(places.values()):

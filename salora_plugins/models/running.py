@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..support.memory import ROOM, in_gb
+from ..support.memory import ROOM
+from ..support.numbers import size
 from .embeddings import input_embeddings
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,9 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
             logger.warning(
                 "Calibrating on the CPU: the model needs %s and %s has %s free. Load it with a device_map, or "
                 "quantized, to calibrate faster.",
-                in_gb(ROOM * needed),
+                size(ROOM * needed),
                 device,
-                in_gb(free),
+                size(free),
             )
             yield
             return

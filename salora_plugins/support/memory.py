@@ -32,8 +32,3 @@ def accelerator_memory() -> dict[str, tuple[int, int]]:
     if not torch.cuda.is_available():
         return {}
     return {f"cuda:{index}": torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())}
-
-
-def in_gb(size: float) -> str:
-    """A number of bytes as messages say it, such as "1.5 GB"."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
