@@ -130,7 +130,7 @@ class SaLoRAPlugin(BasePlugin):
                 callbacks.append(SafetyMonitorCallback(trainer, **_given(block["monitor"])))
         return callbacks
 
-    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
+    def post_train_unload(self, cfg: DictDefault) -> None:
         """Put our part into the model card, which Axolotl has written anew, and say how to measure the result."""
         if cfg.adapter == ADAPTER and cfg.local_rank in (None, 0):
             from .after_training import renew_card, say_how_to_evaluate
