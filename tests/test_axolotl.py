@@ -119,6 +119,12 @@ REFUSED = {
     ),
     **{key: ({key: value}, [NAMED.get(key, key)]) for key, value in UNSUPPORTED.items()},
 }
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+REFUSED["the task start under ZeRO 3"] = ({"deepspeed": ZERO3, "salora": {"init": "task"}}, ["salora.init: task", "3"])
+REFUSED["refusals under ZeRO 3"] = (
+    {"deepspeed": ZERO3, "salora": {"refusal_share": 0.1}},
+    ["salora.refusal_share", "ZeRO stage 3"],
+)
 # Configs that validation accepts, where it refuses what is close to them.
 DEQUANTIZED = {"model_quantization_config_kwargs": {"dequantize": True}}
 ACCEPTED = {
@@ -132,7 +138,9 @@ ROWS = {
     "rl: ebft": "`rl: ebft`",
     "8-bit kernels": "fused LoRA kernels with `load_in_8bit`",
     "rank for vLLM": "`trl.vllm_lora_sync` with `salora.init: task` or `pissa`",
-    "deepspeed": "`deepspeed` ZeRO stage 3",
+    "deepspeed": "`deepspeed` ZeRO stage 3 without `stage3_gather_16bit_weights_on_model_save`",
+    "the task start under ZeRO 3": "`salora.init: task` with ZeRO stage 3",
+    "refusals under ZeRO 3": "`salora.refusal_share` with ZeRO stage 3",
     "lora_qkv_kernel": "fused LoRA kernels with the task initialization from the training rows",
     **{
         key: f"`{key}: {value}`" if isinstance(value, bool | int | str) else f"`{key}`"

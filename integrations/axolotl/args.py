@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, c
 
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
-from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm, check_refusals
+from .block_checks import (
+    as_config,
+    check_basis_method,
+    check_files,
+    check_kernels,
+    check_rank_for_vllm,
+    check_refusals,
+    check_sharded,
+)
 from .errors import check_block, in_one_sentence
 from .host_options import check_host_options
 
@@ -191,6 +199,7 @@ class SaLoRAArgs(BaseModel):
             if trains:
                 check_kernels(self, config)
                 check_refusals(self)
+                check_sharded(self, config)
             check_rank_for_vllm(self, config)
         return self
 
