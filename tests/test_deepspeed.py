@@ -166,7 +166,9 @@ TRAINER = """
 from trl import SFTConfig, SFTTrainer
 from tiny import sum_rows, tokenizer
 import json
-config = SaLoRAConfig(**json.loads(sys.argv[3]), init=sys.argv[4], safety_module=str(folder / "safety.safetensors"))
+# Stage 3 is calibrated in the run, on the same rows.
+given = {"safety_module": str(folder / "safety.safetensors")} if "zero2" in sys.argv[2] else {}
+config = SaLoRAConfig(**json.loads(sys.argv[3]), init=sys.argv[4], **(given or {"safety_data": token_rows(16)}))
 trainer = SFTTrainer(
     model=str(folder / "base"),
     args=SFTConfig(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import SaLoRAConfig
-from ..models.weights import check_reachable, parameter_bytes, unreachable_weight
+from ..models.weights import check_reachable, is_sharded_data_parallel, parameter_bytes, unreachable_weight
 from ..ranks import SideRanks
 from ..safety_module import SafetyModule
 from ..support.distributed import from_first_rank, gather_json
@@ -34,8 +34,8 @@ def calibrate_wherever(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     others wait, and all get the same bits.
 
     Raises:
-        ValueError: There is nowhere to load it from, or it does not fit; it names what is needed and what is there, and
-            how to calibrate beforehand.
+        ValueError: There is nowhere to load it from, it is sharded in another way than by FSDP2 and ZeRO-3, or it does
+            not fit; it names what is needed and what is there, and how to calibrate beforehand.
     """
     ranks = checked_ranks(model, config)
     names = list(ranks["output"])
@@ -72,7 +72,7 @@ def _calibrate_alone(
         return calibrate_with(model, config)
     names = list(ranks["output"])
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    if not source:
+    if not source or not is_sharded_data_parallel(model):
         check_reachable(model, names)
     place = _place_for(ROOM * parameter_bytes(model) + statistics_bytes(model, config, ranks))
     if place.arguments is None:

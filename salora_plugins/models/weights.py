@@ -11,7 +11,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -125,6 +125,13 @@ def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
         return False
     layers: list[Any] = [base_layer(model.get_submodule(name)) for name in names]
     return all(type(layer.weight) is nn.Parameter and not layer.weight.any() for layer in layers)
+
+
+def is_sharded_data_parallel(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed ZeRO-3 has sharded it, and not tensor parallelism, which has DTensors as well."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def parameter_bytes(model: nn.Module) -> int:
