@@ -23,9 +23,10 @@ NAMES = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoTokenizer": AutoToke
 
 
 def block(page: str, *words: str) -> str:
-    """The one Python block of a page with these words in it, of the demo's model."""
+    """The one Python block of a page with these words in it, of the demo's model, and with a quick calibration."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     (found,) = [text for text in blocks if all(word in text for word in words)]
+    found = found.replace("SaLoRAConfig(", "SaLoRAConfig(num_safety_samples=32, ")
     return re.sub(r'^name = ".*"$', f"name = {MODEL!r}", found, flags=re.MULTILINE)
 
 
@@ -45,7 +46,7 @@ def trained(tmp_path_factory):
 def test_transformers_trainer(trained):
     assert largest_share_inside(trained / "outputs") <= 1e-5
     result = CliRunner().invoke(create_cli(), ["audit", str(trained / "outputs")])
-    assert result.exit_code == 0 and "outside" in result.output
+    assert result.exit_code == 0 and "Outside: no module has more than" in result.output
 
 
 def test_continue_training(trained, monkeypatch):
