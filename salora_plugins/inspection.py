@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ranks import SIDES, Side, of_side
 from .safety_module import SafetyModule, SideBases
+from .support.numbers import percent
 from .support.plotting import new_figure, save_png
 from .support.texts import cell, one_line
 
@@ -161,7 +162,7 @@ def table(safety_module: SafetyModule) -> Table:
             share, values = found["captured_energy"], found["singular_values"]
             cells += [
                 str(found["rank"]),
-                "?" if share is None else f"{share:.1%}",
+                "?" if share is None else percent(share),
                 f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
             ]
         result.add_row(cell(name), *cells)
@@ -229,7 +230,8 @@ def _extent(side: Side, found: SideBases) -> str:
     number = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)} (mean {mean(ranks):.1f})"
     text = f"{len(ranks)} modules, {number} {side} directions each"
     if shares := list(found.captured_energy.values()):
-        text += f", which capture {min(shares):.1%} to {max(shares):.1%} of the energy (mean {mean(shares):.1%})"
+        extent = f"{percent(min(shares))} to {percent(max(shares))}"
+        text += f", which capture {extent} of the energy (mean {percent(mean(shares))})"
     return text
 
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("adapters",),
     ("tuning",),
     ("tuner",),
-    ("registration", "resuming", "evaluation", "replay"),
+    ("registration", "resuming", "evaluation", "replay", "doctor"),
     ("attribution", "repair"),
     ("commands", "integrations"),
     ("demo",),

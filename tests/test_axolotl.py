@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ import constructed_saes
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
+from salora_plugins.adapters.model_card import START
 from salora_plugins.models.fingerprint import weight_samples
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
@@ -136,6 +138,12 @@ REFUSED = {
     ),
     **{key: ({key: value}, [NAMED.get(key, key)]) for key, value in UNSUPPORTED.items()},
 }
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+REFUSED["the task start under ZeRO 3"] = ({"deepspeed": ZERO3, "salora": {"init": "task"}}, ["salora.init: task", "3"])
+REFUSED["refusals under ZeRO 3"] = (
+    {"deepspeed": ZERO3, "salora": {"refusal_share": 0.1}},
+    ["salora.refusal_share", "ZeRO stage 3"],
+)
 # Configs that validation accepts, where it refuses what is close to them.
 DEQUANTIZED = {"model_quantization_config_kwargs": {"dequantize": True}}
 ACCEPTED = {
@@ -149,7 +157,9 @@ ROWS = {
     "rl: ebft": "`rl: ebft`",
     "8-bit kernels": "fused LoRA kernels with `load_in_8bit`",
     "rank for vLLM": "`trl.vllm_lora_sync` with `salora.init: task` or `pissa`",
-    "deepspeed": "`deepspeed` ZeRO stage 3",
+    "deepspeed": "`deepspeed` ZeRO stage 3 without `stage3_gather_16bit_weights_on_model_save`",
+    "the task start under ZeRO 3": "`salora.init: task` with ZeRO stage 3",
+    "refusals under ZeRO 3": "`salora.refusal_share` with ZeRO stage 3",
     "lora_qkv_kernel": "fused LoRA kernels with the task initialization from the training rows",
     **{
         key: f"`{key}: {value}`" if isinstance(value, bool | int | str) else f"`{key}`"
@@ -162,6 +172,9 @@ ROWS = {
 def row(what: str, area: str = "Axolotl"):
     return pytest.mark.compatibility(area, what)
 
+
+# Refusals of Axolotl itself, which come as pydantic's.
+OF_AXOLOTL = ("optimizer", "quantize_moe_experts", "lora_fp32_gradients")
 
 # Name of a run -> what it stands for.
 TRAINED = {
@@ -424,6 +437,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
                 "sae_feature_share": 0.5,
             },
         },
+        "more as lora": {"adapter": "lora", "salora": None, "lora_model_dir": str(folder / "sft"), "max_steps": 1},
         "killed": both_sides,
         "resumed from half": both_sides,
         "resumed by itself": {**both_sides, "auto_resume_from_checkpoints": True},
@@ -512,7 +526,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     configs = _write_workspace(folder)
     files = {name: _write_yaml(folder / "configs" / f"{name}.yml", config) for name, config in configs.items()}
     # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
-    with_kernels = ("lora", "lora without plugin", "kernels", "kernels from zero")
+    with_kernels = ("more as lora", "lora", "lora without plugin", "kernels", "kernels from zero")
     # The one that is killed is forked, which is safe only before the process has threads: it comes first.
     trained = ["killed", *(name for name in configs if name not in ("killed", "another template", *with_kernels))]
     commands = {name: ["train", files[name], "--launcher", "python"] for name in trained}
@@ -712,6 +726,23 @@ def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):
     assert "lora_r: 2 is ignored" in (folder / "log.txt").read_text()
 
 
+def test_axolotls_own_adapter_on_a_saved_one_is_warned_of(runs):
+    assert _ran(runs, "more as lora").is_dir()
+    log = (runs[0] / "log.txt").read_text()
+    assert log.count(f"lora_model_dir: {runs[0] / 'sft'} is a SaLoRA adapter, and adapter: lora trains it further") == 1
+
+
+def test_what_stands_at_the_end_of_a_run(runs):
+    folder = _ran(runs, "sft")
+    log = (runs[0] / "log.txt").read_text()
+    line = f"    salora evaluate {runs[0] / 'llama'} --adapter trained={folder} --out {folder}-evaluation"
+    assert log.count(line) == 1
+    assert f"salora evaluate {runs[0] / 'llama'} --adapter trained={runs[0] / 'reward'}" not in log
+    # Axolotl has written the card anew, and our part stands in it nevertheless.
+    card = ModelCard.load(folder / "README.md").text
+    assert card.startswith(START) and "axolotl version" in card and "Certificate" in card
+
+
 def test_dpo_starts_at_its_reference_and_uses_the_defaults(runs):
     folder = _ran(runs, "dpo")
     losses = _losses(folder / "checkpoint-4")
@@ -819,6 +850,8 @@ def test_refused_when_the_config_is_validated(runs, name, refusal):
     assert message is not None, "was accepted"
     for part in REFUSED[name][1]:
         assert part in message
+    if name not in OF_AXOLOTL:
+        assert "validation error" not in message and "[type=" not in message
     # Without what pydantic puts around it.
     refusal(ValueError(re.sub(r"(?s)^.*?Value error, | \[type=.*$", "", message)))
 

@@ -55,19 +55,22 @@ directions that carried the base model's refusals on the safety data. That does 
 
 {TO_CHECK}
 
-It loads without salora-plugins, as any LoRA adapter:
+For inference it loads without salora-plugins, as any LoRA adapter:
 
 {TO_LOAD}
 
 Merging it into bf16 weights rounds 1 to 12 % of the update back into the safety directions (measured on one small
 model; the smaller the update, the more). Merge into float32 weights, or use it unmerged.
 
-To train it further with its safety module in force (`salora.safetensors`, `salora_config.json`):
+To train it further, load it with its safety module in force (`salora.safetensors`, `salora_config.json`):
 
 ```python
 from salora_plugins import load_for_training
 model = load_for_training(base_model, "this folder or repository")
 ```
+
+`PeftModel.from_pretrained(..., is_trainable=True)` would train it as plain LoRA: nothing keeps the refusals then, and
+nothing says so.
 """
     write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
 

@@ -10,6 +10,7 @@ from . import (
     audit,
     calibrate,
     compare,
+    doctor,
     evaluate,
     export,
     inspect,
@@ -35,6 +36,7 @@ def register_commands(app: typer.Typer) -> None:
         compare,
         validate,
         attribute,
+        doctor,
     ):
         name = module.__name__.rpartition(".")[2]
         app.command(name=name.replace("_", "-"), cls=Command)(getattr(module, name))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..adapters.adapter_config import AdapterConfig
 from ..adapters.digest import check_saved_together
-from ..calibration import calibrate_with
+from ..calibration import calibrate_wherever
 from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
+from ..models.weights import has_placeholders
 from ..options import OF_BASIS_METHODS, OPTIONS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
@@ -53,11 +54,12 @@ def safety_module_for(model: nn.Module, config: SaLoRAConfig, names: Sequence[st
     elif isinstance(config, AdapterConfig) and _fits(config.safety_module_in_force, model, config, names):
         return config.safety_module_in_force
     else:
-        safety_module = calibrate_with(model, config)
+        safety_module = calibrate_wherever(model, config)
     ranks = _ranks(config, safety_module, names)
     check_ranks(model, ranks)
     safety_module = safety_module.restricted_to(ranks)
-    check_belongs(safety_module, model, names)
+    if not has_placeholders(model, names):
+        check_belongs(safety_module, model, names)
     return safety_module
 
 
