@@ -35,7 +35,8 @@ def main() -> None:
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
-    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks)
+    for_run = {name: getattr(arguments, name, None) for name in ("unaligned", "sae", "num_requests")}
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks, **for_run)
     measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)
 
@@ -72,6 +73,9 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
+    run.add_argument("--unaligned", help="folder of the model before its alignment, which some methods need")
+    run.add_argument("--sae", help="sparse autoencoders for the method sae, as SaLoRAConfig's option takes them")
+    run.add_argument("--num-requests", type=int, help="ask so many of each set, spread over it (default: all)")
     where.add_argument(
         "--requests",
         action="append",

@@ -16,7 +16,7 @@ from salora_plugins.evaluation.judges.keyword import is_refusal
 from salora_plugins.evaluation.request_sets import load_requests
 
 from ..runs import Run, read_json, write_json
-from ..small_model import RESPONSE_TOKENS, load, request_sets
+from ..small_model import RESPONSE_TOKENS, load
 from .adapters import changed_afterwards
 from .experiment import SAME_LOSS, Experiment, Results
 from .methods import METHODS
@@ -52,6 +52,13 @@ def refusals(experiment: Experiment, model: Any, answers: Path, sets: dict[str, 
     }
 
 
+def measured_point(experiment: Experiment, model: Any, name: str, task: str, step: int) -> Run:
+    """A point of a run: held-out loss, and what is made of the requests; the answers are kept."""
+    answers = experiment.out / "answers" / name / f"step{step}.json"
+    point = {"step": step, "loss": heldout_loss(experiment, model, task)}
+    return point | refusals(experiment, model, answers, experiment.request_sets())
+
+
 def measure_base(experiment: Experiment, results: Results, tasks: list[str]) -> None:
     """Complete base.json; exits where it is of another model, whose runs these would be mixed with."""
     path = results.base_path
@@ -66,7 +73,7 @@ def measure_base(experiment: Experiment, results: Results, tasks: list[str]) -> 
             known["loss"][task] = heldout_loss(experiment, model, task)
     if "refused" not in known:
         answers = experiment.out / "answers" / "base.json"
-        known |= refusals(experiment, model, answers, request_sets(experiment.data))
+        known |= refusals(experiment, model, answers, experiment.request_sets())
     if known != before:
         write_json(path, known)
 
@@ -105,7 +112,7 @@ def _measure_kept_adapter(
         print(f"{name}: left alone, since its adapter is not in {adapter.parent}", flush=True)
         return
     model = PeftModel.from_pretrained(load(experiment.model), adapter)
-    with changed_afterwards(experiment, model, METHODS[run["method"]]):
+    with changed_afterwards(model, METHODS[run["method"]]):
         if abs(heldout_loss(experiment, model, run["task"]) - point["loss"]) > SAME_LOSS:
             print(f"{name}: left alone, since {adapter} is of another run", flush=True)
             return

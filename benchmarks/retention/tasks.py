@@ -15,6 +15,7 @@ from .experiment import Experiment
 
 TASKS = ("math", "sure", "python")
 HELDOUT_ROWS = 60
+PAIRS = 64  # of a refusal and an answer to the same request
 
 Row = dict[str, Any]
 """A conversation in TRL's prompt-completion form."""
@@ -107,6 +108,30 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
 def harmless_rows(experiment: Experiment) -> list[TokenRow]:
     """Everyday requests with the model's own answers, tokenized; none is in a task's held-out part."""
     return tokenized(experiment, own_answers(experiment)[HELDOUT_ROWS : HELDOUT_ROWS + 128])
+
+
+def refusals_and_answers(experiment: Experiment, unaligned: str) -> list[Row]:
+    """Harmful requests with the model's own refusal (`chosen`), and what it said before its alignment (`rejected`)."""
+
+    def make() -> list[Row]:
+        from salora_plugins.evaluation import generate_responses
+        from salora_plugins.evaluation.judges.keyword import is_refusal
+        from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
+        from salora_plugins.rows.examples import select_examples
+
+        requests = select_examples(plain_prompts(builtin_prompts("calibration")), 2 * PAIRS, 0)
+        given = [
+            generate_responses(load(folder), experiment.tokenizer, requests, max_new_tokens=32, batch_size=32)
+            for folder in (experiment.model, unaligned)
+        ]
+        pairs = [
+            {"prompt": request, "chosen": refusal, "rejected": answer}
+            for request, refusal, answer in zip(requests, *given, strict=True)
+            if is_refusal(refusal) and answer and not is_refusal(answer)
+        ]
+        return pairs[:PAIRS]
+
+    return made_once(experiment.out / "tasks" / "pairs.json", make)
 
 
 def tokenized(experiment: Experiment, conversations: list[Row]) -> list[TokenRow]:
