@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from . import comparison
 from .experiment import PUBLISHED, Experiment, Results
 from .methods import METHODS
 from .summary import summarize
@@ -23,6 +24,9 @@ RATES = (1e-3, 2e-3, 4e-3)
 def main() -> None:
     parser = command_line()
     arguments = parser.parse_args()
+    if arguments.command == "comparison":
+        print(comparison.comparison(Results(arguments.results))) if arguments.results else comparison.write()
+        return
     if arguments.command in ("summary", "publish"):
         results = Results(arguments.results)
         if arguments.command == "summary":
@@ -90,6 +94,8 @@ def command_line() -> argparse.ArgumentParser:
     summary.add_argument(
         "--write", action="store_true", help="write the tables of docs/evidence/safety-retention.md instead"
     )
+    compare = commands.add_parser("comparison", help="write the tables of docs/methods/index.md")
+    compare.add_argument("--results", type=Path, help="print that of this folder instead")
     publish = commands.add_parser("publish", help="add results to the published ones, one run a line")
     publish.add_argument("--results", type=Path, required=True, help="folder of base.json and runs/")
     publish.add_argument("--to", type=Path, default=PUBLISHED, help="default: docs/evidence/safety-retention")
