@@ -13,6 +13,7 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
+    "apply_safe_lora": "salora_plugins.repair.safe_lora",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
@@ -34,6 +35,7 @@ __all__ = [
     "SafetyModule",
     "SafetyMonitorCallback",
     "__version__",
+    "apply_safe_lora",
     "audit",
     "calibrate",
     "evaluate",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.monitor import SafetyMonitorCallback
+    from .repair.safe_lora import apply_safe_lora
     from .replay import RefusalAnchor, RefusalAnchorCallback, mix_refusals, own_refusals
     from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule

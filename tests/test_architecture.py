@@ -35,6 +35,7 @@ LAYERS = (
     ("tuning",),
     ("tuner",),
     ("registration", "resuming", "evaluation", "replay"),
+    ("repair",),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),

@@ -18,7 +18,7 @@ from ..activations.errors import CalibrationError
 from ..activations.statistics import ModuleStatistics
 from ..activations.vectors import VectorStatistics, decompose_together
 from ..hookspecs import BasisMethod, hookimpl
-from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
+from ..ranks import Rank, RankRule, Side, SideRanks, of_side, rank_of_spectrum, share_or_rule
 from ..safety_module import SideBases
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
 from ..support.linear_algebra import MOST_DEVIATION, deviations_from_orthonormal, on_cpu, values_of
@@ -205,11 +205,14 @@ def _too_few(
         )
     numbers = sorted(set(found.values()))
     have = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    if isinstance(wanted, float):
+    if not isinstance(wanted, int):
         advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
+        reach = "capture less than that share of the energy"
+        if isinstance(wanted, str):
+            reach = "may make up less than that share of the entropy"
         return (
-            f"{option}={wanted}: {have} directions capture less than that share of the energy of {listed(names)}. "
-            f"Lower the share, or give {advice}, or another rank for these modules: "
+            f"{option}={wanted}: {have} directions {reach} of {listed(names)}. Lower "
+            f"the share, or give {advice}, or another rank for these modules: "
             f"{option}_pattern={{{pattern}: ...}}."
         )
     return (
@@ -235,7 +238,7 @@ def _basis(
 ) -> Basis:
     vectors = entry.of(side)
     if not isinstance(wanted, int):
-        found, enough = rank_by_need(vectors, float(wanted))
+        found, enough = rank_by_need(vectors, share_or_rule(wanted))
     elif vectors.count < wanted and not may_cut:
         option = of_side(side, "safety_rank")
         told = (
@@ -256,15 +259,15 @@ def _basis(
         raise _ProblemError({"error": str(error)}) from error
 
 
-def rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
+def rank_by_need(vectors: VectorStatistics, wanted: float | RankRule) -> tuple[int, bool]:
     """
-    How many top singular directions capture a share of the energy, and True; they must leave the layer something to
-    train. Where all that there are capture less, their number, and False.
+    How many top singular directions a share of the energy, or a rule of the spectrum, asks for, and True; they must
+    leave the layer something to train. Where all that there are do not do, their number, and False.
     """
     most = min(vectors.dimension - 1, vectors.most_directions)
-    rank = min(32, most)
+    rank, size = min(32, most), min(vectors.dimension, vectors.count)
     while rank:
-        found = rank_for_share(vectors.top(rank)[1], vectors.energy, share)
+        found = rank_of_spectrum(vectors.top(rank)[1], vectors.energy, size, wanted)
         if found is not None and vectors.directions(found) == found:
             return found, True
         if found is not None or rank == most:

@@ -25,7 +25,7 @@ from ..activations.vectors import VectorStatistics
 from ..inspection import WHAT_HELPS, leak_line, leak_warning
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
-from ..ranks import Rank, rule_of
+from ..ranks import Rank, RankRule, rule_of, share_or_rule
 from ..rows.batching import check_token_ids
 from ..rows.errors import DataError
 from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest
@@ -102,7 +102,7 @@ def measure_leak(
     part, held_out = _split(answered.examples)
     everyday, named, reason = _everyday(settings) if held_out else ([], "", _too_few(answered.examples))
     if reason:
-        if by_rule := next((rank for rank in wanted.values() if rule_of(rank) is not None), None):
+        if by_rule := next((rank for rank in wanted.values() if _rule(rank) is not None), None):
             raise CalibrationError(
                 f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
             )
@@ -116,7 +116,7 @@ def measure_leak(
         inputs = last_inputs(model, layers, prompts, settings.batch_size)
         found = _by_module(statistics, inputs, len(held_out), settings)
     except CalibrationError as error:
-        if any(rule_of(rank) is not None for rank in wanted.values()):
+        if any(_rule(rank) is not None for rank in wanted.values()):
             raise
         # All ranks are here. What is calibrated is checked for itself, and does not depend on this.
         logger.warning("The leak is not measured: %s", error)
@@ -124,7 +124,7 @@ def measure_leak(
     _say_what_is_not_reached(found, wanted)
     return Leak(
         by_module={name: float(f"{leak:.4g}") for name, (_, leak) in found.items()},
-        ranks={name: found[name][0] if rule_of(rank) is not None else rank for name, rank in wanted.items()},
+        ranks={name: found[name][0] if _rule(rank) is not None else rank for name, rank in wanted.items()},
         held_out=len(held_out),
         everyday=named,
     )
@@ -190,6 +190,12 @@ def _by_module(
     return {name: whole[name] for name in settings.names}
 
 
+def _rule(rank: Rank) -> RankRule | None:
+    """The rule of the leak that a rank is; other rules follow from the spectrum."""
+    rule = rule_of(rank)
+    return rule if rule is not None and not rule.is_of_spectrum else None
+
+
 def _of_module(
     entry: ModuleStatistics, inputs: Tensor, num_held_out: int, wanted: Rank, settings: SafetySettings
 ) -> tuple[int, float]:
@@ -199,7 +205,7 @@ def _of_module(
         basis, _ = settings.basis_method(entry, number, "input")
         return number, leak_of(basis, task, everyday, harmful)
 
-    vectors, rule = entry.of("input"), rule_of(wanted)
+    vectors, rule = entry.of("input"), _rule(wanted)
     if rule is None:
         return measured(_number_of_directions(vectors, wanted))
     tried: list[tuple[int, float]] = []
@@ -218,9 +224,9 @@ def _grid(vectors: VectorStatistics) -> list[int]:
 
 def _number_of_directions(vectors: VectorStatistics, wanted: Rank) -> int:
     """As the calibration of all rows chooses it, or fewer where these rows have fewer."""
-    if isinstance(wanted, float):
-        return max(1, rank_by_need(vectors, wanted)[0])
-    return max(1, vectors.directions(int(wanted)))
+    if isinstance(wanted, int):
+        return max(1, vectors.directions(wanted))
+    return max(1, rank_by_need(vectors, share_or_rule(wanted))[0])
 
 
 def _split(examples: Sequence[TokenizedExample]) -> tuple[list[TokenizedExample], list[tuple[int, ...]]]:
@@ -283,7 +289,7 @@ def say_leak(provenance: Mapping[str, Any]) -> None:
 def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank]) -> None:
     missed: dict[Rank, list[str]] = {}
     for name, rank in wanted.items():
-        if (rule := rule_of(rank)) is not None and found[name][1] > rule.value:
+        if (rule := _rule(rank)) is not None and found[name][1] > rule.value:
             missed.setdefault(rank, []).append(name)
     for rank, names in missed.items():
         least, most = min(found[name][1] for name in names), max(found[name][1] for name in names)

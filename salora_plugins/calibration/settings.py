@@ -198,10 +198,16 @@ def _default_ranks(config: SaLoRAConfig, ranks: SideRanks) -> dict[Side, set[str
         side: {
             name
             for name, key in matching_patterns(of_names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
-            if (is_default[side] and key is None) or rule_of(of_names[name]) is not None
+            if (is_default[side] and key is None) or _is_measured(of_names[name])
         }
         for side, of_names in ranks.items()
     }
+
+
+def _is_measured(rank: Rank) -> bool:
+    """Whether a rank follows from a rule that is no property of the spectrum, and is a goal."""
+    rule = rule_of(rank)
+    return rule is not None and not rule.is_of_spectrum
 
 
 def _most_directions(rank: Rank) -> int:
