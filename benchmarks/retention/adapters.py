@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from salora_plugins import SaLoRAConfig, calibrate, project_adapter
+from salora_plugins import SaLoRAConfig, apply_safe_lora, calibrate, project_adapter
 from salora_plugins.models.targets import target_module_names
 
 from ..runs import Run
@@ -115,7 +115,16 @@ def write_repaired(experiment: Experiment, method: Method, source: Path, destina
     if method.repair == "projected":
         report = project_adapter(source, safety_module(experiment, method), destination, overwrite=True)
         return {"removed_share": report.removed_share}
-    raise NotImplementedError(method.repair)
+    unaligned = needed(experiment, "unaligned", str(method.repair))
+    projection = apply_safe_lora(source, unaligned, experiment.model, out=destination, overwrite=True)
+    cosines = [module.cosine for module in projection.modules.values() if module.cosine is not None]
+    sizes = [module.size for module in projection.modules.values() if module.projected and module.size is not None]
+    return {
+        "projected": len(projection.projected),
+        "modules": len(projection.modules),
+        "cosines": [min(cosines), max(cosines)],
+        "size_left": [min(sizes), max(sizes)] if sizes else None,
+    }
 
 
 @contextmanager
