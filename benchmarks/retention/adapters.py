@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from salora_plugins import SaLoRAConfig, apply_safe_lora, calibrate, project_adapter
+from salora_plugins import SaLoRAConfig, apply_safe_lora, calibrate, project_adapter, restore
 from salora_plugins.models.targets import target_module_names
 
 from ..runs import Run
@@ -58,7 +58,7 @@ def safety_module(experiment: Experiment, method: Method) -> Path:
     ]
     if calibration.basis_method != "salora":
         parts.append(calibration.basis_method)
-    path = experiment.out / "safety-modules" / f"{'-'.join(parts)}.safetensors"
+    path = experiment.out / "safety-modules" / f"{'-'.join(parts).replace(':', '-')}.safetensors"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,11 @@ def write_repaired(experiment: Experiment, method: Method, source: Path, destina
     if method.repair == "projected":
         report = project_adapter(source, safety_module(experiment, method), destination, overwrite=True)
         return {"removed_share": report.removed_share}
+    if method.repair == "restored":
+        return restored(experiment, method, source, destination, unsafe=None)
     unaligned = needed(experiment, "unaligned", str(method.repair))
+    if method.repair == "restored-unaligned":
+        return restored(experiment, method, source, destination, unsafe=unaligned)
     projection = apply_safe_lora(source, unaligned, experiment.model, out=destination, overwrite=True)
     cosines = [module.cosine for module in projection.modules.values() if module.cosine is not None]
     sizes = [module.size for module in projection.modules.values() if module.projected and module.size is not None]
@@ -142,6 +146,20 @@ def changed_afterwards(model: nn.Module, method: Method) -> Iterator[None]:
         yield
         for weight, value in trained.items():
             weight.copy_(value)
+
+
+def restored(experiment: Experiment, method: Method, source: Path, destination: Path, unsafe: str | None) -> Run:
+    """`salora restore`: one plain LoRA of the adapter and its repair."""
+    report = restore(
+        source,
+        experiment.model,
+        destination,
+        unsafe=unsafe,
+        safety_module=safety_module(experiment, method),
+        overwrite=True,
+    )
+    ranks = [module.directions for module in report.modules.values()]
+    return {"safety_ranks": [min(ranks), max(ranks)]}
 
 
 def cap_norms(model: nn.Module, cap: float) -> None:

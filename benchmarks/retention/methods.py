@@ -18,15 +18,18 @@ TARGETS = {
 }
 """Name -> names of the layers with adapters; "residual" are those that write to the residual stream."""
 
-Repair = Literal["projected", "restored", "safe-lora"]
-"""What is made of a trained LoRA adapter: `salora project`, `salora restore` (LSSF), `salora safe-lora`."""
+Repair = Literal["projected", "restored", "restored-unaligned", "safe-lora"]
+"""
+What is made of a trained LoRA adapter: `salora project`, `salora restore` (LSSF) with the adapter itself or with the
+model before its alignment as the unsafe one, `salora safe-lora`.
+"""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What a safety module is computed from; by default as in the paper."""
 
-    safety_rank: int = 32
+    safety_rank: int | str = 32
     input_safety_rank: int | float | None = 0
     """None: SaLoRA's default."""
     positions: Positions = "response"
@@ -72,6 +75,7 @@ class Method:
 LORA = Method("lora")
 PROMPT = Calibration(input_safety_rank=None, positions="prompt")
 ALL = Calibration(input_safety_rank=None, positions="all")
+ENTROPY = Calibration(safety_rank="entropy:0.85")
 PAPER = Method("salora", calibration=Calibration())
 TWO_SIDED = Method("salora", calibration=PROMPT, init="zero")
 
@@ -80,7 +84,8 @@ METHODS: dict[str, Method] = {
     "pissa": Method("pissa"),
     "paper": PAPER,
     "projected": replace(LORA, calibration=PROMPT, repair="projected"),
-    "restored": replace(LORA, repair="restored"),
+    "restored": replace(LORA, calibration=ENTROPY, repair="restored"),
+    "restored-unaligned": replace(LORA, calibration=ENTROPY, repair="restored-unaligned"),
     "safe-lora": replace(LORA, repair="safe-lora"),
     "scaled-0.5": replace(LORA, scale=0.5),
     "capped-0.012": replace(LORA, norm_cap=0.012),
