@@ -13,6 +13,7 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
+    "StrengthSearch": "salora_plugins.repair.strength_search",
     "apply_safe_lora": "salora_plugins.repair.safe_lora",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "own_refusals": "salora_plugins.replay",
     "project_adapter": "salora_plugins.adapters.projection",
     "push_to_hub": "salora_plugins.adapters.publishing",
+    "restore": "salora_plugins.repair.lssf",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "SaLoRAModel",
     "SafetyModule",
     "SafetyMonitorCallback",
+    "StrengthSearch",
     "__version__",
     "apply_safe_lora",
     "audit",
@@ -47,6 +50,7 @@ __all__ = [
     "own_refusals",
     "project_adapter",
     "push_to_hub",
+    "restore",
 ]
 
 if TYPE_CHECKING:
@@ -61,7 +65,9 @@ if TYPE_CHECKING:
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.monitor import SafetyMonitorCallback
+    from .repair.lssf import restore
     from .repair.safe_lora import apply_safe_lora
+    from .repair.strength_search import StrengthSearch
     from .replay import RefusalAnchor, RefusalAnchorCallback, mix_refusals, own_refusals
     from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule

@@ -381,6 +381,16 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 raise ValueError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
 
 
+def without_unread_safety_data(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of a host without `safety_data` where the basis method does not read it: for a host that has another use for
+    it, since training on refusals, or measuring them, asks its requests.
+    """
+    needs = basis_needs().get(options.get("basis_method") or OPTIONS["basis_method"].default)
+    is_unread = needs is not None and "safety_data" in needs.unread_options
+    return {name: value for name, value in options.items() if not (is_unread and name == "safety_data")}
+
+
 def check_form(values: dict[str, Any], file: Path) -> None:
     """
     Args:

@@ -28,6 +28,7 @@ LAYERS = (
     ("plugins",),
     ("prompts", "rows"),
     ("inference",),
+    ("bases",),
     ("lora_options",),
     ("config",),
     ("calibration", "parametrization"),

@@ -109,6 +109,19 @@ REFUSED = {
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
         ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
     ),
+    "an option of another method": (
+        {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},
+        ["salora: unaligned_model", "actsvd", "weight-delta"],
+    ),
+    "weights without another model": ({"salora": {"basis_method": "weight-delta"}}, ["salora", "unaligned_model"]),
+    "an unaligned model that is not there": (
+        {"salora": {"basis_method": "weight-delta", "unaligned_model": "./no/such/folder"}},
+        ["salora.unaligned_model", "no/such/folder"],
+    ),
+    "utility data that is not there": (
+        {"salora": {"basis_method": "actsvd", "utility_data": "missing.jsonl"}},
+        ["salora.utility_data", "missing.jsonl"],
+    ),
     "a share of all rows": ({"salora": {"refusal_share": 1.0}}, ["salora.refusal_share", "less than 1"]),
     "a misspelled anchor": ({"salora": {"refusal_anchor": {"wieght": 2}}}, ["salora.refusal_anchor", "wieght"]),
     "rank for vLLM": (

@@ -179,7 +179,9 @@ def test_models_that_do_not_fit(simple, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"has the shape \(32, 32\) in one model and \(64, 64\) in the other"):
         apply_safe_lora(simple / "adapter", simple / "base", wide, out=out)
-    with pytest.raises(ValueError, match=r"base='.*other': it has no linear layer 'model.layers.0.self_attn.k_proj'"):
+    with pytest.raises(
+        ValueError, match=r"base='.*other': GPT2LMHeadModel has no linear layer 'model.layers.0.self_attn.k_proj'"
+    ):
         apply_safe_lora(simple / "adapter", other, simple / "aligned", out=out)
     with pytest.raises(ValueError, match="adapter's update of"):
         aligned = tiny.llama(1, hidden_size=32, num_attention_heads=2, num_key_value_heads=2)

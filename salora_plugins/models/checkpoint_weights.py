@@ -1,271 +1,266 @@
-"""The weights of a saved model, one at a time, by the names of its modules: the model itself is not loaded."""
+"""Weights of a model that is not loaded, read from its safetensors files one at a time."""
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from ..support.files import read_json_object
-from ..support.hub import hub_folder
+from ..support.hub import hub_file, is_hub_id, is_model_name
+from ..support.module_names import listed
 from .embeddings import input_embeddings, output_embeddings
-from .weights import linear_weight
+from .fingerprint import spread_samples
+from .weights import base_layer, layer_features, linear_weight
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_WANTED = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ONE_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class CheckpointWeights:
     """
-    The weights of linear layers of a saved model, to be used as a context manager.
+    The weights that a checkpoint has for some linear layers of a model; only one of them is in memory at a time.
 
-    The files' names of weights may differ from those of the modules (with or without "model." in front, or as an older
-    Transformers wrote them): they are found by the rules by which Transformers loads the files.
+    The names in its files are brought to those of the model's modules as transformers does when it loads a checkpoint:
+    by the architecture's renamings, and with or without the prefix of the base model.
 
     Args:
-        source: A folder, or a hub repository ("organization/name", with "@revision" or without), with
-            `model.safetensors`, in one or several files.
-        like: A model of the same architecture, whose modules are meant; it may carry adapters or be quantized. None:
-            the causal language model that the checkpoint's own configuration describes.
-        option: What the user calls the model, for messages.
-        trust_remote_code: Run the repository's own model code.
+        source: A folder, or a hub repository ("organization/name@revision"), of which only the files that hold these
+            weights are downloaded.
+        model: The model whose layers they are compared with.
+        names: Names of its linear layers.
+        option: What the user calls the source, for messages.
 
     Raises:
-        FileNotFoundError: There is no such model, or a file of it is missing.
-        ValueError: It is not saved as safetensors, is quantized, or cannot be read.
-
-    Example:
-
-        >>> with CheckpointWeights("organization/base-model") as weights:
-        ...     weights.weight("model.layers.0.self_attn.q_proj")
+        FileNotFoundError: There is no such folder or repository, or it has no safetensors files.
+        ValueError: A layer has no weight there, one of another shape, or one that is no plain floating-point matrix.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike,
-        *,
-        like: nn.Module | None = None,
-        option: str = "model",
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.source = os.fspath(source)
-        self.option = option
-        wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
-        folder = Path(source) if os.path.isdir(source) else hub_folder(self.source, wanted, option=option)
-        files = self._files(folder)
-        self._model = self._skeleton(folder, like, trust_remote_code)
-        self._open = ExitStack()
-        try:
-            opened = [self._opened(file) for file in files]
-            self._keys = self._by_parameter(opened)
-        except BaseException:
-            self._open.close()
-            raise
-
-    def __enter__(self) -> CheckpointWeights:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._open.close()
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a module of this name has a weight here."""
-        return self._key(name) in self._keys
+    def __init__(self, source: str, model: nn.Module, names: Iterable[str], *, option: str) -> None:
+        self.source = source
+        self._option = option
+        self._layers = {name: base_layer(model.get_submodule(name)) for name in names}
+        self._folder = Path(source).expanduser()
+        files = self._files()
+        keys = _with_tied_head(_keys_of_modules(files, model), model)
+        if missing := [name for name in self._layers if name not in keys]:
+            raise ValueError(
+                f"{option}={source!r} has no weight for {len(missing)} of {len(self._layers)} target modules: "
+                f"{listed(missing)} (it has, for example, {next(iter(files), 'none')!r}). It must be a model of the "
+                "same architecture, as a whole and not an adapter."
+            )
+        self._places = {name: (self._path(files[keys[name]]), keys[name]) for name in self._layers}
+        for name in self._layers:
+            self._check(name)
 
     def weight(self, name: str) -> Tensor:
-        """
-        The weight of the linear layer `name`, (d_out, d_in) float32 on the CPU.
-
-        Raises:
-            ValueError: There is none, or it has another shape or kind than such a layer's.
-        """
-        return self.stored(name).float()
-
-    def stored(self, name: str) -> Tensor:
-        """The same in the dtype of the files."""
-        file, key = self._place(name)
+        """(d_out, d_in) of a layer, on the CPU, in the dtype that it is stored in."""
+        path, key = self._places[name]
         try:
-            stored = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{self._told}: {key} cannot be read, the file is perhaps cut short ({error}).") from error
-        if stored.dtype not in _FLOATS:
-            raise ValueError(
-                f"{self._told}: the weight of {name!r} is stored as {str(stored.dtype).removeprefix('torch.')}, so the "
-                "model is quantized. Give it as it was before that."
-            )
-        expected = self._parameter(name)
-        if stored.shape != expected.shape:
-            raise ValueError(
-                f"{self._told}: the weight of {name!r} is stored with shape {tuple(stored.shape)}, and the layer has "
-                f"{tuple(expected.shape)}. Give a model of the same architecture and size."
-            )
-        return stored.T if isinstance(self._model.get_submodule(name), Conv1D) else stored
+            with safe_open(path, framework="pt") as file:
+                weight = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._option}={self.source!r}: {path} cannot be read ({error}).") from error
+        return weight.T if isinstance(self._layers[name], Conv1D) else weight
 
-    def _place(self, name: str) -> tuple[Any, str]:
+    def fingerprint(self) -> str:
+        """Hex digest of a few elements of every weight, rounded to bfloat16."""
+        digest = hashlib.sha256()
+        for name in self._layers:
+            digest.update(name.encode())
+            digest.update(spread_samples(self.weight(name)).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _files(self) -> dict[str, str]:
+        """Key -> name of the file that holds it."""
+        path = self._index_or_file()
         try:
-            self._parameter(name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{self._told}: it has no linear layer {name!r}. Give a model of the same architecture."
-            ) from error
-        if self._key(name) in self._keys:
-            return self._keys[self._key(name)]
-        raise ValueError(
-            f"{self._told}: its files have no weight that is that of {name!r} alone: they are not complete, or keep it "
-            "together with others. Load the model and save it again, or leave the module out."
-        )
+            if path.name == _INDEX:
+                files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+                if not isinstance(files, Mapping):
+                    raise ValueError("its weight_map is no mapping")
+                return {str(key): str(file) for key, file in files.items()}
+            with safe_open(path, framework="pt") as file:
+                return dict.fromkeys(file.keys(), path.name)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self._option}={self.source!r}: {path} cannot be read ({error}).") from error
 
-    def _key(self, name: str) -> str:
-        """Name of a module's weight, or of the one that it is tied to where only that is stored."""
-        key = f"{name}.weight"
-        if key not in self._keys and getattr(self._model.config, "tie_word_embeddings", False):
-            modules = dict(self._model.named_modules())
-            head, embeddings = output_embeddings(self._model), input_embeddings(self._model)
-            if head is not None and modules.get(name) is head:
-                return next((f"{other}.weight" for other, module in modules.items() if module is embeddings), key)
-        return key
-
-    def _parameter(self, name: str) -> Tensor:
-        """
-        Raises:
-            AttributeError: The model has no such module, or it has no weight of two dimensions.
-        """
-        weight = self._model.get_submodule(name).weight
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise AttributeError(f"{name} is not linear")
-        return weight
-
-    @property
-    def _told(self) -> str:
-        return f"{self.option}={self.source!r}"
-
-    def _files(self, folder: Path) -> list[Path]:
-        if (folder / _WEIGHTS).is_file():
-            return [folder / _WEIGHTS]
-        if not (folder / _INDEX).is_file():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            told = "holds pickled weights only, which are not read" if pickled else f"has no {_WEIGHTS}"
+    def _index_or_file(self) -> Path:
+        if self._folder.is_dir():
+            for name in (_INDEX, _ONE_FILE):
+                if (self._folder / name).is_file():
+                    return self._folder / name
             raise FileNotFoundError(
-                f"{self._told}: {folder} {told}. Give a model that is saved as safetensors (load it and call "
-                "save_pretrained)."
+                f"{self._option}={self.source!r}: the folder has neither {_ONE_FILE} nor {_INDEX}. Name that of a "
+                "whole model; load one that is stored otherwise, or merge an adapter, and call `save_pretrained`."
             )
-        places = read_json_object(folder / _INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ValueError(f"{folder / _INDEX} names no weights. Save the model again.")
-        files = [folder / Path(name).name for name in sorted(set(map(str, places.values())))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{self._told}: {folder} has no {missing[0]}, which its {_INDEX} names.")
-        return files
-
-    def _skeleton(self, folder: Path, like: nn.Module | None, trust_remote_code: bool) -> PreTrainedModel:
-        """The model without its weights: what its modules are called, and of which kinds they are."""
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{self._told}: {folder} has no config.json, so it is not a saved model.")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{self._told} is quantized. Give the model as it was before it was quantized.")
-        with torch.device("meta"):
-            like = like.get_base_model() if isinstance(like, PeftModel) else like
-            if isinstance(like, PreTrainedModel):
-                return type(like)(_without_quantization(like.config))
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-    def _opened(self, file: Path) -> Any:
+        if not (is_hub_id(self.source) or is_model_name(self.source)):
+            raise FileNotFoundError(f"{self._option}={self.source!r}: there is no such folder. Check the path.")
         try:
-            return self._open.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file, perhaps cut short ({error}).") from error
+            return hub_file(self.source, _INDEX, option=self._option)
+        except FileNotFoundError:  # a small model has one file
+            return hub_file(self.source, _ONE_FILE, option=self._option)
 
-    def _by_parameter(self, files: list[Any]) -> dict[str, tuple[Any, str]]:
-        """Name of a parameter of the model -> the file that holds it, and its key there."""
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        prefix, expected = self._model.base_model_prefix, self._model.state_dict()
-        found: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                renamed, converter = rename_source_key(key, renamings, converters, prefix, expected)
-                if renamed not in expected and key in expected:
-                    renamed, converter = key, None
-                if converter is None:  # otherwise made from several, or a part
-                    found.setdefault(renamed, (file, key))
-        return found
+    def _path(self, file: str) -> Path:
+        return self._folder / file if self._folder.is_dir() else hub_file(self.source, file, option=self._option)
+
+    def _check(self, name: str) -> None:
+        path, key = self._places[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(key)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._option}={self.source!r}: {path} cannot be read ({error}).") from error
+        d_in, d_out = layer_features(self._layers[name])
+        wanted = (d_in, d_out) if isinstance(self._layers[name], Conv1D) else (d_out, d_in)
+        if dtype not in _FLOATING:
+            raise ValueError(
+                f"{self._option}={self.source!r}: the weight of {name!r} is stored as {dtype}, quantized perhaps; it "
+                f"must be one of {', '.join(_FLOATING)}. Name the model as it was before it was quantized."
+            )
+        if shape != wanted:
+            raise ValueError(
+                f"{self._option}={self.source!r}: the weight of {name!r} has the shape {shape} there and {wanted} in "
+                "this model. It must be a model of the same sizes: the one that this model was aligned from."
+            )
+
+
+def _keys_of_modules(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Module name -> the key of its weight, for all modules that there is a weight for."""
+    found: dict[str, str] = {}
+    renamings = _renamings(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '') or '.'}."
+    for key in keys:
+        renamed = key
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if renamed.endswith(".weight"):
+            name = renamed.removesuffix(".weight")
+            for candidate in (name, name.removeprefix(prefix), prefix + name):
+                found.setdefault(candidate, key)
+    return found
+
+
+def _with_tied_head(keys: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """With the head of a model that shares its weight with the embeddings, where only theirs is stored."""
+    head, embeddings = output_embeddings(model), input_embeddings(model)
+    if head is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return keys
+    names = {base_layer(module): name.removesuffix(".base_layer") for name, module in model.named_modules()}
+    head_name, source = names.get(base_layer(head), ""), names.get(embeddings) if embeddings is not None else None
+    return {head_name: keys[source], **keys} if head_name and source in keys else keys
+
+
+def _renamings(model: nn.Module) -> list[WeightRenaming]:
+    """What transformers renames in checkpoints of this architecture."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
 
 
 class LoadedWeights:
-    """The same of a model that is in memory, without its adapters; quantized weights are dequantized."""
+    """
+    The same of a model that is in memory, its adapters left out; quantized weights are dequantized.
 
-    def __init__(self, model: nn.Module, *, option: str = "model") -> None:
+    Args:
+        model: The model.
+        names: Names of its linear layers.
+        option: What the user calls it, for messages.
+
+    Raises:
+        ValueError: It has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], *, option: str) -> None:
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._option = option
+        _check_modules(self._model, names, option)
 
-    def stored(self, name: str) -> Tensor:
-        """The weight of the linear layer `name`, (d_out, d_in) in the dtype that it has, on the CPU."""
-        try:
-            layer = self._model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{self._option}: {type(self._model).__name__} has no layer {name!r}. Give a model of the same "
-                "architecture."
-            ) from error
-        with linear_weight(layer) as weight:
+    def weight(self, name: str) -> Tensor:
+        """(d_out, d_in) of a layer, on the CPU, in the dtype that it has."""
+        with linear_weight(self._model.get_submodule(name)) as weight:
             return weight.detach().to("cpu", copy=True)
 
 
-WeightSource = CheckpointWeights | LoadedWeights
+def weights_of(
+    source: str | os.PathLike | nn.Module, names: Iterable[str], *, option: str, trust_remote_code: bool = False
+) -> CheckpointWeights | LoadedWeights:
+    """
+    The weights of a model that need not be loaded: the modules of a checkpoint are those of the causal language model
+    that its own configuration describes.
 
+    Args:
+        source: As for `CheckpointWeights`; or a model.
+        names: Names of linear layers.
+        option: What the user calls the source, for messages.
+        trust_remote_code: Run the repository's own model code.
 
-@contextmanager
-def opened_weights(
-    source: str | os.PathLike | nn.Module, *, option: str, trust_remote_code: bool = False
-) -> Iterator[WeightSource]:
-    """The weights of a model that is given as in `CheckpointWeights`, or itself."""
+    Raises:
+        FileNotFoundError, ValueError: See `CheckpointWeights`.
+    """
     if isinstance(source, nn.Module):
-        yield LoadedWeights(source, option=option)
-        return
-    with CheckpointWeights(source, option=option, trust_remote_code=trust_remote_code) as weights:
-        yield weights
+        return LoadedWeights(source, names, option=option)
+    names, source = list(names), os.fspath(source)
+    skeleton = _skeleton(source, option, trust_remote_code)
+    _check_modules(skeleton, names, f"{option}={source!r}")
+    return CheckpointWeights(source, skeleton, names, option=option)
 
 
-def weight_delta(minuend: WeightSource, subtrahend: WeightSource, name: str) -> Tensor | None:
+def _skeleton(source: str, option: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without its weights: what its modules are called, and of which kinds they are."""
+    name, _, revision = (source, "", "") if os.path.isdir(source) else source.partition("@")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(f"{option}={source!r}: there is no model of that name ({error}).") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{option}={source!r} is quantized. Name the model as it was before it was quantized.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_modules(model: nn.Module, names: Iterable[str], told: str) -> None:
+    known = dict(model.named_modules())
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{told}: {type(model).__name__} has no linear layer {listed(missing)}. Give a model of the same "
+            "architecture."
+        )
+
+
+def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | None:
     """
     The difference of two models' weights of one layer, (d_out, d_in) float64; None where it is zero, or no more than
     the rounding of the one that is kept in the coarser dtype.
 
+    Args:
+        minuend: The one, in its dtype.
+        subtrahend: The other, in its dtype.
+        name: The layer's name, for messages.
+
     Raises:
-        ValueError: One of them has no such layer, or they are of different shapes, or not finite.
+        ValueError: They are of different shapes, or not finite.
     """
-    first, second = minuend.stored(name), subtrahend.stored(name)
-    if first.shape != second.shape:
+    if minuend.shape != subtrahend.shape:
         raise ValueError(
-            f"The weight of {name!r} has the shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the "
-            "other. Give two models of the same architecture and size."
+            f"The weight of {name!r} has the shape {tuple(minuend.shape)} in one model and {tuple(subtrahend.shape)} "
+            "in the other. Give two models of the same architecture and size."
         )
-    coarser = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.equal(first.to(coarser), second.to(coarser)):
+    coarser = max(minuend.dtype, subtrahend.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.equal(minuend.to(coarser), subtrahend.to(coarser)):
         return None
-    delta = first.double() - second.double()
+    delta = minuend.double() - subtrahend.double()
     if not torch.isfinite(delta).all():
         raise ValueError(f"The weight of {name!r} contains NaN or infinity in one of the two models.")
     return delta
-
-
-def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config

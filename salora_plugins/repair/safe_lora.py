@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters.model_card import PACKAGE, TO_LOAD, table
 from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
-from ..models.checkpoint_weights import WeightSource, opened_weights, weight_delta
+from ..models.checkpoint_weights import weight_delta, weights_of
 from ..support.module_names import listed
 from ..support.texts import cell
 
@@ -185,12 +185,12 @@ def apply_safe_lora(
             f"num_layers={num_layers}: give a number from 1 to {len(saved.factors)}, the adapter's modules."
         )
 
-    options = {"trust_remote_code": trust_remote_code}
-    with (
-        opened_weights(base, option="base", **options) as of_base,
-        opened_weights(aligned, option="aligned", **options) as of_aligned,
-    ):
-        projected = {name: _projected(name, *pair, of_base, of_aligned) for name, pair in saved.factors.items()}
+    before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
+    after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
+    projected = {
+        name: _projected(name, a, b, weight_delta(after.weight(name), before.weight(name), name))
+        for name, (a, b) in saved.factors.items()
+    }
     modules = _chosen({name: module for name, (module, _) in projected.items()}, threshold, num_layers)
     if not any(module.delta_norm for module in modules.values()):
         raise ValueError(
@@ -232,9 +232,7 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter,
     return SavedAdapter(model.peft_config[chosen].to_dict(), factors, {}), weights
 
 
-def _projected(
-    name: str, a: Tensor, b: Tensor, of_base: WeightSource, of_aligned: WeightSource
-) -> tuple[ModuleAlignment, Tensor]:
+def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
     """
     What is to be known of a module's update, and C B.
 
@@ -242,10 +240,8 @@ def _projected(
         name: The module's name.
         a: lora_A, (k, d_in).
         b: lora_B, (d_out, k).
-        of_base: Weights of the model before its alignment.
-        of_aligned: Those of the one after it.
+        delta: V, (d_out, d_in); None where the models do not differ.
     """
-    delta = weight_delta(of_aligned, of_base, name)
     if delta is None:
         return ModuleAlignment(None, None, 0.0, False), b
     if delta.shape != (b.shape[0], a.shape[1]):
