@@ -98,7 +98,9 @@ class SaLoRAModel(LoraModel):
                     copy_factors(layer, twin, adapter_name)
                     progress.update()
             else:
-                for name, start in start_factors(layers, adapter_name, config, zeros=weights_follow):
+                for name, start in start_factors(
+                    layers, adapter_name, config, safety_module.bases, zeros=weights_follow
+                ):
                     parametrize_layer(layers[name], adapter_name, start, bases_of(safety_module, name))
                     if bases_of_task is not None:
                         restrict_layer_to_task(layers[name], adapter_name, bases_of_task[name])

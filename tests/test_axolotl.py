@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import constructed_saes
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
@@ -112,6 +113,10 @@ REFUSED = {
     "an option of another method": (
         {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},
         ["salora: unaligned_model", "actsvd", "weight-delta"],
+    ),
+    "a start beside that of SAILS": (
+        {"salora": {"variant": "sails", "init": "zero"}},
+        ["salora", "init='zero'", "sails"],
     ),
     "weights without another model": ({"salora": {"basis_method": "weight-delta"}}, ["salora", "unaligned_model"]),
     "an unaligned model that is not there": (
@@ -245,6 +250,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         [{key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")} for row in tiny.preference_rows()],
     )
     (folder / "rewards.py").write_text(REWARDS)
+    for layer in range(2):
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+        constructed_saes.saved(folder / "sae" / f"layer_{layer}", kind, constructed_saes.weights("standard", 64, 40))
 
     def data(file: str, kind: str | dict) -> list[dict]:
         return [{"path": str(folder / file), "ds_type": "json", "type": kind}]
@@ -405,6 +413,15 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "num_labels": 2,
             "remove_unused_columns": False,
             "datasets": [{**data("steps.jsonl", "stepwise_supervised")[0], "step_separator": "\n"}],
+        },
+        "sails": {
+            "lora_target_modules": ["o_proj"],
+            "salora": {
+                "variant": "sails",
+                "sae": {0: f"{folder}/sae/layer_0", "1": f"{folder}/sae/layer_{{layer}}"},
+                "contrastive_data": str(folder / "conversations.jsonl"),
+                "sae_feature_share": 0.5,
+            },
         },
         "killed": both_sides,
         "resumed from half": both_sides,
@@ -574,6 +591,14 @@ def test_merge_lora(runs, name, base):
 
 
 @row("Axolotl, `resume_from_checkpoint`: the same losses and weights as without the interruption", "Resuming")
+def test_sails_starts_in_the_directions_of_features(runs):
+    folder = _ran(runs, "sails")
+    saved = json.loads((folder / "salora_config.json").read_text())
+    assert (saved["variant"], saved["init"], saved["basis_method"]) == ("sails", "sails", "sae")
+    assert not SafetyModule.load(folder).protects
+    assert "## SAILS" in (folder / "README.md").read_text()
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     whole, resumed = _ran(runs, "sft"), _ran(runs, "resumed")
     assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import calibration, smollm2_results, tables
+from benchmarks import calibration, sails, smollm2_results, tables
 from benchmarks.real_models import summary as real_models
 from benchmarks.retention import comparison, summary
 from benchmarks.retention.comparison import COMPARED
@@ -16,6 +16,7 @@ COMMANDS = {
     "python -m benchmarks.real_models summary --write": real_models,
     "python -m benchmarks.smollm2_results --summary --write": smollm2_results,
     "python -m benchmarks.calibration table --write": calibration,
+    "python -m benchmarks.sails write": sails,
 }
 
 

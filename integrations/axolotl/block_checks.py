@@ -25,7 +25,7 @@ def options_of_block(block: Mapping[str, Any]) -> dict[str, Any]:
     from ...config import without_unread_safety_data
 
     options = {key: value for key, value in block.items() if key not in OF_THE_RUN}
-    on_refusals = "basis_method" in options and (block.get("refusal_share") or block.get("refusal_anchor"))
+    on_refusals = ("basis_method" in options or options.get("variant") == "sails") and (block.get("refusal_share") or block.get("refusal_anchor"))
     return without_unread_safety_data(options) if on_refusals else options
 
 

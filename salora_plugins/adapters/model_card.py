@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inspection import leak_line
+from ..inspection import is_without_safety_data, leak_line
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
@@ -101,7 +101,7 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
         samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
     digest = markdown_code(known.get("safety_data_sha256", "unknown"))
     method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
-    if "engine" not in known and "unaligned_model" in known:
+    if "engine" not in known and is_without_safety_data(known):
         method = str(known.get("basis_method", "unknown"))
     versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
     return {
@@ -109,7 +109,7 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
         **_of_other_sources(known),
         **(
             {}
-            if "safety_data" not in known and "unaligned_model" in known
+            if is_without_safety_data(known)
             else {
                 "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
                 "Positions": markdown(
@@ -129,6 +129,11 @@ def _of_other_sources(known: Mapping[str, Any]) -> dict[str, str]:
     if "unaligned_model" in known:
         digest = markdown_code(known.get("unaligned_sha256", "unknown"))
         rows["Unaligned model"] = f"{markdown(_name_only(known['unaligned_model']))}, fingerprint {digest}"
+    if "sae" in known:
+        digest = markdown_code(known.get("contrastive_data_sha256", "unknown"))
+        data, pairs = _name_only(known.get("contrastive_data")), known.get("contrastive_samples", "?")
+        rows["Sparse autoencoders"] = markdown(_name_only(known["sae"]))
+        rows["Contrastive data"] = f"{markdown(data)}, {markdown(f'{pairs} pairs')}, SHA-256 {digest}"
     if "utility_data" in known:
         digest = markdown_code(known.get("utility_data_sha256", "unknown"))
         data, samples = _name_only(known["utility_data"]), known.get("utility_samples", "?")

@@ -97,6 +97,11 @@ class SafetySettings:
         return list(self.ranks["output"])
 
     @property
+    def reads_safety_rows(self) -> bool:
+        """Whether safety data is read and run through the model."""
+        return self.needs.reads_safety_rows("input" in self.ranks)
+
+    @property
     def needs_headers(self) -> bool:
         """Whether the header's positions are told apart from the others."""
         return self.positions == "header" or self.header_weight != 1
@@ -153,7 +158,8 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         may_cache=config.calibration_cache,
         task_rows=_known_task_rows(model, config),
         asked={
-            **({"safety_data": as_values["safety_data"]} if needs.safety_rows else {}),
+            **({"safety_data": as_values["safety_data"]} if needs.reads_safety_rows("input" in ranks) else {}),
+            **({"variant": config.variant} if config.variant == "sails" else {}),
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
