@@ -18,6 +18,7 @@ from .methods import METHODS
 from .summary import summarize
 from .tasks import HELDOUT_ROWS, TASKS
 
+NUMBERS = ("num_requests", "num_safety_rows", "batch_size")
 RATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -39,7 +40,8 @@ def main() -> None:
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
-    for_run = {name: getattr(arguments, name, None) for name in ("unaligned", "sae", "num_requests")}
+    for_run = {name: getattr(arguments, name, None) for name in ("unaligned", "sae")}
+    for_run |= {name: value for name in NUMBERS if (value := getattr(arguments, name, None)) is not None}
     experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks, **for_run)
     measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)
@@ -80,6 +82,8 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--unaligned", help="folder of the model before its alignment, which some methods need")
     run.add_argument("--sae", help="sparse autoencoders for the method sae, as SaLoRAConfig's option takes them")
     run.add_argument("--num-requests", type=int, help="ask so many of each set, spread over it (default: all)")
+    run.add_argument("--num-safety-rows", type=int, help="calibrate on so many refusals (default: 128)")
+    run.add_argument("--batch-size", type=int, help="rows of a step (default: 8)")
     where.add_argument(
         "--requests",
         action="append",

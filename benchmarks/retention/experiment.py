@@ -40,6 +40,9 @@ class Experiment:
     """Sparse autoencoders, as the option `sae` takes them."""
     num_requests: int | None = None
     """How many of each set are asked, evenly spread over it; None: all."""
+    num_safety_rows: int = 128
+    """Refusals that are calibrated on, at most."""
+    batch_size: int = 8
 
     def request_sets(self) -> dict[str, list[str]]:
         """The requests to evaluate on, by set."""

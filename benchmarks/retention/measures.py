@@ -22,7 +22,7 @@ from .experiment import SAME_LOSS, Experiment, Results
 from .methods import METHODS
 from .tasks import task_rows
 
-MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
+MARGIN_REQUESTS = 16  # of each set, or a quarter of what is asked: margins take longer than answers
 
 
 def heldout_loss(experiment: Experiment, model: Any, task: str) -> float:
@@ -36,6 +36,7 @@ def refusals(experiment: Experiment, model: Any, answers: Path, sets: dict[str, 
     responses = iter(
         generate_responses(model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64, progress=False)
     )
+    most = MARGIN_REQUESTS if experiment.num_requests is None else max(1, experiment.num_requests // 4)
     given = {name: [next(responses) for _ in of_set] for name, of_set in sets.items()}
     write_json(answers, given)
     return {
@@ -45,7 +46,7 @@ def refusals(experiment: Experiment, model: Any, answers: Path, sets: dict[str, 
         },
         "broken": {name: sum(coherence(text, None) != "coherent" for text in of_set) for name, of_set in given.items()},
         "margin": {
-            name: round(margins(model, tokenizer, of_set[:MARGIN_REQUESTS], batch_size=32).mean().item(), 3)
+            name: round(margins(model, tokenizer, of_set[:most], batch_size=32).mean().item(), 3)
             for name, of_set in sets.items()
         },
         "requests": {name: len(of_set) for name, of_set in sets.items()},

@@ -74,7 +74,7 @@ def own_answers(experiment: Experiment) -> list[Row]:
 
 
 def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
-    """Requests with the model's own refusals, tokenized: 128 of a source, or 64 of each of both."""
+    """Requests with the model's own refusals, tokenized: of one source, or half of them of each of both."""
 
     def make() -> list[TokenRow]:
         from salora_plugins.calibration.refusals import add_own_refusals
@@ -84,7 +84,8 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
         from salora_plugins.rows.tokenizing import render_rows
 
         if data == "both":
-            halves = [harmful_rows(experiment, source)[:64] for source in ("builtin", "advbench")]
+            half = experiment.num_safety_rows // 2
+            halves = [harmful_rows(experiment, source)[:half] for source in ("builtin", "advbench")]
             return [row for half in halves for row in half]
         source: Any = "builtin"
         if data == "advbench":
@@ -95,7 +96,7 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
             load(experiment.model).eval(),
             experiment.tokenizer,
             render_rows(examples, experiment.tokenizer, max_length=MAX_LENGTH, option="safety_data"),
-            128,
+            experiment.num_safety_rows,
             is_refusal=keyword_judge,
             batch_size=32,
             max_length=MAX_LENGTH,

@@ -21,8 +21,6 @@ from .measures import measure_base, measured_point
 from .methods import METHODS
 from .tasks import task_rows
 
-BATCH_SIZE = 8
-
 
 def run_all(
     experiment: Experiment,
@@ -50,6 +48,8 @@ def run_all(
             "options": METHODS[method].options,
             "learning_rate": rate,
             "seed": seed,
+            "batch_size": experiment.batch_size,
+            "safety_rows": experiment.num_safety_rows,
             "versions": versions(),
         }
         if repairs:
@@ -138,7 +138,7 @@ def train(experiment: Experiment, results: Results, name: str, run: Run, steps: 
             **sft_options(),
             output_dir=str(experiment.out / "trainer" / name),
             max_steps=max(steps),
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=experiment.batch_size,
             learning_rate=run["learning_rate"],
             # Constant, so that the points on the way are those of shorter runs, too.
             lr_scheduler_type="constant_with_warmup",
