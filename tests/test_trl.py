@@ -1,13 +1,8 @@
 """The real SFTTrainer and DPOTrainer with peft_config=SaLoRAConfig(...)."""
 
 import json
-<<<<<<< HEAD
-=======
 import re
 import shlex
-import subprocess
-import sys
->>>>>>> w-firsthour
 from functools import partial
 from pathlib import Path
 
@@ -240,11 +235,7 @@ def test_example_script(folder, tmp_path):
     command += ["--lora_r", "4", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "v_proj"]
     command += ["--learning_rate", "1e-2", "--output_dir", tmp_path / "out", "--max_steps", "2", "--use_cpu"]
     command += ["--bf16", "False", "--report_to", "none"]
-<<<<<<< HEAD
-    fresh.run(command, check=True)
-=======
-    result = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
->>>>>>> w-firsthour
+    result = fresh.run(command, check=True)
     assert largest_share_inside(tmp_path / "out") <= 1e-5
     # The line that is printed at the end measures the very adapter.
     line = re.search("^ *salora (evaluate .*)$", result.stdout, re.MULTILINE).group(1)
