@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import fresh
 import constructed_saes
+import fresh
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
