@@ -15,6 +15,7 @@ _EXPORTS = {
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
     "StrengthSearch": "salora_plugins.repair.strength",
     "apply_safe_lora": "salora_plugins.repair.safe_lora",
+    "attribute": "salora_plugins.attribution",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
@@ -39,6 +40,7 @@ __all__ = [
     "StrengthSearch",
     "__version__",
     "apply_safe_lora",
+    "attribute",
     "audit",
     "calibrate",
     "evaluate",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .adapters.export import export_adapter
     from .adapters.projection import project_adapter
     from .adapters.publishing import push_to_hub
+    from .attribution import attribute
     from .calibration import calibrate
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
@@ -81,7 +84,10 @@ def __getattr__(name: str) -> Any:
         return value
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    hosts = importlib.import_module("salora_plugins.support.hosts")
+    hosts.warn_of_unsupported(*hosts.in_use())
+    with hosts.explained(*hosts.in_use()):
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -103,6 +103,8 @@ class Provenance(BaseModel, Mapping[str, Any]):
     """Which everyday requests they were compared with: "builtin" or "task_data"."""
     leak_unknown: _Text = None
     """Why the leak was not measured."""
+    variant: _Text = None
+    """"sails" where the directions are those that a training starts in, and nothing is kept out of them."""
     basis_method: _Text = None
     utility_data: _Text = None
     utility_data_sha256: _Text = None

@@ -632,13 +632,19 @@ def test_contrastive_rows():
         start = safe.labels.index(safe.input_ids[len([t for t in safe.labels if t == -100])])
         assert safe.input_ids[:start] == unsafe.input_ids[:start]
     for source, told in (
-        ([{"prompt": "a", "chosen": "b"}], r"row 1 of contrastive_data must have prompt, chosen and rejected; it has"),
-        (text[:1] * 2 + ["Yes"], r"row 3 of contrastive_data must have"),
+        (
+            [{"prompt": "a", "chosen": "b"}],
+            r"row 1 of contrastive_data has no `rejected`. Give rows of `prompt`, `chosen`",
+        ),
+        (text[:1] * 2 + ["Yes"], r"row 3 of contrastive_data is .Yes.; a row must map column names"),
         ("missing.jsonl", r"contrastive_data='missing.jsonl': there is no such file"),
     ):
         with pytest.raises(DataError, match=told):
             contrastive_rows(rows(source))
-    with pytest.raises(DataError, match="no pair has two responses within calibration_max_length=4"):
+    with pytest.raises(
+        DataError,
+        match="10 of 10 pairs of contrastive_data have a response without a token within calibration_max_length=4",
+    ):
         contrastive_rows(rows(text, max_length=4))
 
 

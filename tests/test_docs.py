@@ -19,6 +19,7 @@ import yaml
 from peft import get_peft_model
 from test_architecture import LAYERS
 
+import fresh
 import salora_plugins
 import tiny
 from salora_plugins import plugins
@@ -238,7 +239,7 @@ def test_what_the_readme_loads_in_a_fresh_process(tmp_path):
         "model = load_for_training(AutoModelForCausalLM.from_pretrained('base'), 'outputs')\n"
         "print(type(model.base_model).__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = fresh.run(["-c", code], cwd=tmp_path)
     assert result.stdout.strip() == "SaLoRAModel", result.stderr
 
 

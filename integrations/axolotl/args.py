@@ -17,8 +17,10 @@ from .block_checks import (
     check_kernels,
     check_rank_for_vllm,
     check_refusals,
+    check_sharded,
     options_of_block,
 )
+from .errors import check_block, in_one_sentence
 from .host_options import check_host_options
 
 ADAPTER = "salora"
@@ -169,13 +171,16 @@ class SaLoRAArgs(BaseModel):
     def _refuse_what_would_be_wrong(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        if data.get("adapter") == ADAPTER:
-            check_host_options(data)
-        elif data.get("salora") is not None:
-            raise ValueError(
-                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove "
-                "the block."
-            )
+        with in_one_sentence():
+            if data.get("adapter") == ADAPTER:
+                check_host_options(data)
+                if data.get("salora") is not None:
+                    check_block(SaLoRAOptions, data["salora"], "salora")
+            elif data.get("salora") is not None:
+                raise ValueError(
+                    f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or "
+                    "remove the block."
+                )
         return data
 
     @model_validator(mode="after")
@@ -187,14 +192,16 @@ class SaLoRAArgs(BaseModel):
         block = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
         options = options_of_block(block)
         trains = not (self.inference or self.merge_lora)
-        if trains:
-            check_files(block)
-        check_basis_method(options)
-        config = as_config(options)
-        if trains:
-            check_kernels(self, config)
-            check_refusals(self)
-        check_rank_for_vllm(self, config)
+        with in_one_sentence():
+            if trains:
+                check_files(block)
+            check_basis_method(options)
+            config = as_config(options)
+            if trains:
+                check_kernels(self, config)
+                check_refusals(self)
+                check_sharded(self, config)
+            check_rank_for_vllm(self, config)
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .host_options import FUSED_KERNELS
+from .host_options import FUSED_KERNELS, uses_zero3
 
 if TYPE_CHECKING:
     from ...config import SaLoRAConfig
@@ -25,7 +25,9 @@ def options_of_block(block: Mapping[str, Any]) -> dict[str, Any]:
     from ...config import without_unread_safety_data
 
     options = {key: value for key, value in block.items() if key not in OF_THE_RUN}
-    on_refusals = "basis_method" in options and (block.get("refusal_share") or block.get("refusal_anchor"))
+    on_refusals = ("basis_method" in options or options.get("variant") == "sails") and (
+        block.get("refusal_share") or block.get("refusal_anchor")
+    )
     return without_unread_safety_data(options) if on_refusals else options
 
 
@@ -121,6 +123,25 @@ def check_kernels(cfg: Any, config: SaLoRAConfig) -> None:
             f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
             "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "
             "on, or salora.init: pissa or zero, or remove the kernels."
+        )
+
+
+def check_sharded(cfg: Any, config: SaLoRAConfig) -> None:
+    """
+    Raises:
+        ValueError: The block asks for what needs a model that can be run before it is trained, and ZeRO 3 shards it.
+    """
+    if not uses_zero3(cfg.deepspeed):
+        return
+    if config.init == "task" and not cfg.lora_model_dir:
+        raise ValueError(
+            "salora.init: task: ZeRO stage 3 shards the weights before the training rows can be run through them. Set "
+            "salora.init: zero or pissa, or use ZeRO stage 1 or 2."
+        )
+    if getattr(cfg.salora, "refusal_share", None):
+        raise ValueError(
+            "salora.refusal_share: ZeRO stage 3 shards the weights before the model can answer. Remove it, or use ZeRO "
+            "stage 1 or 2."
         )
 
 

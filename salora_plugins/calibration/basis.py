@@ -273,7 +273,7 @@ def _with_room(
 
 def _basis(entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, call: MethodCall) -> Basis:
     vectors = entry.of(side)
-    rank = _number_of_directions(entry, side, wanted, may_cut) if call.needs.safety_rows else wanted
+    rank = _number_of_directions(entry, side, wanted, may_cut) if call.needs.safety_rows in (True, side) else wanted
     if not (isinstance(rank, int) or call.needs.chooses_rank):
         told = f"{of_side(side, 'safety_rank')}={rank}: basis_method={call.name!r} takes a number of directions only."
         raise _ProblemError({"error": told})

@@ -61,7 +61,7 @@ def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows
         "ranks": settings.ranks,
         "positions": settings.positions,
         "header": [settings.header_weight, Headers(rows.tokenizer).forms] if settings.needs_headers else [],
-        "leak": everyday_digest(settings) if "input" in settings.ranks and settings.needs.safety_rows else "",
+        "leak": everyday_digest(settings) if "input" in settings.ranks and settings.reads_safety_rows else "",
         "engine": dataclasses.astuple(settings.engine),
         "num_safety_samples": settings.rows.num,
         "batch_size": settings.batch_size,

@@ -104,7 +104,7 @@ def measure_leak(
     wanted = settings.ranks.get("input")
     if wanted is None:
         return Leak(reason="there is no input side, so that an update reacts to harmful requests as to any other")
-    if not settings.needs.safety_rows:
+    if not settings.reads_safety_rows:
         return _unmeasured(f"basis_method={settings.method_name!r} reads no safety data", wanted)
     part, held_out = _split(answered.examples)
     everyday, named, reason = _everyday(settings) if held_out else ([], "", _too_few(answered.examples))

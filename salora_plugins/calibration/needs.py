@@ -112,7 +112,7 @@ def gather(
             model=model,
             names=settings.names,
             options=settings.options,
-            contrastive_rows=partial(_pairs, settings),
+            contrastive_rows=partial(_pairs, settings, facts),
             batch_size=settings.batch_size,
         )
         prepared = needs.prepare(preparation)
@@ -176,10 +176,14 @@ def _unaligned_weight(module: nn.Module, name: str, checkpoint: CheckpointWeight
         return weight.to(own.device).to(own.dtype).float().contiguous()
 
 
-def _pairs(settings: SafetySettings) -> list[tuple[TokenizedExample, TokenizedExample]]:
+def _pairs(settings: SafetySettings, facts: dict[str, Any]) -> list[tuple[TokenizedExample, TokenizedExample]]:
+    """The contrastive rows, of which it is told in `facts`."""
     if settings.contrastive_rows is None:
         raise CalibrationError(
             f"basis_method={settings.method_name!r} compares safe with unsafe responses: give contrastive_data, rows "
             "with prompt, chosen (safe) and rejected (unsafe)."
         )
-    return contrastive_rows(settings.contrastive_rows)
+    pairs = contrastive_rows(settings.contrastive_rows)
+    facts["contrastive_samples"] = len(pairs)
+    facts["contrastive_data_sha256"] = data_digest([example for pair in pairs for example in pair])
+    return pairs

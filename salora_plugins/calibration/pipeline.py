@@ -77,7 +77,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     settings = safety_settings(model, config)
-    rows = safety_rows(settings.rows) if settings.needs.safety_rows else SafetyRows([], None)
+    rows = safety_rows(settings.rows) if settings.reads_safety_rows else SafetyRows([], None)
     sources = read_sources(model, settings)
     with adapters_disabled(model):
         key = calibration_key(model, settings, rows, sources)
@@ -123,7 +123,7 @@ def _directions(model: nn.Module, answered: AnsweredRows, sources: Sources, sett
         return statistics if needs == SAFETY_ROWS_ONLY else with_supplies(statistics, supplies, settings)
 
     leak = measure_leak(model, answered, positions, settings, supplied)
-    if needs.safety_rows:
+    if settings.reads_safety_rows:
         statistics = safety_statistics(model, answered.examples, positions, settings)
     else:
         statistics = empty_statistics(model, settings)

@@ -39,7 +39,7 @@ def provenance_of(
         {
             **settings.asked,
             "base_model": settings.rows.base_model or None,
-            **(_of_safety_rows(settings, answered, positions_counted) if settings.needs.safety_rows else {}),
+            **(_of_safety_rows(settings, answered, positions_counted) if settings.reads_safety_rows else {}),
             **supplied,
             **answered.counts,
             **({"safety_sources": answered.by_source} if answered.by_source else {}),
@@ -69,7 +69,7 @@ def _of_safety_rows(settings: SafetySettings, answered: AnsweredRows, positions_
 
 def _runs_the_model(settings: SafetySettings) -> bool:
     """Whether statistics are gathered of the layers."""
-    return settings.needs.safety_rows or settings.needs.utility_rows
+    return settings.reads_safety_rows or settings.needs.utility_rows
 
 
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

@@ -97,6 +97,11 @@ class SafetySettings:
         return list(self.ranks["output"])
 
     @property
+    def reads_safety_rows(self) -> bool:
+        """Whether safety data is read and run through the model."""
+        return self.needs.reads_safety_rows("input" in self.ranks)
+
+    @property
     def needs_headers(self) -> bool:
         """Whether the header's positions are told apart from the others."""
         return self.positions == "header" or self.header_weight != 1
@@ -122,10 +127,8 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
     Raises:
         ValueError: An option contradicts the model.
     """
-    names = target_module_names(model, config)
-    ranks = config.safety_ranks(default_input_ranks(model, names))
-    check_ranks(model, ranks)
-    check_reached_by_text(model, names)
+    ranks = checked_ranks(model, config)
+    names = list(ranks["output"])
     methods = basis_methods()
     if config.basis_method not in methods:
         raise ValueError(
@@ -140,7 +143,7 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         )
     as_values = config.to_dict()
     return SafetySettings(
-        rows=_row_settings(model, config, config.safety_data, "safety_data", config.num_safety_samples),
+        rows=safety_row_settings(model, config),
         batch_size=config.calibration_batch_size,
         positions=config.resolved_safety_positions,
         header_weight=float(config.header_weight),
@@ -153,7 +156,8 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         may_cache=config.calibration_cache,
         task_rows=_known_task_rows(model, config),
         asked={
-            **({"safety_data": as_values["safety_data"]} if needs.safety_rows else {}),
+            **({"safety_data": as_values["safety_data"]} if needs.reads_safety_rows("input" in ranks) else {}),
+            **({"variant": config.variant} if config.variant == "sails" else {}),
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
@@ -170,6 +174,34 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         else _row_settings(model, config, config.contrastive_data, "contrastive_data", config.num_safety_samples),
         unaligned_model=config.unaligned_model if needs.unaligned_model else None,
     )
+
+
+def checked_ranks(model: nn.Module, config: SaLoRAConfig) -> SideRanks:
+    """
+    Side -> target module, in the model's order -> rank. The weights need not be there, so that the model may be one of
+    the meta device.
+
+    Raises:
+        ValueError: There are no such targets, or they cannot be calibrated.
+    """
+    names = target_module_names(model, config)
+    ranks = config.safety_ranks(default_input_ranks(model, names))
+    check_ranks(model, ranks)
+    check_reached_by_text(model, names)
+    return ranks
+
+
+def safety_row_settings(model: nn.Module, config: SaLoRAConfig) -> RowSettings:
+    """Of the safety data."""
+    return _row_settings(model, config, config.safety_data, "safety_data", config.num_safety_samples)
+
+
+def statistics_bytes(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -> int:
+    """What the statistics of a calibration take beside the weights; the model may be one of the meta device."""
+    layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
+    outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
+    engine = _engine(model, config, ranks)
+    return sum(engine.bytes_of(d) for d in outputs) + sum(engine.bytes_of(d, "input") for d in inputs)
 
 
 def task_settings(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> TaskSettings:

@@ -11,12 +11,13 @@ from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
+from .parameters import target_modules_of
 
-# The command's result, and what is for the start of a training.
-_LEFT_OUT = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
+NOT_OF_CALIBRATION = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
+"""Options of an adapter that a calibration has no use for: its result, and what is for the start of a training."""
 
 
-@takes_config_options([option for name, option in OPTIONS.items() if name not in _LEFT_OUT])
+@takes_config_options([option for name, option in OPTIONS.items() if name not in NOT_OF_CALIBRATION])
 @takes_loading_options
 def calibrate(
     model: Annotated[str, typer.Option(help="The aligned model: a folder or a hub repository.")],
@@ -32,7 +33,7 @@ def calibrate(
     """Compute the safety module of a model, to be used by any number of training runs."""
     from ..config import SaLoRAConfig
 
-    config = SaLoRAConfig(target_modules=_target_modules(target_modules), **options)
+    config = SaLoRAConfig(target_modules=target_modules_of(target_modules), **options)
     if loading.load_in_4bit and loading.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit are both given. Choose one.")
     if out.is_dir():
@@ -50,15 +51,3 @@ def calibrate(
     typer.echo(
         f"Wrote {out}. Use it with SaLoRAConfig(safety_module={str(out)!r}), or `salora.safety_module` in Axolotl."
     )
-
-
-def _target_modules(given: list[str] | None) -> list[str] | str | None:
-    """A single text with characters that no module name has is a regular expression, as in PEFT."""
-    if not given:
-        return None
-    if len(given) == 1 and (given[0] == "all-linear" or not set(given[0]) <= _NAME_CHARACTERS):
-        return given[0]
-    return [name.strip() for text in given for name in text.split(",") if name.strip()]
-
-
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")

@@ -182,7 +182,7 @@ def plan_evaluation(
     if lm_eval.tasks:
         check_tasks(lm_eval.tasks, lm_eval.include_path)
     requests, task = data.requests(), data.held_out_task()
-    planned_judges = tuple(_planned(judge) for judge in dict.fromkeys(judges))
+    planned_judges = tuple(planned_judge(judge) for judge in dict.fromkeys(judges))
     found = find_models(base_model, adapters, models, loading.revision)
     base = found[0]
     audits = _audits(found, safety_module)
@@ -205,17 +205,18 @@ def plan_evaluation(
         audits=audits,
         measuring=measuring,
         seed=data.seed,
-        settings=_settings(base, data, requests, measuring, loading),
+        settings=common_settings(base, data, requests, measuring, loading),
     )
 
 
-def _settings(
+def common_settings(
     base: EvaluatedModel,
     data: DataOptions,
     requests: Mapping[SetName, Sequence[Request]],
     measuring: MeasuringOptions,
     loading: LoadingOptions,
 ) -> dict[str, Setting]:
+    """What all models of an evaluation have in common."""
     sources = {"harmful": data.harmful, "harmless": data.harmless}
     choice = {"num_requests": data.num_requests, "seed": data.seed}
     return {
@@ -231,7 +232,13 @@ def _settings(
     }
 
 
-def _planned(spec: str) -> PlannedJudge:
+def planned_judge(spec: str) -> PlannedJudge:
+    """
+    A judge by name, see `load_judge`; the model that it may be is not loaded.
+
+    Raises:
+        ValueError: There is none of that name, or its argument is not usable.
+    """
     judge = load_judge(spec)
     return PlannedJudge(judge.name, judge.kind, judge.describe())
 
