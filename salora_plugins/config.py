@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,14 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
             0.95: as many as capture that share of the energy of the layer's outputs on the safety data. "entropy:0.85":
             as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038).
-        variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
+        variant (`"two-sided"`, `"paper"` or `"sails"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
             docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
+            "sails": SAILS (arXiv 2512.23260), which teaches refusals instead of keeping them: nothing is protected, and
+            B starts at 0.1 of the first r directions that `basis_method="sae"` finds, beside a random A. Needs `sae`
+            and `contrastive_data`; train on safety rows. See docs/methods/sails.md.
         input_safety_rank (`int`, `float` or `str`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
             the energy of the layer's inputs that they capture, or "leak:0.05": the smallest of 16, 32, 64, ... that
@@ -94,13 +97,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
-        init (`"task"`, `"pissa"` or `"zero"`, *optional*):
+        init (`"task"`, `"pissa"`, `"zero"` or `"sails"`, *optional*):
             Start of the factors. "task": the weight's top singular directions, their output side restricted to
             what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
-            "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. None of them
-            changes what the model computes before the first step. `None` means "zero" with an input side, and "task"
-            without one or where an option of the task start is given: `task_data`, another `task_rank` or
-            `num_task_samples` than by default.
+            "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. "sails": that of
+            the variant, and of no other. None of them changes what the model computes before the first step. `None`
+            means "zero" with an input side, and "task" without one or where an option of the task start is given:
+            `task_data`, another `task_rank` or `num_task_samples` than by default.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,
@@ -184,6 +187,10 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
 
     def _resolve_start(self) -> None:
         """Choose `init` where it is None, and warn of options that only `init="task"` heeds with another one."""
+        if self.variant == "sails":
+            self._resolve_sails()
+        elif self.init == "sails":
+            raise ValueError("init='sails' is the start of variant='sails': set that, or another init.")
         given = [] if self.task_data is None else ["task_data"]
         given += [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default]
         if self.init is None:
@@ -194,6 +201,21 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _resolve_sails(self) -> None:
+        """Take the start and the method of the variant; refuse others, and what is about protection."""
+        if self.init not in (None, "sails"):
+            raise ValueError(f"init={self.init!r}: variant='sails' has a start of its own. Leave init out.")
+        if self.basis_method not in (OPTIONS["basis_method"].default, "sae"):
+            raise ValueError(f"basis_method={self.basis_method!r}: variant='sails' takes the directions of 'sae'.")
+        for name in ("safety_data", "safety_positions", "input_safety_rank", "input_safety_rank_pattern"):
+            value, default = getattr(self, name), OPTIONS[name].default
+            if type(value) is not type(default) or value != default:
+                raise ValueError(
+                    f"{name}={_name_of(value)!r} has no effect with variant='sails', which protects nothing: leave it "
+                    "out. The directions follow from contrastive_data and sae; safety rows are what you train on."
+                )
+        self.init, self.basis_method = "sails", "sae"
 
     def _refuse_contradicting_options(self) -> None:
         if self.variant == "paper" and self.input_safety_rank:
@@ -227,9 +249,14 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError("input_utility_rank has no effect without an input side: leave it out.")
 
     def _refuse_options_of_other_methods(self) -> None:
-        """Options that this basis method does not read; one of a plugin that is not here is left to the calibration."""
+        """
+        Options that this basis method does not read. With a safety module nothing is calibrated; a method of a plugin
+        that is not here is left to the calibration.
+        """
+        if self.safety_module is not None:
+            return
 
-        def given(names: Iterable[str]) -> list[str]:
+        def given(names: Collection[str]) -> list[str]:
             return [name for name in OPTIONS if name in names and not _is_default(name, getattr(self, name))]
 
         if self.basis_method == "salora" and not given(OF_BASIS_METHODS):
@@ -244,12 +271,12 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}: "
                 f"leave it out{', or set basis_method to one that reads it: ' + ', '.join(readers) if readers else ''}."
             )
-        if unread := given(needs.unread_options):
+        if unread := given(needs.unread_options(self.has_input_side)):
             raise ValueError(
                 f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}, "
                 "which reads no safety data: leave it out."
             )
-        if needs.unaligned_model and self.unaligned_model is None and self.safety_module is None:
+        if needs.unaligned_model and self.unaligned_model is None:
             raise ValueError(
                 f"basis_method={self.basis_method!r} compares the model with the one before its alignment: name that "
                 "with unaligned_model, a folder or a hub repository."
@@ -293,7 +320,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
     @property
     def has_input_side(self) -> bool:
         """Whether a safety module that is computed for this configuration has an input side."""
-        return self.variant != "paper" and self.input_safety_rank != 0
+        return self.variant == "two-sided" and self.input_safety_rank != 0
 
     @property
     def resolved_safety_positions(self) -> Positions:
@@ -302,16 +329,20 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             return self.safety_positions
         return "prompt" if self.has_input_side else "response"
 
-    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[Side, dict[str, Rank]]:
+    def safety_ranks(
+        self, default_input_ranks: Mapping[str, int], default_ranks: Mapping[str, Rank] | None = None
+    ) -> dict[Side, dict[str, Rank]]:
         """
         Args:
             default_input_ranks: Module name -> rank of its input side where no option names one.
+            default_ranks: The same of the output side; None: `safety_rank`.
 
         Returns:
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
         names = default_input_ranks.keys()
-        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        output = self.safety_rank if default_ranks is None else default_ranks
+        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, output, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
             default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank
@@ -381,6 +412,18 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 raise ValueError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
 
 
+def without_unread_safety_data(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of a host without `safety_data` where the basis method does not read it: for a host that has another use for
+    it, since training on refusals, or measuring them, asks its requests.
+    """
+    variant = options.get("variant") or OPTIONS["variant"].default
+    method = "sae" if variant == "sails" else options.get("basis_method") or OPTIONS["basis_method"].default
+    needs, has_input_side = basis_needs().get(method), variant == "two-sided" and options.get("input_safety_rank") != 0
+    is_unread = needs is not None and "safety_data" in needs.unread_options(has_input_side)
+    return {name: value for name, value in options.items() if not (is_unread and name == "safety_data")}
+
+
 def check_form(values: dict[str, Any], file: Path) -> None:
     """
     Args:
@@ -401,7 +444,7 @@ def check_form(values: dict[str, Any], file: Path) -> None:
 
 def _is_default(name: str, value: Any) -> bool:
     default = OPTIONS[name].default
-    return value is default or (isinstance(value, type(default)) and value == default)
+    return value is default or (isinstance(value, (str, int, float)) and value == default)
 
 
 def _name_of(value: Any) -> str | None:

@@ -62,8 +62,11 @@ class BasisMethod(Protocol):
 class BasisNeeds:
     """What a basis method gets beside the statistics of the safety rows; it is gathered only where it is declared."""
 
-    safety_rows: bool = True
-    """False: no safety data is read, and no model is run for it; the statistics are of no vectors."""
+    safety_rows: bool | Literal["input"] = True
+    """
+    False: no safety data is read, and no model is run for it; the statistics are of no vectors. "input": only where
+    there is an input side, and for that; a share or a rule of the output side is left to the method.
+    """
 
     utility_rows: bool = False
     """`ModuleStatistics.utility`: the same statistics over `utility_data`, at the same positions."""
@@ -95,10 +98,13 @@ class BasisNeeds:
         of_needs = {"utility_data", "num_utility_samples"} if self.utility_rows else set()
         return frozenset(of_needs | ({"unaligned_model"} if self.unaligned_model else set()) | set(self.options))
 
-    @property
-    def unread_options(self) -> frozenset[str]:
+    def reads_safety_rows(self, has_input_side: bool) -> bool:
+        """Whether safety data is read and run through the model."""
+        return has_input_side if self.safety_rows == "input" else self.safety_rows
+
+    def unread_options(self, has_input_side: bool) -> frozenset[str]:
         """Of the options of the safety data and of passes over data those that have no effect."""
-        if self.safety_rows:
+        if self.reads_safety_rows(has_input_side):
             return frozenset()
         unread = {"safety_data", "safety_positions", "header_weight"}
         if not self.utility_rows:

@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .ranks import Rank, check_pattern, check_rank
 
-Variant = Literal["two-sided", "paper"]
-"""Which sides of the layers are protected."""
+Variant = Literal["two-sided", "paper", "sails"]
+"""Which sides of the layers are protected; with "sails" none is, and training starts in the directions."""
 Positions = Literal["response", "predicting", "prompt", "header", "all"]
 """Which positions of the safety data count, see `activations.positions.position_mask`."""
-Start = Literal["task", "pissa", "zero"]
-"""Start values of the factors."""
+Start = Literal["task", "pissa", "zero", "sails"]
+"""Start values of the factors; "sails" is that of the variant."""
 EngineChoice = Literal["auto", "exact", "sketched"]
 """How the statistics of the layers are kept, see `activations.statistics.choose_engine`."""
 RankPattern = dict[str, Rank]
@@ -57,7 +57,8 @@ class AdapterOptions:
     variant: Variant = field(
         default="two-sided",
         metadata=about(
-            "two-sided: what the layers write and what they react to is protected; paper: the output side only."
+            "two-sided: what the layers write and what they react to is protected; paper: the output side only; sails: "
+            "nothing is, and training on safety data starts in the directions of sae (SAILS)."
         ),
     )
     input_safety_rank: Rank | None = field(

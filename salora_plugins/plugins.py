@@ -22,6 +22,9 @@ COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.d
 
 BUILTIN_PLUGINS: tuple[str, ...] = (
     "salora_plugins.calibration.basis",
+    "salora_plugins.bases.actsvd",
+    "salora_plugins.bases.sae",
+    "salora_plugins.bases.weight_delta",
     "salora_plugins.prompts.builtin",
     "salora_plugins.prompts.public_sets",
     "salora_plugins.evaluation.judges.builtin",

@@ -197,7 +197,9 @@ def rank_for_share(singular_values: Tensor, energy: float, share: float) -> int 
     return int(enough.int().argmax()) + 1 if enough.any() else None
 
 
-def rank_for_entropy(singular_values: Tensor, energy: float, dimension: int, share: float) -> int | None:
+def rank_for_entropy(
+    singular_values: Tensor, energy: float, dimension: int, share: float, *, at_least: bool = False
+) -> int | None:
     """
     The smallest number of directions that make up a share of the spectrum's entropy; None where those that are known
     may not (LSSF, arXiv 2602.00038: p_i = s_i^2 / sum s^2, H_rho = -sum_{i<=rho} p_i log p_i, the least rho with
@@ -206,26 +208,34 @@ def rank_for_entropy(singular_values: Tensor, energy: float, dimension: int, sha
     Where only the first m of n singular values are known, as with a sketch, the energy of the others is, but not how it
     is spread. It is taken as spread evenly over the n - m that are missing, which makes their entropy, H_n, and so the
     number of directions as large as they can be: with the whole spectrum known, it could be smaller, never larger.
-    (Sketched singular values are a little too small, and that too moves energy to the others.)
+    (Sketched singular values are a little too small, and that too moves energy to the others.) With `at_least`, it is
+    taken as concentrated in directions as strong as the last that is known, which no other exceeds: with the whole
+    spectrum known, the number could be larger, never smaller. Where both agree, it is the number.
 
     Args:
         singular_values: (m,), descending.
         energy: Sum of all squared singular values, of which these are the largest.
         dimension: n, how many singular values there are: the vectors' length, or their number where that is smaller.
         share: Between 0 and 1.
+        at_least: Give the smallest number that it can be, instead of the largest.
     """
     shares = singular_values.double().square() / energy
     entropies = -shares.xlogy(shares).cumsum(0)
     rest, missing = max(0.0, 1 - float(shares.sum())), dimension - len(shares)
     # A complete float32 decomposition need not add up to all of the energy.
-    of_rest = rest * math.log(missing / rest) if missing > 0 and rest > 1e-6 else 0.0
+    of_rest = 0.0
+    if missing > 0 and rest > 1e-6:
+        mean = rest / missing
+        of_rest = -rest * math.log(max(mean, float(shares[-1])) if at_least else mean)
     enough = entropies >= share * (1 - 1e-6) * (float(entropies[-1]) + of_rest)
     return int(enough.int().argmax()) + 1 if enough.any() else None
 
 
-def rank_of_spectrum(singular_values: Tensor, energy: float, dimension: int, wanted: float | RankRule) -> int | None:
+def rank_of_spectrum(
+    singular_values: Tensor, energy: float, dimension: int, wanted: float | RankRule, *, at_least: bool = False
+) -> int | None:
     """
-    `rank_for_share` or `rank_for_entropy`, as a share or a rule of the spectrum asks for.
+    `rank_for_share` or `rank_for_entropy`, as a share or a rule of the spectrum asks for; `at_least` is of the latter.
 
     Raises:
         ValueError: The rule is not one of the spectrum.
@@ -234,4 +244,4 @@ def rank_of_spectrum(singular_values: Tensor, energy: float, dimension: int, wan
         return rank_for_share(singular_values, energy, wanted)
     if not wanted.is_of_spectrum:
         raise ValueError(f"{wanted.kind}:{wanted.value} does not follow from singular values")
-    return rank_for_entropy(singular_values, energy, dimension, wanted.value)
+    return rank_for_entropy(singular_values, energy, dimension, wanted.value, at_least=at_least)

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import constructed_saes
+import fresh
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
+from salora_plugins.adapters.model_card import START
 from salora_plugins.models.fingerprint import weight_samples
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="Axolotl needs Python 3.12")
@@ -109,6 +113,23 @@ REFUSED = {
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
         ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
     ),
+    "an option of another method": (
+        {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},
+        ["salora: unaligned_model", "actsvd", "weight-delta"],
+    ),
+    "a start beside that of SAILS": (
+        {"salora": {"variant": "sails", "init": "zero"}},
+        ["salora", "init='zero'", "sails"],
+    ),
+    "weights without another model": ({"salora": {"basis_method": "weight-delta"}}, ["salora", "unaligned_model"]),
+    "an unaligned model that is not there": (
+        {"salora": {"basis_method": "weight-delta", "unaligned_model": "./no/such/folder"}},
+        ["salora.unaligned_model", "no/such/folder"],
+    ),
+    "utility data that is not there": (
+        {"salora": {"basis_method": "actsvd", "utility_data": "missing.jsonl"}},
+        ["salora.utility_data", "missing.jsonl"],
+    ),
     "a share of all rows": ({"salora": {"refusal_share": 1.0}}, ["salora.refusal_share", "less than 1"]),
     "a misspelled anchor": ({"salora": {"refusal_anchor": {"wieght": 2}}}, ["salora.refusal_anchor", "wieght"]),
     "rank for vLLM": (
@@ -117,6 +138,12 @@ REFUSED = {
     ),
     **{key: ({key: value}, [NAMED.get(key, key)]) for key, value in UNSUPPORTED.items()},
 }
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+REFUSED["the task start under ZeRO 3"] = ({"deepspeed": ZERO3, "salora": {"init": "task"}}, ["salora.init: task", "3"])
+REFUSED["refusals under ZeRO 3"] = (
+    {"deepspeed": ZERO3, "salora": {"refusal_share": 0.1}},
+    ["salora.refusal_share", "ZeRO stage 3"],
+)
 # Configs that validation accepts, where it refuses what is close to them.
 DEQUANTIZED = {"model_quantization_config_kwargs": {"dequantize": True}}
 ACCEPTED = {
@@ -130,7 +157,9 @@ ROWS = {
     "rl: ebft": "`rl: ebft`",
     "8-bit kernels": "fused LoRA kernels with `load_in_8bit`",
     "rank for vLLM": "`trl.vllm_lora_sync` with `salora.init: task` or `pissa`",
-    "deepspeed": "`deepspeed` ZeRO stage 3",
+    "deepspeed": "`deepspeed` ZeRO stage 3 without `stage3_gather_16bit_weights_on_model_save`",
+    "the task start under ZeRO 3": "`salora.init: task` with ZeRO stage 3",
+    "refusals under ZeRO 3": "`salora.refusal_share` with ZeRO stage 3",
     "lora_qkv_kernel": "fused LoRA kernels with the task initialization from the training rows",
     **{
         key: f"`{key}: {value}`" if isinstance(value, bool | int | str) else f"`{key}`"
@@ -143,6 +172,9 @@ ROWS = {
 def row(what: str, area: str = "Axolotl"):
     return pytest.mark.compatibility(area, what)
 
+
+# Refusals of Axolotl itself, which come as pydantic's.
+OF_AXOLOTL = ("optimizer", "quantize_moe_experts", "lora_fp32_gradients")
 
 # Name of a run -> what it stands for.
 TRAINED = {
@@ -232,6 +264,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         [{key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")} for row in tiny.preference_rows()],
     )
     (folder / "rewards.py").write_text(REWARDS)
+    for layer in range(2):
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+        constructed_saes.saved(folder / "sae" / f"layer_{layer}", kind, constructed_saes.weights("standard", 64, 40))
 
     def data(file: str, kind: str | dict) -> list[dict]:
         return [{"path": str(folder / file), "ds_type": "json", "type": kind}]
@@ -393,6 +428,16 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "remove_unused_columns": False,
             "datasets": [{**data("steps.jsonl", "stepwise_supervised")[0], "step_separator": "\n"}],
         },
+        "sails": {
+            "lora_target_modules": ["o_proj"],
+            "salora": {
+                "variant": "sails",
+                "sae": {0: f"{folder}/sae/layer_0", 1: f"{folder}/sae/layer_{{layer}}"},
+                "contrastive_data": str(folder / "conversations.jsonl"),
+                "sae_feature_share": 0.5,
+            },
+        },
+        "more as lora": {"adapter": "lora", "salora": None, "lora_model_dir": str(folder / "sft"), "max_steps": 1},
         "killed": both_sides,
         "resumed from half": both_sides,
         "resumed by itself": {**both_sides, "auto_resume_from_checkpoints": True},
@@ -411,6 +456,63 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     return configs
 
 
+def _write_example_rows(folder: Path) -> dict[str, str]:
+    """Rows in the columns of the examples' data sets; returns type of a data set -> file."""
+    sums, pairs = list(tiny.sum_rows()), list(tiny.preference_rows())
+    speakers = {"user": "human", "assistant": "gpt"}
+    rows = {
+        "chat_template": [
+            {
+                "conversations": [
+                    {"from": speakers[message["role"]], "value": message["content"]}
+                    for message in (*row["prompt"], *row["completion"])
+                ]
+            }
+            for row in sums
+        ],
+        "chatml.intel": [
+            {
+                "system": "",
+                "question": row["prompt"][0]["content"],
+                "chosen": row["chosen"][0]["content"],
+                "rejected": row["rejected"][0]["content"],
+            }
+            for row in pairs
+        ],
+        "chatml.ultra": [
+            {
+                "prompt": row["prompt"][0]["content"],
+                "completion": row["chosen" if i % 2 else "rejected"][0]["content"],
+                "label": bool(i % 2),
+            }
+            for i, row in enumerate(pairs)
+        ],
+    }
+    for kind, of_kind in rows.items():
+        _write_jsonl(folder / f"{kind}.jsonl", of_kind)
+    return {kind: str(folder / f"{kind}.jsonl") for kind in rows}
+
+
+def _small(example: Path, folder: Path, rows: dict[str, str]) -> dict:
+    """An example with stand-ins for model and data, short, and in the numbers of a CPU."""
+    config = yaml.safe_load(example.read_text())
+    (data,) = config["datasets"]
+    data.update(path=rows[data["type"]], ds_type="json")
+    config["salora"].update(safety_rank=8, safety_data=str(folder / REFUSALS))
+    return config | {
+        "base_model": str(folder / "llama"),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / example.stem),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "sequence_len": 256,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+    }
+
+
 def _write_yaml(file: Path, config: dict) -> str:
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
@@ -424,7 +526,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     configs = _write_workspace(folder)
     files = {name: _write_yaml(folder / "configs" / f"{name}.yml", config) for name, config in configs.items()}
     # Axolotl rewrites the attention of the whole process for its fused LoRA kernels, so that those runs come last.
-    with_kernels = ("lora", "lora without plugin", "kernels", "kernels from zero")
+    with_kernels = ("more as lora", "lora", "lora without plugin", "kernels", "kernels from zero")
     # The one that is killed is forked, which is safe only before the process has threads: it comes first.
     trained = ["killed", *(name for name in configs if name not in ("killed", "another template", *with_kernels))]
     commands = {name: ["train", files[name], "--launcher", "python"] for name in trained}
@@ -441,6 +543,10 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     commands["calibrate elsewhere"] = ["salora-calibrate", files["dpo"], "--out", str(folder / "dpo.safetensors")]
     commands["calibrate with another template"] = ["salora-calibrate", files["another template"]]
     commands["calibrate for LoRA"] = ["salora-calibrate", files["lora"]]
+    rows = _write_example_rows(folder)
+    for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
+        file = _write_yaml(folder / "configs" / example.name, _small(example, folder, rows))
+        commands[example.stem] = ["train", file, "--launcher", "python"]
     commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
     refused = {
         name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
@@ -539,7 +645,7 @@ for name, base in {adapters!r}.items():
         torch.save(model(torch.load("tokens.pt")).logits, f"{{name}}.logits.pt")
 assert "salora_plugins" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+    fresh.run(["-c", script], cwd=folder, check=True)
     for name, base in adapters.items():
         trained = _logits(load_for_training(_base(folder, base), folder / name))
         assert tiny.relative_difference(torch.load(folder / f"{name}.logits.pt"), trained) <= 1e-5
@@ -561,6 +667,14 @@ def test_merge_lora(runs, name, base):
 
 
 @row("Axolotl, `resume_from_checkpoint`: the same losses and weights as without the interruption", "Resuming")
+def test_sails_starts_in_the_directions_of_features(runs):
+    folder = _ran(runs, "sails")
+    saved = json.loads((folder / "salora_config.json").read_text())
+    assert (saved["variant"], saved["init"], saved["basis_method"]) == ("sails", "sails", "sae")
+    assert not SafetyModule.load(folder).protects
+    assert "## SAILS" in (folder / "README.md").read_text()
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     whole, resumed = _ran(runs, "sft"), _ran(runs, "resumed")
     assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
@@ -610,6 +724,23 @@ def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):
     assert _losses(more / "checkpoint-4")[0] < _losses(first / "checkpoint-4")[0]
     assert json.loads((more / "salora_config.json").read_text())["r"] == 4
     assert "lora_r: 2 is ignored" in (folder / "log.txt").read_text()
+
+
+def test_axolotls_own_adapter_on_a_saved_one_is_warned_of(runs):
+    assert _ran(runs, "more as lora").is_dir()
+    log = (runs[0] / "log.txt").read_text()
+    assert log.count(f"lora_model_dir: {runs[0] / 'sft'} is a SaLoRA adapter, and adapter: lora trains it further") == 1
+
+
+def test_what_stands_at_the_end_of_a_run(runs):
+    folder = _ran(runs, "sft")
+    log = (runs[0] / "log.txt").read_text()
+    line = f"    salora evaluate {runs[0] / 'llama'} --adapter trained={folder} --out {folder}-evaluation"
+    assert log.count(line) == 1
+    assert f"salora evaluate {runs[0] / 'llama'} --adapter trained={runs[0] / 'reward'}" not in log
+    # Axolotl has written the card anew, and our part stands in it nevertheless.
+    card = ModelCard.load(folder / "README.md").text
+    assert card.startswith(START) and "axolotl version" in card and "Certificate" in card
 
 
 def test_dpo_starts_at_its_reference_and_uses_the_defaults(runs):
@@ -719,6 +850,8 @@ def test_refused_when_the_config_is_validated(runs, name, refusal):
     assert message is not None, "was accepted"
     for part in REFUSED[name][1]:
         assert part in message
+    if name not in OF_AXOLOTL:
+        assert "validation error" not in message and "[type=" not in message
     # Without what pydantic puts around it.
     refusal(ValueError(re.sub(r"(?s)^.*?Value error, | \[type=.*$", "", message)))
 
@@ -802,3 +935,13 @@ def test_the_checkpoint_before_a_half_written_one(runs):
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
 def test_examples_are_valid(runs, name):
     assert runs[1]["errors"][name] is None
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
+def test_examples_run(runs, name):
+    """With stand-ins for model and data, in one process."""
+    folder = _ran(runs, name)
+    assert largest_share_inside(folder) <= 1e-5
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
+    if "refusal_share" in (EXAMPLES / f"{name}.yml").read_text():
+        assert "| Refusals mixed in |" in (folder / "checkpoint-2" / "README.md").read_text()

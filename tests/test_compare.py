@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -16,11 +17,13 @@ from rich.console import Console
 from salora_plugins.cli import create_cli
 from salora_plugins.evaluation.reports.aggregation import paired_tests, set_result
 from salora_plugins.evaluation.reports.comparison import compare
+from salora_plugins.evaluation.reports.markdown import markdown_report
 from salora_plugins.evaluation.reports.page import page
 from salora_plugins.evaluation.reports.plots import draw
 from salora_plugins.evaluation.reports.report import Answer, EvaluationReport, ModelResult, TaskResult
 from salora_plugins.evaluation.reports.tables import sections, table
-from salora_plugins.support.texts import visible
+from salora_plugins.evaluation.reports.verdict import verdict
+from salora_plugins.support.texts import markdown, visible
 
 REQUESTS = 8
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here is how."
@@ -205,13 +208,66 @@ def test_the_tables_show_everything_within_100_columns(two):
     report = compare(two[:1]).report
     text = printed(report)
     assert max(map(len, text.splitlines())) <= 100
-    for wanted in ("2/8 = 25.0%", "[7.1%, 59.1%]", "5/8 = 62.5%", "attack success", "over-refusal", "Broken answers"):
+    for wanted in (
+        "2/8 = 25.0 %",
+        "[7.1 %, 59.1 %]",
+        "5/8 = 62.5 %",
+        "attack success",
+        "over-refusal",
+        "Broken answers",
+    ):
         assert wanted in text
     for wanted in ("1/8", "-0.1000", "acc,none", "0.75", "McNemar", "3.50", "0.250", "Judge failed"):
         assert wanted in text
     # Five more are answered and six fewer refused: p = 2 / 2^5 and 2 / 2^6; Holm doubles the smaller.
     tests = next(section for section in sections(report) if section.title == "Paired tests")
     assert [row[-2:] for row in tests.rows] == [("0.0625", "0.0625"), ("0.0312", "0.0625")]
+
+
+def test_the_verdict_says_what_was_kept_and_at_what_loss(tmp_path):
+    answers = {"base": model_answers(8), "few": model_answers(1), "kept": model_answers(8), "five": model_answers(5)}
+    base, few, kept, five = verdict(compare([save(tmp_path, answers, task=2.0)]).report)
+    assert base.startswith("base refuses 8 of 8 harmful requests (100.0 %, 95 % interval [67.6 %, 100.0 %])")
+    assert base.endswith("Its held-out loss is 2.0000 nats a token.")
+    assert few.startswith("few has lost refusals (p = 0.0156): it refuses 1 of 8 harmful requests (12.5 %, ")
+    assert "-0.1000 against base" in few
+    assert kept.startswith("kept keeps the refusals, as far as these requests show (p = 1.0000): it refuses 8 of 8")
+    assert five.startswith(
+        "five answers more of these requests than base, by no more than chance may explain (p = 0.25"
+    )
+
+
+def test_a_judge_of_harm_and_broken_answers_in_the_verdict(tmp_path):
+    answers = {
+        "base": model_answers(8, judge="harm", kind="harm"),
+        "broken": model_answers(8, broken=(0, 1), judge="harm", kind="harm"),
+    }
+    base, broken = verdict(compare([save(tmp_path, answers, judge="harm", kind="harm")]).report)
+    assert "harmful requests harmfully" in base and "refus" not in base
+    assert "2 of its answers are broken text" in broken
+
+
+def test_the_verdict_stands_first_everywhere(two, tmp_path):
+    comparison = compare(two)
+    sentences = verdict(comparison.report)
+    assert len(sentences) == 3 and comparison.to_dict()["verdict"] == sentences
+    whole = page(comparison, [])
+    assert all(escape(sentence) in whole for sentence in sentences)
+    assert whole.index(escape(sentences[0])) < whole.index("<table>")
+    text = " ".join(printed(comparison.report).split())
+    assert text.startswith(sentences[0])
+    file = tmp_path / "report.md"
+    assert run(*two, "--out", file).exit_code == 0
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[2] == markdown(sentences[0], None)
+    assert "| 2/8 = 25.0 % \\[7.1 %, 59.1 %\\] |" in file.read_text()
+
+
+def test_markdown_of_others_is_text(hostile):
+    text = markdown_report(compare([hostile]))
+    assert "<script>" not in text and "<b>" not in text and "\u202e" not in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table and all(line.endswith("|") for line in table)
 
 
 @pytest.fixture
@@ -283,7 +339,7 @@ def test_plots_say_what_they_show_and_need_neither_task_nor_categories(two, host
     assert all(plot.png.startswith(b"\x89PNG") for plot in plots)
     assert "harmless requests refused" in plots[0].text and "there is no task set" in plots[0].text
     (scatter, *_) = draw(compare(two).report)
-    assert "held-out task loss" in scatter.text and "First/lora: 1.9, 25%" in scatter.text
+    assert "held-out task loss" in scatter.text and "First/lora: 1.9, 25.0 %" in scatter.text
 
 
 def test_the_command(two, tmp_path):
@@ -294,7 +350,7 @@ def test_the_command(two, tmp_path):
     out, folder = tmp_path / "new" / "page.html", tmp_path / "plots"
     result = run(*two, "--out", out, "--plots", folder, "--title", "Both")
     assert result.exit_code == 0, result.output
-    assert "2/8 = 25.0%" in result.output and "page.html" in result.output.replace("\n", "")
+    assert "2/8 = 25.0 %" in result.output and "page.html" in result.output.replace("\n", "")
     assert "<title>Both</title>" in out.read_text()
     names = ["categories-harmful-keyword.png", "categories-harmless-keyword.png", "scatter.png"]
     assert sorted(file.name for file in folder.iterdir()) == names
@@ -313,4 +369,4 @@ def test_without_matplotlib_the_tables_are_printed(two, tmp_path, monkeypatch):
     assert run(two[0]).exit_code == 0
     result = run(two[0], "--out", tmp_path / "page.html")
     assert isinstance(result.exception, ImportError) and "salora-plugins[plot]" in str(result.exception)
-    assert "2/8 = 25.0%" in result.output and not (tmp_path / "page.html").exists()
+    assert "2/8 = 25.0 %" in result.output and not (tmp_path / "page.html").exists()

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
 from processes import LAUNCHER, run
-from salora_plugins import SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows, tokenizer
 
 pytest.importorskip("deepspeed")
@@ -28,7 +28,7 @@ import pytest
 from accelerate import Accelerator
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from salora_plugins import calibrate
 
 stage, options = int(sys.argv[2]), json.loads(sys.argv[3])
@@ -49,6 +49,13 @@ if stage == 3:
     with pytest.raises(ValueError, match="salora calibrate") as caught:
         calibrate(base, safety_data=token_rows(16), target_modules=["q_proj"], safety_rank=8)
     refusals["calibrating"] = str(caught.value)
+if stage == 3:
+    # Without a module: the first rank loads the model whole, outside of ZeRO-3, and calibrates on that.
+    made = get_peft_model(base, SaLoRAConfig(**options, safety_data=token_rows(16)))
+    made.base_model.safety_module().save(folder / f"in-the-run-{rank}.safetensors")
+    assert is_deepspeed_zero3_enabled()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    assert base.model.layers[0].self_attn.q_proj.weight.numel() == 0
 options = {**options, "safety_module": str(folder / "safety.safetensors")}
 if stage == 3:
     with pytest.raises(ValueError, match="init='pissa'") as caught:
@@ -144,11 +151,24 @@ def test_what_zero3_cannot_do(folder, kind, refusal):
     assert not (folder / "refused" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.compatibility(
+    "Several processes", "DeepSpeed ZeRO stage 3: calibrating in the run, on a copy that the first process loads whole"
+)
+def test_zero3_is_calibrated_in_the_run(folder):
+    expected = SafetyModule.load(folder / "safety.safetensors")
+    for rank in range(2):
+        found = SafetyModule.load(folder / f"in-the-run-{rank}.safetensors")
+        for side, bases in expected.sides.items():
+            assert all(torch.equal(found.sides[side].bases[name], basis) for name, basis in bases.bases.items())
+
+
 TRAINER = """
 from trl import SFTConfig, SFTTrainer
 from tiny import sum_rows, tokenizer
 import json
-config = SaLoRAConfig(**json.loads(sys.argv[3]), init=sys.argv[4], safety_module=str(folder / "safety.safetensors"))
+# Stage 3 is calibrated in the run, on the same rows.
+given = {"safety_module": str(folder / "safety.safetensors")} if "zero2" in sys.argv[2] else {}
+config = SaLoRAConfig(**json.loads(sys.argv[3]), init=sys.argv[4], **(given or {"safety_data": token_rows(16)}))
 trainer = SFTTrainer(
     model=str(folder / "base"),
     args=SFTConfig(

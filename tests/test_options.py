@@ -17,7 +17,8 @@ from salora_plugins import SaLoRAConfig
 from salora_plugins.cli import create_cli
 from salora_plugins.commands.calibrate import calibrate
 from salora_plugins.commands.config_options import flag
-from salora_plugins.integrations.axolotl.args import OF_THE_RUN, MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
+from salora_plugins.integrations.axolotl.args import MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
+from salora_plugins.integrations.axolotl.block_checks import OF_THE_RUN
 from salora_plugins.options import OPTIONS, Option, RankPattern
 from salora_plugins.ranks import Rank
 

@@ -91,7 +91,7 @@ def test_installed_plugin_is_used_by_name(installed_here):
                 *PUBLIC_SETS,
             ]
         ),
-        ["first_coordinates", "salora"],
+        ["actsvd", "first_coordinates", "sae", "salora", "weight-delta"],
         ["keyword", "never"],
     ]
     skipped = [

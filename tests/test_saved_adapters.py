@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ from salora_plugins import (
 )
 from salora_plugins.adapters.certificate import largest, safety_shares
 from salora_plugins.adapters.digest import adapter_digest, adapter_problem
-from salora_plugins.adapters.model_card import END, START
+from salora_plugins.adapters.model_card import END, START, write_card
 from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
 from salora_plugins.evaluation.monitor import largest_live_share
@@ -219,6 +219,36 @@ def test_the_card_is_renewed_and_the_users_text_stays(tmp_path):
         assert "salora" in card.data.tags
     certificates = [re.search(r"Certificate \| (.*) \|", card.text).group(1) for card in (first, second)]
     assert certificates[0] != certificates[1]
+
+
+def test_the_card_begins_with_our_section_and_has_no_placeholders(adapter):
+    text = ModelCard.load(adapter / "README.md").text
+    assert text.startswith(START) and "[More Information Needed]" not in text and "<!-- Provide" not in text
+    behind = text.partition(END)[2]
+    assert re.fullmatch(r"\s*### Framework versions\s+- PEFT \S+\s*", behind)
+    assert "is_trainable=True" in text and "load_for_training" in text
+
+
+def test_what_was_filled_in_of_the_hubs_template_stays(tmp_path):
+    card = ModelCard.from_template(ModelCardData())
+    card.text = card.text.replace("**Developed by:** [More Information Needed]", "**Developed by:** somebody")
+    code = "```python\n# Not a heading\n\n\nprint(1)\n```"
+    begin = "Use the code below to get started with the model.\n\n"
+    assert f"{begin}[More Information Needed]" in card.text
+    card.text = card.text.replace(f"{begin}[More Information Needed]", f"{begin}{code}") + "\n## Mine\n\nWords.\n"
+    card.save(tmp_path / "README.md")
+    for _ in range(2):  # renewed, too
+        write_card(tmp_path, None, "Ours.", tags=())
+        text = ModelCard.load(tmp_path / "README.md").text
+        assert text.startswith(START) and text.count("Ours.") == 1 and "[More Information Needed]" not in text
+        kept = re.findall("^#+ .*$", text.replace(code, ""), re.MULTILINE)
+        assert kept == [
+            "## Model Details",
+            "### Model Description",
+            "## How to Get Started with the Model",
+            "## Mine",
+        ]
+        assert "- **Developed by:** somebody" in text and code in text and begin.strip() in text and "Words." in text
 
 
 def test_a_base_model_on_disk_is_not_named_in_the_metadata(tmp_path):

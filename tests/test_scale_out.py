@@ -1,6 +1,7 @@
 """Two processes: DDP as accelerate launches it, and FSDP2."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
-from processes import LAUNCHER, run
-from salora_plugins import SaLoRAConfig, calibrate
+from processes import LAUNCHER, run, run_alone, run_ranks
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows
 
 FSDP2 = """
@@ -75,7 +76,7 @@ def sharded(request, tmp_path_factory) -> tuple[str, Path]:
         safety_rank=8,
         input_safety_rank=4,
     ).save(folder / "safety.safetensors")
-    run(LAUNCHER, FSDP2, folder, request.param)
+    run_ranks(FSDP2, folder, request.param)
     return request.param, folder
 
 
@@ -115,6 +116,97 @@ def test_fsdp2_shards_are_not_saved(sharded, refusal):
     assert "get_model_state_dict" in text
     refusal(RuntimeError(text))
     assert not (folder / "refused" / "adapter_model.safetensors").exists()
+
+
+IN_THE_RUN = """
+import os
+import time
+from datetime import timedelta
+
+import pytest
+from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from salora_plugins.calibration import sharded
+from salora_plugins.support.distributed import from_first_rank
+
+os.environ["SALORA_CACHE"] = str(folder / "cache")
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "safety_rank": 8, "safety_data": token_rows(16)}
+
+
+def loaded(shard):
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    if shard:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+# Sharded: loaded anew by the first rank, once; the second time from the cache.
+for attempt in range(2):
+    model = get_peft_model(loaded(True), SaLoRAConfig(**options))
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, DTensor)
+    model.base_model.safety_module().save(folder / f"sharded-{attempt}-{rank}.safetensors")
+assert len(list((folder / "cache").glob("*.safetensors"))) == 1
+
+# No room for it.
+free, sharded.free_memory = sharded.free_memory, lambda: 1000
+with pytest.raises(ValueError, match="it takes about .*; free are 0.0 MB on the CPU") as caught:
+    get_peft_model(loaded(True), SaLoRAConfig(**options))
+if rank == 0:
+    (folder / "no-room.txt").write_text(str(caught.value))
+sharded.free_memory = free
+
+# As FSDP loads a model where only the first process is to read it: the others have zeros.
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+model = loaded(False)
+assert model.model.layers[0].self_attn.q_proj.weight.any() == (rank == 0)
+model = get_peft_model(model, SaLoRAConfig(**options, calibration_cache=False))
+model.base_model.safety_module().save(folder / f"zeros-{rank}.safetensors")
+
+# The others wait for longer than the default group would.
+dist.barrier()
+(getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(timedelta(seconds=2))
+assert from_first_rank(lambda: time.sleep(4) or b"done") == b"done"
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def in_the_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("in_the_run")
+    llama().save_pretrained(folder / "base")
+    run(LAUNCHER, IN_THE_RUN, folder, ACCELERATE_USE_CPU="true")
+    return folder
+
+
+@pytest.mark.compatibility(
+    "Several processes", "FSDP2: calibrating in the run, on a copy that the first process loads whole"
+)
+def test_a_sharded_model_is_calibrated_in_the_run(in_the_run):
+    expected = calibrate(
+        llama(),
+        safety_data=token_rows(16),
+        target_modules=["q_proj", "down_proj"],
+        safety_rank=8,
+        calibration_cache=False,
+    )
+    for name in ("sharded-0-0", "sharded-0-1", "sharded-1-0", "sharded-1-1", "zeros-0", "zeros-1"):
+        found = SafetyModule.load(in_the_run / f"{name}.safetensors")
+        for side, bases in expected.sides.items():
+            assert all(torch.equal(found.sides[side].bases[n], basis) for n, basis in bases.bases.items()), name
+
+
+@pytest.mark.compatibility("Several processes", "FSDP2: calibrating in the run, where the whole model does not fit")
+def test_a_sharded_model_that_does_not_fit(in_the_run, refusal):
+    text = (in_the_run / "no-room.txt").read_text()
+    assert "salora calibrate" in text and "sharded by FSDP" in text
+    refusal(ValueError(re.sub(r"about [\d.]+ .B", "about ... MB", text)), hide=in_the_run)
 
 
 DDP = """
@@ -162,7 +254,7 @@ def test_ddp_equals_one_process(tmp_path):
     # Even on the CPU, accelerate would have the second process wait at a second GPU where there is one.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path, **hidden)
-    run([sys.executable], DDP, tmp_path, **hidden)
+    run_alone(DDP, tmp_path, **hidden)
     two, one = (json.loads((tmp_path / f"losses-{count}.json").read_text()) for count in (2, 1))
     assert two == pytest.approx(one, rel=1e-3)
     tokens = token_batch()

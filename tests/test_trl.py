@@ -1,19 +1,23 @@
 """The real SFTTrainer and DPOTrainer with peft_config=SaLoRAConfig(...)."""
 
 import json
-import subprocess
-import sys
+import re
+import shlex
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+import fresh
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
+from salora_plugins.cli import create_cli
+from salora_plugins.evaluation.reports.report import EvaluationReport
 from tiny import (
     llama,
     preference_rows,
@@ -226,13 +230,20 @@ def test_example_script(folder, tmp_path):
     data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in sum_rows().to_list()))
     safety.write_text("".join(json.dumps(row) + "\n" for row in refusal_rows()))
-    command = [sys.executable, EXAMPLES / "trl_sft.py", "--model_name_or_path", folder, "--dataset_name", data]
+    command = [EXAMPLES / "trl_sft.py", "--model_name_or_path", folder, "--dataset_name", data]
     command += ["--use_salora", "--safety_rank", "8", "--task_rank", "8", "--safety_data", safety]
     command += ["--lora_r", "4", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "v_proj"]
     command += ["--learning_rate", "1e-2", "--output_dir", tmp_path / "out", "--max_steps", "2", "--use_cpu"]
     command += ["--bf16", "False", "--report_to", "none"]
-    subprocess.run([str(part) for part in command], check=True)
+    result = fresh.run(command, check=True)
     assert largest_share_inside(tmp_path / "out") <= 1e-5
+    # The line that is printed at the end measures the very adapter.
+    line = re.search("^ *salora (evaluate .*)$", result.stdout, re.MULTILINE).group(1)
+    few = ["--num-requests", "2", "--max-new-tokens", "4"]
+    evaluated = CliRunner().invoke(create_cli(), [*shlex.split(line), *few])
+    assert evaluated.exit_code == 0, evaluated.output
+    report = EvaluationReport.load(tmp_path / "out-evaluation")
+    assert [(m.name, m.source) for m in report.models] == [("base", str(folder)), ("trained", str(tmp_path / "out"))]
 
 
 def test_script_arguments():
@@ -273,3 +284,10 @@ def test_task_callback_without_salora_is_refused(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="needs a trainer with peft_config=SaLoRAConfig"):
         trainer.train()
+
+
+def test_a_salora_adapter_as_the_model_is_refused(tmp_path):
+    (tmp_path / "salora_config.json").write_text("{}")
+    for salora_args in (SaLoRAArguments(use_salora=True), SaLoRAArguments()):
+        with pytest.raises(ValueError, match="load_for_training"):
+            get_peft_config(trl.ModelConfig(model_name_or_path=str(tmp_path)), salora_args)

@@ -10,13 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, c
 
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
-from .block_checks import as_config, check_basis_method, check_files, check_kernels, check_rank_for_vllm, check_refusals
+from .block_checks import (
+    as_config,
+    check_basis_method,
+    check_files,
+    check_kernels,
+    check_rank_for_vllm,
+    check_refusals,
+    check_sharded,
+    options_of_block,
+)
+from .errors import check_block, in_one_sentence
 from .host_options import check_host_options
 
 ADAPTER = "salora"
-
-OF_THE_RUN = ("monitor", "refusal_share", "refusal_anchor")
-"""Keys of the block that are the trainer's, and not options of `SaLoRAConfig`."""
 
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -26,6 +33,8 @@ def _kind(option: Option) -> Any:
     number: Any = Annotated[int, Field(ge=option.least)]
     if option.several:
         return str | list[str | dict[str, Any]]
+    if option.name == "sae":
+        return str | dict[str | int, str]
     if option.type is Any:  # of what it can be in Python, a file has the names only
         return str
     if option.type is int:
@@ -162,13 +171,16 @@ class SaLoRAArgs(BaseModel):
     def _refuse_what_would_be_wrong(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        if data.get("adapter") == ADAPTER:
-            check_host_options(data)
-        elif data.get("salora") is not None:
-            raise ValueError(
-                f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or remove "
-                "the block."
-            )
+        with in_one_sentence():
+            if data.get("adapter") == ADAPTER:
+                check_host_options(data)
+                if data.get("salora") is not None:
+                    check_block(SaLoRAOptions, data["salora"], "salora")
+            elif data.get("salora") is not None:
+                raise ValueError(
+                    f"salora: the block has no effect with adapter: {data.get('adapter')}. Set adapter: salora, or "
+                    "remove the block."
+                )
         return data
 
     @model_validator(mode="after")
@@ -177,16 +189,19 @@ class SaLoRAArgs(BaseModel):
             # Axolotl's config has no such keys: its own runs stay as they are.
             self.inference = self.lora_exclude_modules = None
             return self
-        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude=set(OF_THE_RUN))
+        block = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
+        options = options_of_block(block)
         trains = not (self.inference or self.merge_lora)
-        if trains:
-            check_files(options)
-        check_basis_method(options)
-        config = as_config(options)
-        if trains:
-            check_kernels(self, config)
-            check_refusals(self)
-        check_rank_for_vllm(self, config)
+        with in_one_sentence():
+            if trains:
+                check_files(block)
+            check_basis_method(options)
+            config = as_config(options)
+            if trains:
+                check_kernels(self, config)
+                check_refusals(self)
+                check_sharded(self, config)
+            check_rank_for_vllm(self, config)
         return self
 
     @model_validator(mode="after")

@@ -7,10 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .host_options import FUSED_KERNELS
+from .host_options import FUSED_KERNELS, uses_zero3
 
 if TYPE_CHECKING:
     from ...config import SaLoRAConfig
+
+
+OF_THE_RUN = ("monitor", "refusal_share", "refusal_anchor")
+"""Keys of the block that are the trainer's, and not options of `SaLoRAConfig`."""
+
+
+def options_of_block(block: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options of `SaLoRAConfig` in the block. `safety_data` is not among them where the run trains on refusals of its
+    requests and the basis method reads none.
+    """
+    from ...config import without_unread_safety_data
+
+    options = {key: value for key, value in block.items() if key not in OF_THE_RUN}
+    on_refusals = ("basis_method" in options or options.get("variant") == "sails") and (
+        block.get("refusal_share") or block.get("refusal_anchor")
+    )
+    return without_unread_safety_data(options) if on_refusals else options
 
 
 def check_files(options: Mapping[str, Any]) -> None:
@@ -18,7 +36,7 @@ def check_files(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A file or folder that the block names does not exist.
     """
-    for key in ("safety_data", "task_data", "safety_module"):
+    for key in ("safety_data", "task_data", "utility_data", "contrastive_data", "safety_module", "unaligned_model"):
         for name in _names(key, options.get(key)):
             if _is_missing(key, name):
                 raise ValueError(
@@ -48,11 +66,13 @@ def _names(key: str, value: Any) -> list[str]:
 
 def _is_missing(key: str, value: str) -> bool:
     """Whether a value can only be meant as a file or folder, and there is none."""
-    from ...support.hub import is_dataset_id, is_hub_id
+    from ...support.hub import is_dataset_id, is_hub_id, is_model_name
 
     path = Path(value).expanduser()
     if key == "safety_module":
         return not path.exists() and not is_hub_id(value)
+    if key == "unaligned_model":
+        return not path.is_dir() and not (is_hub_id(value) or is_model_name(value))
     from ...plugins import data_sources
     from ...rows.sources import SUFFIXES
 
@@ -103,6 +123,25 @@ def check_kernels(cfg: Any, config: SaLoRAConfig) -> None:
             f"{kernels[0]}: Axolotl attaches its fused kernels before the training rows are at hand, and they hide the "
             "outputs that the task initialization is computed from. Set salora.task_data to the file that you train "
             "on, or salora.init: pissa or zero, or remove the kernels."
+        )
+
+
+def check_sharded(cfg: Any, config: SaLoRAConfig) -> None:
+    """
+    Raises:
+        ValueError: The block asks for what needs a model that can be run before it is trained, and ZeRO 3 shards it.
+    """
+    if not uses_zero3(cfg.deepspeed):
+        return
+    if config.init == "task" and not cfg.lora_model_dir:
+        raise ValueError(
+            "salora.init: task: ZeRO stage 3 shards the weights before the training rows can be run through them. Set "
+            "salora.init: zero or pissa, or use ZeRO stage 1 or 2."
+        )
+    if getattr(cfg.salora, "refusal_share", None):
+        raise ValueError(
+            "salora.refusal_share: ZeRO stage 3 shards the weights before the model can answer. Remove it, or use ZeRO "
+            "stage 1 or 2."
         )
 
 

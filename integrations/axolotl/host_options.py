@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ...support.files import read_json_object
 
 _NO_FSDP = (
     "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
@@ -70,10 +73,11 @@ def check_host_options(data: Mapping[str, Any]) -> None:
         )
     _check_quantization(data)
     check_rl(data)
-    if _uses_zero3(data.get("deepspeed")):
+    if uses_zero3(data.get("deepspeed")) and not _gathers_when_saving(data.get("deepspeed")):
         raise ValueError(
-            "deepspeed: ZeRO stage 3 is not supported with adapter: salora, because it splits the weights before "
-            "SaLoRA can read them. Use ZeRO stage 1 or 2, or DDP."
+            f"deepspeed: {data['deepspeed']}: ZeRO stage 3 saves an adapter only with "
+            "stage3_gather_16bit_weights_on_model_save in its zero_optimization. Set it to true, as "
+            "examples/deepspeed-zero3.json does."
         )
 
 
@@ -127,8 +131,18 @@ def check_rl(data: Mapping[str, Any]) -> None:
         )
 
 
-def _uses_zero3(deepspeed: Any) -> bool:
+def uses_zero3(deepspeed: Any) -> bool:
+    """Whether the weights are sharded before the adapter is made."""
     # Private part of Axolotl: its own test of a DeepSpeed configuration, which may be a file, a dictionary or a name.
     from axolotl.utils.schemas.utils import is_deepspeed_zero3_config
 
     return is_deepspeed_zero3_config(deepspeed) or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def _gathers_when_saving(deepspeed: Any) -> bool:
+    """Where the configuration cannot be read here, such as one that accelerate has, it is taken to."""
+    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+        deepspeed = read_json_object(Path(deepspeed))
+    if not isinstance(deepspeed, Mapping):
+        return True
+    return bool((deepspeed.get("zero_optimization") or {}).get("stage3_gather_16bit_weights_on_model_save"))

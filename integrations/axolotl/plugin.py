@@ -6,14 +6,18 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.utils.logging import get_logger
+from ...support.hosts import explained, in_use, warn_of_unsupported
 
-from .args import ADAPTER
-from .checkpoints import checkpoint_to_resume_from, pass_over_incomplete_checkpoints
-from .translation import as_initialized, in_the_terms_of_the_file, salora_config, warn_about_differences
+with explained("axolotl"):
+    from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+    from axolotl.utils.logging import get_logger
+
+    from .args import ADAPTER
+    from .checkpoints import checkpoint_to_resume_from, pass_over_incomplete_checkpoints
+    from .translation import as_initialized, in_the_terms_of_the_file, salora_config, warn_about_differences
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -26,7 +30,10 @@ LOG = get_logger(__name__)
 
 
 class SaLoRAPlugin(BasePlugin):
-    """Builds SaLoRA adapters from Axolotl's config; does nothing in runs with another adapter."""
+    """
+    Builds SaLoRA adapters from Axolotl's config. In runs with another adapter it warns where one of SaLoRA is trained
+    further, and does nothing else.
+    """
 
     def get_input_args(self) -> str:
         return "salora_plugins.integrations.axolotl.args.SaLoRAArgs"
@@ -38,6 +45,7 @@ class SaLoRAPlugin(BasePlugin):
         """Refuse what can only be told once the model's type is known, and quantize the base if asked to."""
         if cfg.adapter != ADAPTER:
             return
+        warn_of_unsupported(*in_use())
         from .log import show_in_hosts_log
 
         show_in_hosts_log()
@@ -96,6 +104,7 @@ class SaLoRAPlugin(BasePlugin):
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Take the task initialization from the prepared training rows, and then mix refusals into them."""
         if cfg.adapter != ADAPTER:
+            _warn_of_training_unprotected(cfg)
             return
         if not (cfg.lora_model_dir or checkpoint_to_resume_from(cfg)):
             _initialize_from_training_rows(trainer)
@@ -124,6 +133,27 @@ class SaLoRAPlugin(BasePlugin):
             with _as_key("salora.monitor"):
                 callbacks.append(SafetyMonitorCallback(trainer, **_given(block["monitor"])))
         return callbacks
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        """Put our part into the model card, which Axolotl has written anew, and say how to measure the result."""
+        if cfg.adapter == ADAPTER and cfg.local_rank in (None, 0):
+            from .after_training import renew_card, say_how_to_evaluate
+
+            renew_card(cfg)
+            say_how_to_evaluate(cfg)
+
+
+def _warn_of_training_unprotected(cfg: DictDefault) -> None:
+    """A saved SaLoRA adapter is plain LoRA, so that Axolotl trains it further as such, without a word."""
+    from ...config import CONFIG_FILE
+
+    for key in ("lora_model_dir", "resume_from_checkpoint"):
+        folder = cfg[key]
+        if isinstance(folder, str) and (Path(folder) / CONFIG_FILE).is_file():
+            LOG.warning(
+                f"{key}: {folder} is a SaLoRA adapter, and adapter: {cfg.adapter} trains it further without its safety "
+                "module: nothing keeps the refusals. Set adapter: salora."
+            )
 
 
 def _given(options: Any) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from peft import PeftConfig
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments
 
-from ...config import SaLoRAConfig
+from ...adapters.saved import ADAPTER_CONFIG_FILE
+from ...config import CONFIG_FILE, SaLoRAConfig, without_unread_safety_data
+from ...evaluation.command_line import how_to_evaluate
+from ...models.loading import LoadingOptions
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import Rank, rank_of_text
 from ...replay import RefusalAnchorCallback, mix_into_training_set
@@ -99,8 +102,10 @@ def get_peft_config(
         seed: Seed of the calibration.
 
     Raises:
-        ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses.
+        ValueError: A SaLoRA option without `--use_salora`, which would be ignored, or an option that SaLoRA refuses; or
+            the model is a SaLoRA adapter.
     """
+    _check_model(model_args)
     given = {name: value for name, value in salora_args.given().items() if name not in OF_THE_RUN}
     if not salora_args.use_salora:
         if any(getattr(salora_args, name) for name in OF_THE_RUN):
@@ -109,6 +114,8 @@ def get_peft_config(
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
     salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
+    if any(getattr(salora_args, name) for name in OF_THE_RUN):
+        salora_options = without_unread_safety_data(salora_options)
     for option, value in salora_options.items():
         if OPTIONS[option].several and isinstance(value, list):
             salora_options[option] = named_by_a_host(value, f"--{option}")
@@ -127,6 +134,20 @@ def get_peft_config(
         "use_dora": model_args.use_dora,
     }
     return SaLoRAConfig(**lora_options, **salora_options, tokenizer=tokenizer, seed=seed)
+
+
+def _check_model(model_args: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: A SaLoRA adapter is named as the model: transformers loads it as plain LoRA on its base model.
+    """
+    name = model_args.model_name_or_path
+    if name is not None and (Path(name) / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--model_name_or_path {name} is a SaLoRA adapter, which would be trained further as plain LoRA, without "
+            "its safety module. Give the trainer model=load_for_training(base_model, folder) of salora_plugins, and no "
+            "peft_config; or merge the adapter, and name the result."
+        )
 
 
 def train_on_refusals(trainer: Trainer, salora_args: SaLoRAArguments, *, seed: int = 0) -> None:
@@ -155,6 +176,27 @@ def train_on_refusals(trainer: Trainer, salora_args: SaLoRAArguments, *, seed: i
         mix_into_training_set(trainer, salora_args.refusal_share, requests, seed=seed)
     if salora_args.refusal_anchor is not None:
         trainer.add_callback(RefusalAnchorCallback(requests, weight=salora_args.refusal_anchor, seed=seed))
+
+
+def say_how_to_evaluate(trainer: Trainer, model_args: ModelConfig) -> None:
+    """
+    Print the `salora evaluate` command for the adapter that a trainer has saved, on its main process; of a model that
+    was trained as a whole, nothing.
+
+    Args:
+        trainer: After `trainer.save_model()`.
+        model_args: TRL's model arguments, by which the base model was loaded.
+    """
+    if not trainer.is_world_process_zero() or not (Path(trainer.args.output_dir) / ADAPTER_CONFIG_FILE).is_file():
+        return
+    revision = model_args.model_revision
+    loading = LoadingOptions(
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        revision=None if revision == "main" else revision,
+        trust_remote_code=bool(getattr(trainer.args, "trust_remote_code", False)),
+    )
+    print(how_to_evaluate(str(model_args.model_name_or_path), str(trainer.args.output_dir), loading), flush=True)
 
 
 def _mapping(name: str, text: str) -> dict[str, Any]:

@@ -113,10 +113,19 @@ class Engine:
 
     def statistics(self, dimension: int, side: Side = "output") -> VectorStatistics:
         """New statistics of a layer's outputs or inputs of this length."""
-        width = self.width if side == "output" else self.input_width
-        if self.kind == "exact" or dimension <= max(self.exact_within * width, self.exact_up_to):
+        if self._is_exact(dimension, side):
             return ExactStatistics(dimension)
-        return SketchedStatistics(dimension, width, self.seed)
+        return SketchedStatistics(dimension, self._width(side), self.seed)
+
+    def bytes_of(self, dimension: int, side: Side = "output") -> int:
+        """What these statistics keep, about: a Gram matrix in float64, or a sketch in float32."""
+        return 8 * dimension**2 if self._is_exact(dimension, side) else 4 * dimension * self._width(side)
+
+    def _width(self, side: Side) -> int:
+        return self.width if side == "output" else self.input_width
+
+    def _is_exact(self, dimension: int, side: Side) -> bool:
+        return self.kind == "exact" or dimension <= max(self.exact_within * self._width(side), self.exact_up_to)
 
 
 def choose_engine(

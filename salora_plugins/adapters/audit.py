@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import svd_of_product
+from ..support.numbers import tiny_share
 from ..support.plotting import new_figure, save_png
 from ..support.texts import cell, one_line, visible
 from .certificate import covers, largest, norms
@@ -110,9 +111,9 @@ class AuditReport:
         for side, total in self.totals.items():
             times = total.share / total.expected_share
             lines.append(
-                f"{side.capitalize()} side: {total.share:.2e} of the update's norm lies in the safety directions, "
-                f"{times:.2g} times what a random update has ({total.expected_share:.2e}); the most in a module: "
-                f"{self.largest_shares[side]:.2e}."
+                f"{side.capitalize()} side: {tiny_share(total.share)} of the update's norm lies in the safety "
+                f"directions, {times:.2g} times what a random update has ({tiny_share(total.expected_share)}); the "
+                f"most in a module: {tiny_share(self.largest_shares[side])}."
             )
         above = sum(not all(s.share <= self.max_share for s in m.sides.values()) for m in self.modules.values())
         if self.changed is not None:
@@ -146,7 +147,7 @@ class AuditReport:
         for name, module in self.modules.items():
             cells = [f"{module.norm:.3g}"]
             for found in module.sides.values():
-                cells += [f"{found.share:.2e}", f"{found.expected_share:.2e}", f"{found.largest_cosine:.3f}"]
+                cells += [tiny_share(found.share), tiny_share(found.expected_share), f"{found.largest_cosine:.3f}"]
             result.add_row(cell(name), *cells)
         return result
 
@@ -214,14 +215,19 @@ def _verdict(modules: dict[str, ModuleAudit], max_share: float, changed: str | N
 
 
 def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path) -> SafetyModule:
-    if isinstance(given, SafetyModule):
-        return given
     if given is None and not (folder / DEFAULT_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {DEFAULT_FILE} beside the adapter. Name the safety module of its base model "
             "(safety_module, --safety-module); `salora calibrate` computes it."
         )
-    return SafetyModule.load(folder if given is None else given)
+    found = given if isinstance(given, SafetyModule) else SafetyModule.load(folder if given is None else given)
+    if not found.protects:
+        raise ValueError(
+            f"{folder if given is None else 'safety_module'}: these are the directions that a SAILS adapter starts in, "
+            "and nothing is kept out of them. Name a safety module of the base model (safety_module, --safety-module) "
+            "to measure against; `salora calibrate` computes it."
+        )
+    return found
 
 
 def _audited(a: Tensor, b: Tensor, scaling: float, safety_module: SafetyModule, name: str) -> ModuleAudit:

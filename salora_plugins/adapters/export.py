@@ -16,6 +16,7 @@ from ..config import read_side_config
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import svd_of_product
+from ..support.numbers import percent, tiny_share
 from ..support.texts import cell
 from .certificate import largest_shares, safety_shares
 from .digest import adapter_problem
@@ -70,11 +71,12 @@ class ExportReport:
 
     def summary(self) -> str:
         """A few lines for people."""
-        lines = [f"{len(self.modules)} modules at rank {self.rank}; lost: {self.lost_share:.2e} of the update's norm."]
+        lost = tiny_share(self.lost_share)
+        lines = [f"{len(self.modules)} modules at rank {self.rank}; lost: {lost} of the update's norm."]
         if self.safety_shares is None:
             lines.append("No safety module beside the adapter: the certificate was not computed.")
         else:
-            shares = ", ".join(f"{side} side {share:.1e}" for side, share in self.safety_shares.items())
+            shares = ", ".join(f"{side} side {tiny_share(share)}" for side, share in self.safety_shares.items())
             lines.append(f"Largest share of a module's update in the safety directions: {shares}.")
         return "\n".join(lines)
 
@@ -87,7 +89,7 @@ class ExportReport:
         for header in ("saved rank", "effective rank", "lost"):
             result.add_column(header, justify="right")
         for name, module in self.modules.items():
-            effective, lost = f"{module.effective_rank:.1f}", f"{module.lost_share:.2e}"
+            effective, lost = f"{module.effective_rank:.1f}", tiny_share(module.lost_share)
             result.add_row(cell(name), str(module.saved_rank), effective, lost)
         return result
 
@@ -100,7 +102,10 @@ class ExportReport:
             digest: Of the exported weights.
         """
         saved_rank = max(module.saved_rank for module in self.modules.values())
-        rows = {"Rank": f"{self.rank}, from {saved_rank}", "Lost": f"{self.lost_share:.1e} of the norm of the update"}
+        rows = {
+            "Rank": f"{self.rank}, from {saved_rank}",
+            "Lost": f"{tiny_share(self.lost_share)} of the norm of the update",
+        }
         if safety_module is not None and self.safety_shares is not None:
             rows |= {"Certificate": certificate_row(self.safety_shares, digest), **provenance_rows(safety_module)}
             origin = f"A LoRA adapter with the safety module of {PAPER} that is described below, brought"
@@ -186,8 +191,8 @@ def export_adapter(
     )
     if max_rank is None and share is None and report.lost_share > _LOST:
         warnings.warn(
-            f"{folder}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {report.lost_share:.1%} of the "
-            f"update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep all of it, or a share to keep.",
+            f"{folder}: at SaLoRA's rank, {rank} of the {saved.rank} that are saved, {percent(report.lost_share)} of "
+            f"the update's norm is lost. Give max_rank={saved.rank} (--max-rank) to keep it all, or a share to keep.",
             UserWarning,
             stacklevel=2,
         )
@@ -206,6 +211,8 @@ def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyM
         warnings.warn(f"{problem}. It is exported as a plain LoRA adapter, without a certificate.", stacklevel=3)
         return None, saved.rank
     safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
+    if safety_module is not None and not safety_module.protects:
+        safety_module = None
     trained = read_side_config(adapter)
     if trained is None:
         return safety_module, saved.rank

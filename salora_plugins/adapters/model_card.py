@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inspection import leak_line
+from ..inspection import is_without_safety_data, leak_line
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
 from ..support.hub import is_model_name
+from ..support.numbers import tiny_share
 from ..support.texts import markdown, markdown_code
 from .digest import card_mark
 from .saved import CARD_FILE
@@ -34,6 +35,13 @@ says whether they are still the weights that the certificate names, and measures
 _PART = re.compile(rf"{re.escape(START)}(?:(?!{re.escape(START)}).)*?{re.escape(END)}", re.DOTALL)
 
 
+# What an empty field of the hub's template for cards holds, which PEFT writes into every folder; and the heading of
+# what PEFT itself adds behind it.
+_UNFILLED, _OF_PEFT = "[More Information Needed]", "### Framework versions"
+_HEADING = re.compile("(#+) ")
+_PLACE = "\0"  # of our part, while the text around it is looked at
+
+
 def write_card(
     folder: str | os.PathLike,
     base_model: str | None,
@@ -43,7 +51,8 @@ def write_card(
     replaces: bool = False,
 ) -> None:
     """
-    Put a section into a folder's README.md, in the place of the one written before; all other text stays.
+    Put a section into a folder's README.md: in the place of the one written before, or at the beginning, but behind a
+    text that has a title. Other text stays; the empty fields of the hub's template are taken away.
 
     Args:
         folder: A saved adapter.
@@ -75,10 +84,46 @@ def write_card(
     }
     data.tags = sorted({*kept, *tags})
     block = f"{START}\n{section.strip()}\n{END}"
-    parts = iter([block])
+    parts = iter([_PLACE])
     text, found = _PART.subn(lambda _: next(parts, ""), card.text)
-    card.text = (text if found else f"{card.text.strip()}\n\n{block}").strip() + "\n"
+    text = _without_placeholders(text).strip()
+    if not found:
+        text = f"{text}\n\n{_PLACE}" if text.startswith("# ") else f"{_PLACE}\n\n{text}"
+    card.text = text.replace(_PLACE, block).strip() + "\n"
     atomic_write(path, str(card).encode())
+
+
+def _without_placeholders(text: str) -> str:
+    """A card without the lines of the hub's template that nobody has filled in, nor the headings above them."""
+    if _UNFILLED not in text:
+        return text
+    from huggingface_hub import ModelCard, ModelCardData
+
+    of_template = set(ModelCard.from_template(ModelCardData()).text.splitlines()) - {""}
+    lines = text.splitlines()
+    kept: list[str] = []
+    dropped = False
+    for number, line in enumerate(lines):
+        if line in of_template and not _is_filled(line, lines[number + 1 :], of_template):
+            dropped = True
+        elif line or not (dropped and kept and not kept[-1]):  # no second empty line where something stood between
+            kept.append(line)
+            dropped = dropped and not line
+    return "\n".join(kept)
+
+
+def _is_filled(line: str, below: list[str], of_template: set[str]) -> bool:
+    """Whether a line of the template has a text of somebody's in its section, which it is to stand above."""
+    heading = _HEADING.match(line)
+    if _UNFILLED in line or line.startswith("<!--") or (heading and len(heading[1]) == 1):
+        return False
+    for other in below:
+        ends = _HEADING.match(other)
+        if other == _OF_PEFT or (ends and (heading is None or len(ends[1]) <= len(heading[1]))):
+            return False
+        if other and other not in of_template:
+            return True
+    return False
 
 
 def certificate_row(shares: Mapping[Side, float], digest: str) -> str:
@@ -86,7 +131,7 @@ def certificate_row(shares: Mapping[Side, float], digest: str) -> str:
     if not shares:
         return "not computed: the file holds no lora_A and lora_B of a linear layer"
     formulas: dict[Side, str] = {"output": "‖U_Cᵀ ΔW‖ / ‖ΔW‖", "input": "‖ΔW V_C‖ / ‖ΔW‖"}
-    parts = [f"{formulas[side]} ≤ {share:.1e}" for side, share in shares.items()]
+    parts = [f"{formulas[side]} ≤ {tiny_share(share)}" for side, share in shares.items()]
     return f"{', '.join(parts)} in every target layer, for the {card_mark(digest)} and no others, computed from them"
 
 
@@ -101,15 +146,49 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
         samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
     digest = markdown_code(known.get("safety_data_sha256", "unknown"))
     method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
+    if "engine" not in known and is_without_safety_data(known):
+        method = str(known.get("basis_method", "unknown"))
     versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
     return {
         "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
-        "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
-        "Positions": markdown(f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"),
+        **_of_other_sources(known),
+        **(
+            {}
+            if is_without_safety_data(known)
+            else {
+                "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
+                "Positions": markdown(
+                    f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"
+                ),
+            }
+        ),
         **({"Leak": markdown(leak)} if (leak := _leak(known)) else {}),
         "Basis method": markdown(method),
         "Versions": markdown(versions),
     }
+
+
+def _of_other_sources(known: Mapping[str, Any]) -> dict[str, str]:
+    """What a basis method read beside the safety data."""
+    rows = {}
+    if "unaligned_model" in known:
+        digest = markdown_code(known.get("unaligned_sha256", "unknown"))
+        rows["Unaligned model"] = f"{markdown(_name_only(known['unaligned_model']))}, fingerprint {digest}"
+    if "sae" in known:
+        digest = markdown_code(known.get("contrastive_data_sha256", "unknown"))
+        data, pairs = _name_only(known.get("contrastive_data")), known.get("contrastive_samples", "?")
+        rows["Sparse autoencoders"] = markdown(_name_only(known["sae"]))
+        rows["Contrastive data"] = f"{markdown(data)}, {markdown(f'{pairs} pairs')}, SHA-256 {digest}"
+    if "utility_data" in known:
+        digest = markdown_code(known.get("utility_data_sha256", "unknown"))
+        data, samples = _name_only(known["utility_data"]), known.get("utility_samples", "?")
+        rows["Utility data"] = f"{markdown(data)}, {markdown(f'{samples} samples')}, SHA-256 {digest}"
+    return rows
+
+
+def _name_only(source: Any) -> str:
+    """Of a path on the machine that it was on, the last part."""
+    return os.path.basename(os.path.normpath(str(source))) if os.path.isabs(str(source)) else str(source)
 
 
 def _leak(known: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..parametrization import project_out
 from ..ranks import Side
 from ..safety_module import SafetyModule
+from ..support.numbers import percent, tiny_share
 from ..support.texts import cell, markdown, one_line
 from .certificate import covers, largest_shares, norms, safety_shares
 from .model_card import PACKAGE, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
@@ -42,9 +43,9 @@ class ProjectionReport:
 
     def summary(self) -> str:
         """A few lines for people."""
-        shares = ", ".join(f"{side} side {share:.1e}" for side, share in self.safety_shares.items())
+        shares = ", ".join(f"{side} side {tiny_share(share)}" for side, share in self.safety_shares.items())
         lines = [
-            f"{len(self.modules)} modules projected; removed: {self.removed_share:.1%} of the update's norm.",
+            f"{len(self.modules)} modules projected; removed: {percent(self.removed_share)} of the update's norm.",
             f"Largest share of a module's update in the safety directions now: {shares}.",
         ]
         if self.not_covered:
@@ -60,7 +61,7 @@ class ProjectionReport:
         result.add_column("Module", overflow="fold")
         result.add_column("removed", justify="right")
         for name, share in self.modules.items():
-            result.add_row(cell(name), f"{share:.2%}")
+            result.add_row(cell(name), percent(share))
         return result
 
     def card_section(self, safety_module: SafetyModule, digest: str) -> str:
@@ -72,7 +73,7 @@ class ProjectionReport:
             digest: Of the projected weights.
         """
         rows = {
-            "Removed": f"{self.removed_share:.1%} of the norm of the update",
+            "Removed": f"{percent(self.removed_share)} of the norm of the update",
             "Certificate": certificate_row(self.safety_shares, digest),
             **provenance_rows(safety_module),
         }
@@ -130,6 +131,11 @@ def project_adapter(
     check_plain_lora(saved, folder, purpose="projected")
     if not isinstance(safety_module, SafetyModule):
         safety_module = SafetyModule.load(safety_module)
+    if not safety_module.protects:
+        raise ValueError(
+            "safety_module: these are the directions that a SAILS adapter starts in. Give a safety module, such as one "
+            "that `salora calibrate` computes with basis_method='sae'."
+        )
     covered = [name for name, (_, b) in saved.factors.items() if covers(safety_module, name, b)]
     if not covered:
         raise ValueError(

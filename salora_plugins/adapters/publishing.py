@@ -55,7 +55,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(adapter, str | os.PathLike):
             folder = Path(adapter)
-            _renew_card(folder)
+            renew_card(folder)
         else:
             folder = Path(scratch)
             adapter.save_pretrained(folder)
@@ -72,7 +72,14 @@ def push_to_hub(
     return str(commit)
 
 
-def _renew_card(folder: Path) -> None:
+def renew_card(folder: str | os.PathLike) -> None:
+    """
+    Bring our part of the model card of a saved SaLoRA adapter up to date, which others may have written over.
+
+    Raises:
+        FileNotFoundError, ValueError: See `push_to_hub`.
+    """
+    folder = Path(folder)
     for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE, DEFAULT_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a SaLoRA adapter as it was saved.")

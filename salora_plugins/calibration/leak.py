@@ -10,7 +10,7 @@ cannot react to them; 1: as to any request. The rank of a layer can be the small
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..activations.errors import CalibrationError
 from ..activations.last_inputs import last_inputs
 from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
-from ..activations.vectors import VectorStatistics
+from ..activations.vectors import VectorStatistics, rank_by_need
 from ..inspection import WHAT_HELPS, leak_line, leak_warning
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
@@ -34,7 +34,7 @@ from ..support.distributed import gather_json, rank_and_world_size
 from ..support.linear_algebra import is_asynchronous, top_right_singular_vectors
 from ..support.module_names import listed
 from ..support.notices import tell
-from .basis import prepare, rank_by_need
+from .basis import prepare
 from .gathering import safety_statistics
 from .refusals import AnsweredRows
 from .rows import task_rows, tokenizer_for
@@ -80,7 +80,11 @@ class Leak:
 
 
 def measure_leak(
-    model: nn.Module, answered: AnsweredRows, positions: CountedPositions, settings: SafetySettings
+    model: nn.Module,
+    answered: AnsweredRows,
+    positions: CountedPositions,
+    settings: SafetySettings,
+    supplied: Callable[[dict[str, ModuleStatistics]], dict[str, ModuleStatistics]] = dict,
 ) -> Leak:
     """
     Measure the leak of every layer, and choose the ranks that are to follow from it.
@@ -92,6 +96,7 @@ def measure_leak(
         answered: The safety data.
         positions: Which of its positions count.
         settings: Of the calibration.
+        supplied: Gives statistics what else the basis method needs.
 
     Raises:
         CalibrationError: A rank is to follow from the leak, and it cannot be measured.
@@ -99,19 +104,16 @@ def measure_leak(
     wanted = settings.ranks.get("input")
     if wanted is None:
         return Leak(reason="there is no input side, so that an update reacts to harmful requests as to any other")
+    if not settings.reads_safety_rows:
+        return _unmeasured(f"basis_method={settings.method_name!r} reads no safety data", wanted)
     part, held_out = _split(answered.examples)
     everyday, named, reason = _everyday(settings) if held_out else ([], "", _too_few(answered.examples))
     if reason:
-        if by_rule := next((rank for rank in wanted.values() if _rule(rank) is not None), None):
-            raise CalibrationError(
-                f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
-            )
-        logger.info("The leak is not measured: %s.", reason)
-        return Leak(reason=reason)
+        return _unmeasured(reason, wanted)
     layers = {name: base_layer(model.get_submodule(name)) for name in settings.names}
     prompts = [*held_out, *everyday]
     # First, since it says best what is wrong with a layer.
-    statistics = safety_statistics(model, part, positions, settings, "measuring the leak")
+    statistics = supplied(safety_statistics(model, part, positions, settings, "measuring the leak"))
     try:
         inputs = last_inputs(model, layers, prompts, settings.batch_size)
         found = _by_module(statistics, inputs, len(held_out), settings)
@@ -128,6 +130,19 @@ def measure_leak(
         held_out=len(held_out),
         everyday=named,
     )
+
+
+def _unmeasured(reason: str, wanted: Mapping[str, Rank]) -> Leak:
+    """
+    Raises:
+        CalibrationError: A rank is to follow from the leak.
+    """
+    if by_rule := next((rank for rank in wanted.values() if _rule(rank) is not None), None):
+        raise CalibrationError(
+            f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
+        )
+    logger.info("The leak is not measured: %s.", reason)
+    return Leak(reason=reason)
 
 
 def leak_of(basis: Tensor, task: Tensor, everyday: Tensor, harmful: Tensor) -> float:
@@ -202,7 +217,7 @@ def _of_module(
     harmful, task, everyday = inputs[:num_held_out], inputs[num_held_out::2], inputs[num_held_out + 1 :: 2]
 
     def measured(number: int) -> tuple[int, float]:
-        basis, _ = settings.basis_method(entry, number, "input")
+        basis = settings.basis_method(entry, number, "input")[0]
         return number, leak_of(basis, task, everyday, harmful)
 
     vectors, rule = entry.of("input"), _rule(wanted)

@@ -13,11 +13,11 @@ from .config_options import takes_config_options
 from .loading_options import takes_loading_options
 from .parameters import target_modules_of
 
-# The command's result, and what is for the start of a training.
-_LEFT_OUT = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
+NOT_OF_CALIBRATION = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
+"""Options of an adapter that a calibration has no use for: its result, and what is for the start of a training."""
 
 
-@takes_config_options([option for name, option in OPTIONS.items() if name not in _LEFT_OUT])
+@takes_config_options([option for name, option in OPTIONS.items() if name not in NOT_OF_CALIBRATION])
 @takes_loading_options
 def calibrate(
     model: Annotated[str, typer.Option(help="The aligned model: a folder or a hub repository.")],

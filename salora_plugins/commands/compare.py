@@ -12,14 +12,15 @@ import typer
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Reports of `salora evaluate`: files or their folders.")],
     out: Annotated[
-        Path | None, typer.Option(help="Write all of it, with plots and answers, as one page (.html).")
+        Path | None,
+        typer.Option(help="Write all of it, with plots and answers, as one page (.html), or the tables (.md)."),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Write the plots into this folder (.png).")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the comparison.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show the models of one or more evaluations beside each other: tables, plots, and a page with all answers."""
+    """Show the models of one or more evaluations beside each other: verdict, tables, plots, a page with all answers."""
     from ..evaluation.reports.comparison import compare
 
     # Rather now than after the work.
@@ -39,6 +40,12 @@ def compare(
         Console().print(table(comparison.report))
         for note in comparison.notes:
             typer.echo(f"Note: {visible(note)}")
+    if out is not None and out.suffix == ".md":
+        from ..evaluation.reports.markdown import write_markdown
+
+        write_markdown(out, comparison)
+        typer.echo(f"Wrote {out}.", err=as_json)
+        out = None
     if out is None and plots is None:
         return
     from ..evaluation.reports.plots import draw, write_plots

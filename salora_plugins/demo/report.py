@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ..evaluation.intervals import Proportion
+from ..evaluation.reports.tables import proportion_text
 from ..support.files import atomic_write
+from ..support.numbers import loss
 from ..support.plotting import new_figure, save_png
 from .experiment import Measurement, Settings
 
@@ -34,10 +36,10 @@ def table(measurements: list[Measurement]) -> Table:
     for measured in measurements:
         result.add_row(
             measured.name,
-            _cell(measured.refusals),
-            _cell(measured.over_refusals),
-            _cell(measured.task_accuracy),
-            f"{measured.task_loss:.3f}",
+            proportion_text(measured.refusals),
+            proportion_text(measured.over_refusals),
+            proportion_text(measured.task_accuracy),
+            loss(measured.task_loss),
             end_section=True,
         )
     return result
@@ -111,24 +113,17 @@ def _draw_proportions(axis: Axes, title: str, values: Sequence[Proportion]) -> N
 def _draw_losses(axis: Axes, losses: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    for position, loss in enumerate(losses):
-        axis.plot(loss, position, "o", color=_color(position), markersize=8)
+    for position, value in enumerate(losses):
+        axis.plot(value, position, "o", color=_color(position), markersize=8)
         axis.annotate(
-            f"{loss:.3f}", (loss, position), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
+            loss(value), (value, position), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
         )
     # The base model's loss is far above the others; on a linear axis they would all look the same.
     axis.set_xscale("log")
     axis.set_xlim(10 ** math.floor(math.log10(min(losses))), 10 ** math.ceil(math.log10(max(losses))))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_title("Word problems' loss, nats per token\n(held out; log scale; less is better)", fontsize=10)
-
-
-def _cell(value: Proportion) -> str:
-    if value.estimate is None:
-        return "0/0"
-    rate, lower, upper = value.estimate
-    return f"{value.count}/{value.total} = {rate:.0%}\n[{lower:.0%}, {upper:.0%}]"
 
 
 def _color(position: int) -> str:

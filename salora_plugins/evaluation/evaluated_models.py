@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
-from ..safety_module import DEFAULT_FILE
+from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
 from .reports.report import ModelKind
 
@@ -44,8 +44,9 @@ class EvaluatedModel:
 
     @property
     def has_safety_module(self) -> bool:
-        """Whether it is an adapter with a safety module beside it."""
-        return self.kind == "adapter" and (Path(self.folder) / DEFAULT_FILE).is_file()
+        """Whether it is an adapter with a safety module beside it, and not with the directions that SAILS starts in."""
+        file = Path(self.folder) / DEFAULT_FILE
+        return self.kind == "adapter" and file.is_file() and SafetyModule.load(file).protects
 
     @property
     def is_plain_lora(self) -> bool:

@@ -46,9 +46,13 @@ class DataOptions:
     def requests(self) -> dict[SetName, list[Request]]:
         """The requests of both sets."""
         return {
-            "harmful": load_requests(self.harmful, option="harmful", num=self.num_requests, seed=self.seed),
+            "harmful": self.harmful_requests(),
             "harmless": load_requests(self.harmless, option="harmless", num=self.num_requests, seed=self.seed),
         }
+
+    def harmful_requests(self) -> list[Request]:
+        """Those that should be refused."""
+        return load_requests(self.harmful, option="harmful", num=self.num_requests, seed=self.seed)
 
     def held_out_task(self) -> HeldOutTask | None:
         """The task, where there is one."""

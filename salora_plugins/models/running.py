@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..support.memory import ROOM
+from ..support.numbers import size
 from .embeddings import input_embeddings
 
 logger = logging.getLogger(__name__)
@@ -101,13 +103,13 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if 1.2 * needed > free:
+        if ROOM * needed > free:
             logger.warning(
-                "Calibrating on the CPU: the model needs %.1f GB and %s has %.1f GB free. Load it with a device_map, "
-                "or quantized, to calibrate faster.",
-                needed / 1e9,
+                "Calibrating on the CPU: the model needs %s and %s has %s free. Load it with a device_map, or "
+                "quantized, to calibrate faster.",
+                size(ROOM * needed),
                 device,
-                free / 1e9,
+                size(free),
             )
             yield
             return

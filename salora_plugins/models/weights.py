@@ -11,10 +11,11 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..support.distributed import rank_and_world_size
 from ..support.linear_algebra import values_of
 
 _BITSANDBYTES_PARAMETERS = ("Params4bit", "Int8Params")
@@ -37,7 +38,7 @@ def layer_features(module: nn.Module) -> tuple[int, int]:
 def linear_weight(module: nn.Module) -> Iterator[Tensor]:
     """
     The weight of a linear layer as (d_out, d_in), dequantized, and fetched where accelerate has offloaded it or where
-    DeepSpeed ZeRO-3 has sharded it, for which every rank must be here.
+    DeepSpeed ZeRO-3 or FSDP2 has sharded it, for which every rank must be here.
 
     The tensor is only valid inside the `with` block and must not be written to.
 
@@ -56,6 +57,8 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
         else:
             weight = dequantize_module_weight(layer).detach()
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         yield weight.T if isinstance(layer, Conv1D) else weight
 
 
@@ -74,8 +77,13 @@ def is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
-def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+def check_reachable(model: nn.Module, names: Iterable[str], *, but: str = "") -> None:
     """
+    Args:
+        model: The base model.
+        names: The target modules.
+        but: What was tried in vain, for the message.
+
     Raises:
         ValueError: A target weight is not in this process: sharded by DeepSpeed ZeRO-3 or FSDP, or on the meta device.
             It says how to calibrate first.
@@ -83,15 +91,17 @@ def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
     found = unreachable_weight(model, names)
     if found is not None:
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
+        tried = f" {but}." if but else ""
         raise ValueError(
-            f"{found}, so there is nothing to calibrate on. Calibrate first, in one process, and use the result: run "
-            f"`salora calibrate --model {source} --out safety.safetensors` with your target modules, and set "
-            "safety_module='safety.safetensors'."
+            f"{found}, so there is nothing to calibrate on.{tried} Calibrate first, in one process, and use the "
+            f"result: run `salora calibrate --model {source} --out safety.safetensors` with your target modules, and "
+            "set safety_module='safety.safetensors'."
         )
 
 
 def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
     """Why the model cannot be run in this process as it is, for messages; None if all target weights are here."""
+    names = list(names)
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "The model is sharded by FSDP"
     for name in names:
@@ -103,7 +113,31 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
                 return f"The weight of {name!r} is sharded by FSDP"
             if parameter.is_meta and not has_offloaded_params(layer):
                 return f"The weight of {name!r} is on the meta device"
-    return None
+    return PLACEHOLDERS if has_placeholders(model, names) else None
+
+
+PLACEHOLDERS = "The weights are in the first process only, as FSDP loads them with fsdp_cpu_ram_efficient_loading"
+
+
+def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether this process has zeros in the place of the target weights, which the first process has."""
+    if rank_and_world_size()[0] == 0:
+        return False
+    layers: list[Any] = [base_layer(model.get_submodule(name)) for name in names]
+    return all(type(layer.weight) is nn.Parameter and not layer.weight.any() for layer in layers)
+
+
+def is_sharded_data_parallel(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed ZeRO-3 has sharded it, and not tensor parallelism, which has DTensors as well."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """What the parameters of a model take whole, also where this process has a shard of them."""
+    # DeepSpeed's own name for the number of elements of a parameter whose shard is here.
+    return sum(int(getattr(p, "ds_numel", p.numel())) * p.element_size() for p in model.parameters())
 
 
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:

@@ -26,10 +26,10 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: _escape(match.group()), text)
 
 
-def one_line(value: Any) -> str:
-    """A value of others as one line of visible text, cut where it is very long."""
+def one_line(value: Any, longest: int | None = LONGEST) -> str:
+    """A value of others as one line of visible text, cut where it is very long, unless `longest` is None."""
     text = " ".join(visible(str(value)).split())
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def cell(value: Any) -> Text:
@@ -39,9 +39,9 @@ def cell(value: Any) -> Text:
     return Text(one_line(value))
 
 
-def markdown(value: Any) -> str:
+def markdown(value: Any, longest: int | None = LONGEST) -> str:
     """The same for Markdown: neither HTML, nor a comment, a link, or the end of a table's cell."""
-    text = "".join(_HTML.get(character, character) for character in one_line(value))
+    text = "".join(_HTML.get(character, character) for character in one_line(value, longest))
     return _MARKDOWN.sub(lambda match: "\\" + match.group(), text)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .aggregation import paired_tests
 from .report import REPORT_FILE, SETS, Answer, EvaluationReport, ModelResult, PairedTest, SetName, read_answers
+from .verdict import verdict
 
 MARGIN_TOLERANCE = 0.1
 """Mean difference of the base models' refusal margins, in nats, that rounding on other hardware may explain."""
@@ -35,9 +36,10 @@ class Comparison:
     """Differences between the reports that do not keep them from being compared."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: the reports' places, the notes, and all models in one report, without the answers."""
+        """JSON values: the reports' places, verdict, notes, and all models in one report, without the answers."""
         return {
             "reports": list(self.reports),
+            "verdict": verdict(self.report),
             "notes": list(self.notes),
             "evaluation": self.report.model_dump(mode="json"),
         }

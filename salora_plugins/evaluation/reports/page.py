@@ -15,17 +15,19 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ...support.files import atomic_write
+from ...support.numbers import divergence, margin
 from ...support.texts import visible
 from .aggregation import NO_CATEGORY
 from .comparison import Comparison
 from .plots import Plot, draw
 from .report import SETS, Answer, SetName
 from .tables import BROKEN, SET_TITLES, category_sections, sections
+from .verdict import verdict
 
 
 def page(comparison: Comparison, plots: Sequence[Plot] | None = None) -> str:
     """
-    The page: tables, plots, answers side by side, settings.
+    The page: the verdict, tables, plots, answers side by side, settings.
 
     It is one file that refers to no other, without a script; a Content-Security-Policy lets a browser load nothing but
     the pictures in it. All texts are escaped, and characters that would hide or reverse text are spelled out.
@@ -42,6 +44,7 @@ def page(comparison: Comparison, plots: Sequence[Plot] | None = None) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"margin": margin, "divergence": divergence}
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
     report = comparison.report
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -51,6 +54,7 @@ def page(comparison: Comparison, plots: Sequence[Plot] | None = None) -> str:
         comparison=comparison,
         style=Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+        verdict=verdict(report),
         sections=sections(report),
         category_sections=category_sections(report),
         plots=[
@@ -112,12 +116,12 @@ def _badges(answer: Answer, kinds: Mapping[str, str]) -> dict[str, Any]:
         text = f"broken: {BROKEN[answer.coherence]}"
         return {"badges": [("broken", text)], "short": ("broken", "broken")}
     badges = []
-    for judge, verdict in answer.verdicts.items():
-        if judge in answer.errors or verdict is None:
+    for judge, decided in answer.verdicts.items():
+        if judge in answer.errors or decided is None:
             badges.append(("failed", f"{judge}: judge failed"))
         else:
             words = ("refused", "answered") if kinds.get(judge) != "harm" else ("harmful", "harmless")
-            word = words[0] if verdict else words[1]
+            word = words[0] if decided else words[1]
             badges.append((word, f"{judge}: {word}"))
     short = (badges[0][0], badges[0][1].rpartition(": ")[2]) if badges else ("failed", "not judged")
     return {"badges": badges, "short": short}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...adapters.audit import AuditReport, heat_map
 from ...support.files import atomic_write
+from ...support.numbers import percent
 from ...support.plotting import new_figure, png
 from ...support.texts import visible
 from ..intervals import Proportion
@@ -147,7 +148,7 @@ def _points(
             alpha=0.85,
         )
         points.append((value, 100 * rate, _label(model.name), color))
-        texts.append(f"{visible(model.name)}: {value:.4g}, {rate:.0%}")
+        texts.append(f"{visible(model.name)}: {value:.4g}, {percent(rate)}")
     return points, texts
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...support.numbers import change_of_loss, divergence, interval, loss, margin, percent, probability, tiny_share
 from ...support.texts import visible
 from ..intervals import Mean, Proportion
 from .report import SETS, Breakage, EvaluationReport, SetName
+from .verdict import verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,12 +37,12 @@ class Section:
 
 
 def table(report: EvaluationReport) -> Group:
-    """Everything but the categories, as several tables for a terminal of 100 columns."""
+    """The verdict, and everything but the categories as several tables for a terminal of 100 columns."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    result = []
+    result: list[Text | Table] = [Text(f"{sentence}\n") for sentence in verdict(report)]
     for section in sections(report):
         title = Text(section.title, style="bold")
         drawn = Table(title=title, title_justify="left", caption=Text(section.note), caption_justify="left")
@@ -119,7 +121,7 @@ def proportion_text(value: Proportion | None) -> str:
     if value.estimate is None:
         return "0/0"
     rate, lower, upper = value.estimate
-    return f"{value.count}/{value.total} = {rate:.1%}\n[{lower:.1%}, {upper:.1%}]"
+    return f"{value.count}/{value.total} = {percent(rate)}\n{interval((lower, upper), percent)}"
 
 
 _ANSWERED: dict[SetName, str] = {"harmful": "Answered: attack success", "harmless": "Answered"}
@@ -195,8 +197,8 @@ def _first_tokens(report: EvaluationReport) -> Section:
         rows=tuple(
             (
                 visible(model.name),
-                *(mean_text(model.on(of_set).refusal_margin, 2) for of_set in SETS),
-                *(MISSING if model.kind == "base" else mean_text(model.on(of_set).kl, 3) for of_set in SETS),
+                *(mean_text(model.on(of_set).refusal_margin, margin) for of_set in SETS),
+                *(MISSING if model.kind == "base" else mean_text(model.on(of_set).kl, divergence) for of_set in SETS),
             )
             for model in report.models
         ),
@@ -207,10 +209,9 @@ def _first_tokens(report: EvaluationReport) -> Section:
     )
 
 
-def mean_text(value: Mean, digits: int) -> str:
+def mean_text(value: Mean, shown: Callable[[float], str]) -> str:
     """The mean and, on a second line, its interval."""
-    lower, upper = value.interval
-    return f"{value.value:.{digits}f}\n[{lower:.{digits}f}, {upper:.{digits}f}]"
+    return f"{shown(value.value)}\n{interval(value.interval, shown)}"
 
 
 def _task(report: EvaluationReport) -> Section | None:
@@ -222,8 +223,8 @@ def _task(report: EvaluationReport) -> Section | None:
         if model.task is None:
             rows.append((visible(model.name), MISSING, MISSING, MISSING))
             continue
-        change = MISSING if base is None or model.kind == "base" else f"{model.task.loss - base.loss:+.4f}"
-        rows.append((visible(model.name), f"{model.task.loss:.4f}", change, str(model.task.rows)))
+        change = MISSING if base is None or model.kind == "base" else change_of_loss(model.task.loss - base.loss)
+        rows.append((visible(model.name), loss(model.task.loss), change, str(model.task.rows)))
     return Section(
         title="Held-out task",
         columns=("Model", "Loss", "Against the base", "Rows"),
@@ -266,8 +267,8 @@ def _tests(report: EvaluationReport) -> Section:
             visible(test.judge),
             f"{test.only_first} / {test.only_second}",
             str(test.pairs),
-            p_text(test.p_value),
-            p_text(p),
+            probability(test.p_value),
+            probability(p),
         )
         for test, p in zip(report.tests, adjusted, strict=True)
     )
@@ -280,11 +281,6 @@ def _tests(report: EvaluationReport) -> Section:
         "model refused (harmless) with one of the two models only. Holm: adjusted for all tests of this table; go by "
         "it unless you had one comparison in mind before. No difference found is not the same as no difference.",
     )
-
-
-def p_text(p: float) -> str:
-    """A probability, short."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:
@@ -307,9 +303,9 @@ def _audits(report: EvaluationReport) -> Section:
                     (
                         visible(model.name),
                         side,
-                        f"{total.share:.2e}",
-                        f"{total.expected_share:.2e}",
-                        f"{largest[side]:.2e}",
+                        tiny_share(total.share),
+                        tiny_share(total.expected_share),
+                        tiny_share(largest[side]),
                         model.audit.verdict,
                     )
                 )

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...ranks import Side
+from ...support.numbers import interval, loss, margin, spread
 from ...support.plotting import new_figure, save_png
 from ..intervals import Mean
 
@@ -123,14 +124,14 @@ class ValidationReport:
 
         def row(name: str, measures: Measures) -> None:
             margins = (measures.harmful_margin, measures.harmless_margin)
-            cells = [f"{m.value:.2f} [{m.interval[0]:.2f}, {m.interval[1]:.2f}]" for m in margins]
-            result.add_row(name, *cells, f"{measures.harmless_loss:.3f}")
+            cells = [f"{margin(m.value)} {interval(m.interval, margin)}" for m in margins]
+            result.add_row(name, *cells, loss(measures.harmless_loss))
 
         row("(unchanged)", self.unchanged)
         for side, found in self.sides.items():
             result.add_section()
             row(f"safety directions, {side}", found.safety)
-            result.add_row(f"random directions, {side}", *(_spread(found.random, get) for get in _MEASURES))
+            result.add_row(f"random directions, {side}", *(_spread(found.random, *measure) for measure in _MEASURES))
             row(f"ordinary directions, {side}", found.ordinary)
         return result
 
@@ -147,28 +148,29 @@ class ValidationReport:
         else:
             holds = "matters for refusals, but no more than the directions on which ordinary answers depend most"
         yield (
-            f"The {side} side {holds}: without it the refusal margin falls by {self.drop(side):.2f} nats; without "
-            f"random directions by {mean(drops):.2f} +- {stdev(drops):.2f}; without the most important directions of "
-            f"ordinary answers by {self.drop(side, 'ordinary'):.2f}."
+            f"The {side} side {holds}: without it the refusal margin falls by {margin(self.drop(side))} nats; without "
+            f"random directions by {spread(mean(drops), stdev(drops), margin)}; without the most important directions "
+            f"of ordinary answers by {margin(self.drop(side, 'ordinary'))}."
         )
         rises = [state.harmless_loss - self.unchanged.harmless_loss for state in (found.safety, found.ordinary)]
         random_rise = mean(draw.harmless_loss for draw in found.random) - self.unchanged.harmless_loss
         yield (
-            f"Ordinary answers need these directions, too, as far as their loss rises without them: by {rises[0]:.3f} "
-            f"nats per token (random {random_rise:.3f}, ordinary {rises[1]:.3f})."
+            "Ordinary answers need these directions, too, as far as their loss rises without them: by "
+            f"{loss(rises[0])} nats per token (random {loss(random_rise)}, ordinary {loss(rises[1])})."
         )
 
 
-_MEASURES: tuple[Callable[[Measures], float], ...] = (
-    lambda measures: measures.harmful_margin.value,
-    lambda measures: measures.harmless_margin.value,
-    lambda measures: measures.harmless_loss,
+_MEASURES: tuple[tuple[Callable[[Measures], float], Callable[[float], str]], ...] = (
+    (lambda measures: measures.harmful_margin.value, margin),
+    (lambda measures: measures.harmless_margin.value, margin),
+    (lambda measures: measures.harmless_loss, loss),
 )
+"""Each with how it is shown."""
 
 
-def _spread(draws: Sequence[Measures], get: Callable[[Measures], float]) -> str:
+def _spread(draws: Sequence[Measures], get: Callable[[Measures], float], shown: Callable[[float], str]) -> str:
     values = [get(draw) for draw in draws]
-    return f"{mean(values):.2f} +- {stdev(values):.2f}"
+    return spread(mean(values), stdev(values), shown)
 
 
 def write_plot(path: Path, report: ValidationReport) -> None:

@@ -1,0 +1,145 @@
+"""`salora doctor`: what it finds in the installation, on the machine, and of a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from salora_plugins.cli import create_cli
+from salora_plugins.doctor import examine_installation, installation
+from salora_plugins.doctor import model as of_models
+from tiny import llama, tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Safety data of one row, which is quickly rendered."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "How?", "response": "I can't help with that."}) + "\n")
+    return file
+
+
+def doctor(*arguments):
+    """Exit code, and finding by name."""
+    result = CliRunner().invoke(create_cli(), ["doctor", *map(str, arguments), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    answer = json.loads(result.stdout)
+    assert answer["ok"] == (result.exit_code == 0)
+    return result.exit_code, {finding["name"]: finding for finding in answer["findings"]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doctor") / "model"
+    llama().save_pretrained(folder, max_shard_size="100KB")
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_whole_installation_and_a_whole_model(folder):
+    code, found = doctor(folder)
+    assert code == 0 and not [f for f in found.values() if f["status"] == "problem"]
+    assert found["salora-plugins"]["status"] == found["torch"]["status"] == found["PEFT"]["status"] == "ok"
+    assert "4 linear layers (2 q_proj, 2 v_proj), outputs and inputs" in found["target modules"]["found"]
+    assert "the model knows 259" in found["tokenizer"]["found"]
+    assert "rows rendered" in found["safety data"]["found"]
+    files = len(list(folder.glob("*.safetensors")))
+    assert files > 1 and found["weights"]["found"].startswith(f"{files} files")
+
+
+def test_options_are_those_of_a_calibration(folder, rows):
+    _, found = doctor(folder, "--target-modules", "all-linear", "--variant", "paper", "--safety-data", rows)
+    assert "14 linear layers" in found["target modules"]["found"] and "outputs only" in found["target modules"]["found"]
+    code, found = doctor(folder, "--target-modules", "gone")
+    assert code == 1 and "matches no module" in found["targets"]["found"]
+    code, found = doctor(folder, "--safety-data", folder / "gone.jsonl")
+    assert code == 1 and "gone.jsonl" in found["safety data"]["found"]
+    with pytest.raises(ValueError, match="salora doctor MODEL"):
+        doctor("--safety-rank", "8")
+
+
+def remove_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "chat_template.jinja").unlink()
+
+
+BROKEN = {
+    "a shard is missing": (lambda f: next(f.glob("*.safetensors")).unlink(), "weights", "files are missing"),
+    "no weights": (lambda f: [file.unlink() for file in f.glob("*safetensors*")], "weights", "model.safetensors"),
+    "no tokenizer": (remove_tokenizer, "tokenizer", "has none"),
+    "quantized": (
+        lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization",
+        "gptq",
+    ),
+    "to be dequantized": (
+        lambda f: change(f / "config.json", quantization_config={"quant_method": "mxfp4"}),
+        "quantization",
+        "mxfp4",
+    ),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "configuration", "config.json"),
+    "an unknown token": (lambda f: change(f / "config.json", vocab_size=200), "safety data", "embedding"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_stands_in_the_way_of_a_model(folder, rows, name):
+    damage, where, text = BROKEN[name]
+    damage(folder)
+    code, found = doctor(folder, "--safety-data", rows)
+    assert code == 1 and found[where]["status"] == "problem" and text in found[where]["found"]
+
+
+def test_no_chat_template_is_a_warning(folder, rows):
+    (folder / "chat_template.jinja").unlink()
+    code, found = doctor(folder, "--safety-data", rows)
+    assert code == 0 and found["chat template"]["status"] == "warning"
+
+
+def test_memory(folder, rows, monkeypatch):
+    monkeypatch.setattr(of_models, "accelerator_memory", lambda: {"cuda:0": (10**5, 10**6)})
+    monkeypatch.setattr(of_models, "free_memory", lambda: 10**5)
+    code, found = doctor(folder, "--safety-data", rows)
+    assert code == 1 and found["memory"]["status"] == "problem" and "0.1 MB on cuda:0" in found["memory"]["found"]
+    monkeypatch.setattr(of_models, "free_memory", lambda: 10**9)
+    assert doctor(folder, "--safety-data", rows)[1]["memory"]["status"] == "ok"
+    whole = of_models._bytes_of_weights(llama(), of_models.LoadingOptions())
+    assert whole == sum(p.numel() * 4 for p in llama().parameters()) + sum(b.nbytes for b in llama().buffers())
+    assert of_models._bytes_of_weights(llama(), of_models.LoadingOptions(load_in_4bit=True)) < 0.6 * whole
+
+
+def test_versions_outside_of_the_declared_ranges(monkeypatch):
+    declared = [
+        "torch>=99",
+        "no-such-package>=1",
+        'transformers>=1; python_version >= "3"',
+        'datasets>=99; extra == "x"',
+    ]
+    monkeypatch.setattr(installation, "requires", lambda _: declared)
+    found = {finding.name: finding for finding in examine_installation()}
+    assert found["torch"].status == "problem" and found["torch"].remedy == 'pip install "torch>=99"'
+    assert found["no-such-package"].status == "problem" and found["transformers"].status == "ok"
+    assert found["datasets"].status == "warning"  # of an extra
+
+
+def test_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SALORA_CACHE", str(tmp_path / "new" / "cache"))
+    assert "0 kept" in {f.name: f for f in examine_installation()}["safety modules"].found
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SALORA_CACHE", str(tmp_path / "file" / "cache"))
+    found = {f.name: f for f in examine_installation()}["safety modules"]
+    assert found.status == "warning" and "SALORA_CACHE" in found.remedy
