@@ -1,12 +1,14 @@
 # `make demo` shows what it does; `make test` runs the whole suite. Both set up what they need in .venv.
 VENV ?= .venv
 NEWEST_VENV ?= .venv-newest
+LOWEST_VENV ?= .venv-lowest
 OFFLINE = HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
-# Two files at a time; tiny models gain nothing from more threads.
-RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+# Two files at a time, in the order of tests/conftest.py; tiny models gain nothing from more threads.
+RUN_TESTS = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 PYTEST ?=
+TAG ?=
 
-.PHONY: demo test test-newest compatibility reference docs lint clean
+.PHONY: demo test test-newest test-lowest compatibility reference docs lint dist clean
 
 demo: $(VENV)/.with-demo
 	$(OFFLINE) $(VENV)/bin/salora demo
@@ -17,6 +19,10 @@ test: $(VENV)/.with-axolotl
 # Axolotl pins TRL and Transformers; this runs everything but its tests against the newest releases.
 test-newest: $(NEWEST_VENV)/.with-test
 	$(call RUN_TESTS,$(NEWEST_VENV)) --compatibility-table loose
+
+# The same against the lowest releases that pyproject.toml allows; a test compares the two.
+test-lowest: $(LOWEST_VENV)/.with-test
+	SALORA_LOWEST=1 $(call RUN_TESTS,$(LOWEST_VENV)) --compatibility-table loose
 
 # Writes the table of docs/compatibility.md from the tests that stand for its rows.
 compatibility: $(VENV)/.with-axolotl
@@ -37,6 +43,14 @@ lint: $(VENV)/.with-axolotl
 	tools/check_types.sh $(VENV)
 	$(OFFLINE) $(VENV)/bin/python -m pytest -q -p no:cacheprovider tests/test_architecture.py -k "not first"
 
+# Source distribution and wheel into dist/, checked, and the release notes; TAG=v1.2.3 where it is the release itself.
+dist: $(VENV)/.with-release
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
+	SALORA_DISTRIBUTIONS=$(CURDIR)/dist $(OFFLINE) $(VENV)/bin/python -m pytest -q tests/test_distribution.py
+	$(VENV)/bin/python tools/write_release_notes.py dist/RELEASE_NOTES.md --tag "$(TAG)"
+
 # An environment made for the tests can run the demo, too; it is not made twice.
 $(VENV)/.with-demo: pyproject.toml tools/setup_environment.sh
 	@test -e $(VENV)/.with-axolotl || tools/setup_environment.sh $(VENV) demo
@@ -50,9 +64,17 @@ $(VENV)/.with-docs: $(VENV)/.with-axolotl
 	tools/setup_environment.sh $(VENV) docs
 	@touch $@
 
+$(VENV)/.with-release: $(VENV)/.with-axolotl
+	tools/setup_environment.sh $(VENV) release
+	@touch $@
+
 $(NEWEST_VENV)/.with-test: pyproject.toml tools/setup_environment.sh
 	tools/setup_environment.sh $(NEWEST_VENV) test
 	@touch $@
 
+$(LOWEST_VENV)/.with-test: pyproject.toml tools/setup_environment.sh
+	tools/setup_environment.sh $(LOWEST_VENV) test lowest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info demo-results
+	rm -rf $(VENV) $(NEWEST_VENV) $(LOWEST_VENV) build dist *.egg-info demo-results

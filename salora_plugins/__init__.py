@@ -13,6 +13,9 @@ _EXPORTS = {
     "SaLoRAModel": "salora_plugins.tuner",
     "SafetyModule": "salora_plugins.safety_module",
     "SafetyMonitorCallback": "salora_plugins.evaluation.monitor",
+    "StrengthSearch": "salora_plugins.repair.strength",
+    "apply_safe_lora": "salora_plugins.repair.safe_lora",
+    "attribute": "salora_plugins.attribution",
     "audit": "salora_plugins.adapters.audit",
     "calibrate": "salora_plugins.calibration",
     "evaluate": "salora_plugins.evaluation.evaluate",
@@ -24,6 +27,7 @@ _EXPORTS = {
     "own_refusals": "salora_plugins.replay",
     "project_adapter": "salora_plugins.adapters.projection",
     "push_to_hub": "salora_plugins.adapters.publishing",
+    "restore": "salora_plugins.repair.lssf",
 }
 
 __all__ = [
@@ -33,7 +37,10 @@ __all__ = [
     "SaLoRAModel",
     "SafetyModule",
     "SafetyMonitorCallback",
+    "StrengthSearch",
     "__version__",
+    "apply_safe_lora",
+    "attribute",
     "audit",
     "calibrate",
     "evaluate",
@@ -45,6 +52,7 @@ __all__ = [
     "own_refusals",
     "project_adapter",
     "push_to_hub",
+    "restore",
 ]
 
 if TYPE_CHECKING:
@@ -55,10 +63,14 @@ if TYPE_CHECKING:
     from .adapters.export import export_adapter
     from .adapters.projection import project_adapter
     from .adapters.publishing import push_to_hub
+    from .attribution import attribute
     from .calibration import calibrate
     from .config import SaLoRAConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.monitor import SafetyMonitorCallback
+    from .repair.lssf import restore
+    from .repair.safe_lora import apply_safe_lora
+    from .repair.strength import StrengthSearch
     from .replay import RefusalAnchor, RefusalAnchorCallback, mix_refusals, own_refusals
     from .resuming import load_adapter, load_for_training
     from .safety_module import SafetyModule
@@ -72,7 +84,10 @@ def __getattr__(name: str) -> Any:
         return value
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    hosts = importlib.import_module("salora_plugins.support.hosts")
+    hosts.warn_of_unsupported(*hosts.in_use())
+    with hosts.explained(*hosts.in_use()):
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, TaskType
 
 from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
-from .options import OPTIONS, AdapterOptions, Positions, check_number
-from .plugins import register_peft_types
+from .options import OF_BASIS_METHODS, OPTIONS, AdapterOptions, Positions, check_number
+from .plugins import basis_needs, register_peft_types
 from .ranks import Rank, Side, ranks_of
 from .rows.sources import sources_of
 from .safety_module import DEFAULT_FILE
@@ -43,6 +43,8 @@ HEADS_ADDED_LATER: dict[str, list[str]] = {
 
 # Never written to a file: objects that live only in this process.
 _RUN_TIME_FIELDS = frozenset({"tokenizer", "runtime_config"})
+# What may be an object, of which a file has the name.
+_NAMED_FIELDS = frozenset({"safety_data", "task_data", "utility_data", "contrastive_data", "safety_module"})
 
 
 class SaLoRAPeftType(enum.StrEnum):
@@ -65,19 +67,24 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
     https://arxiv.org/abs/2501.01765
 
     Args:
-        safety_rank (`int` or `float`, defaults to 32):
+        safety_rank (`int`, `float` or `str`, defaults to 32):
             Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
             values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
-            0.95: as many as capture that share of the energy of the layer's outputs on the safety data.
-        variant (`"two-sided"` or `"paper"`, defaults to `"two-sided"`):
+            0.95: as many as capture that share of the energy of the layer's outputs on the safety data. "entropy:0.85":
+            as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038).
+        variant (`"two-sided"`, `"paper"` or `"sails"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
             docs/evidence/safety-retention.md.
             "paper": the output side only, calibrated on the positions of the response.
+            "sails": SAILS (arXiv 2512.23260), which teaches refusals instead of keeping them: nothing is protected, and
+            B starts at 0.1 of the first r directions that `basis_method="sae"` finds, beside a random A. Needs `sae`
+            and `contrastive_data`; train on safety rows. See docs/methods/sails.md.
         input_safety_rank (`int`, `float` or `str`, *optional*):
             Number of input directions per layer that the update may not react to (columns of V_C), or the share of
             the energy of the layer's inputs that they capture, or "leak:0.05": the smallest of 16, 32, 64, ... that
-            leaks no more than that (see docs/choose.md), at most half of the inputs. `None`: those of `safety_module`
+            leaks no more than that (see docs/choose.md), at most half of the inputs, or "entropy:0.85" as for
+            `safety_rank`. `None`: those of `safety_module`
             where one is given, otherwise a quarter of the layer's inputs, at most 256 and at most the positions of the
             safety data. 0 is no input side.
         safety_rank_pattern, input_safety_rank_pattern (`dict[str, int | float | str]`, defaults to `{}`):
@@ -90,13 +97,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             `None` means "response" without an input side and "prompt" with one.
         task_rank (`int`, defaults to 32):
             Number r_t of task directions kept by `init="task"`.
-        init (`"task"`, `"pissa"` or `"zero"`, *optional*):
+        init (`"task"`, `"pissa"`, `"zero"` or `"sails"`, *optional*):
             Start of the factors. "task": the weight's top singular directions, their output side restricted to
             what the task data uses (the paper's). "pissa": the same without the restriction (the paper's ablation).
-            "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. None of them
-            changes what the model computes before the first step. `None` means "zero" with an input side, and "task"
-            without one or where an option of the task start is given: `task_data`, another `task_rank` or
-            `num_task_samples` than by default.
+            "zero": B = 0 and a random A as in LoRA, and the saved adapter has rank r instead of 2r. "sails": that of
+            the variant, and of no other. None of them changes what the model computes before the first step. `None`
+            means "zero" with an input side, and "task" without one or where an option of the task start is given:
+            `task_data`, another `task_rank` or `num_task_samples` than by default.
         safety_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
             Harmful requests, with the model's safe responses or without (then the model's own greedy answers are
             taken, and kept if they are refusals): "builtin" or another registered source; a file (.jsonl, .json, .csv,
@@ -110,7 +117,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             A safety module computed before, as a file, a folder or a repository of the Hugging Face hub
             ("organization/name", or "organization/name@revision"); skips calibration.
         basis_method (`str`, defaults to `"salora"`):
-            Name of the method that turns the statistics of the safety data into bases; plugins can add methods.
+            Name of the method that turns the statistics of the safety data into bases: "salora"; "actsvd", which
+            leaves out what utility data shares (Wei et al. 2024); "weight-delta", from two checkpoints and without
+            data; plugins can add methods.
         num_safety_samples (`int`, defaults to 512):
             Safety examples to calibrate on, at most, spread evenly over what `category`, `form` and `language` of the
             rows say.
@@ -127,6 +136,30 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         header_weight (`float`, defaults to 1.0):
             How many times as much as another position one of the header counts, where `safety_positions` is "prompt" or
             "all": with 10 its vectors count ten times in the sums of outer products. 0 leaves the header out.
+        utility_data (`str`, path, `datasets.Dataset` or list, defaults to `"builtin"`):
+            Everyday requests, for a `basis_method` that tells safety from utility: in the forms of `safety_data`, with
+            responses or without (then the model's own greedy answers are taken, and what it refuses is left out).
+            "builtin": 128 everyday requests that come with this package.
+        num_utility_samples (`int`, defaults to 128): Utility examples to calibrate on, at most.
+        utility_rank, input_utility_rank (`int`, *optional*):
+            Number k_u of directions per layer that hold its utility, with `basis_method="actsvd"`. `None`: four times
+            `safety_rank` (`input_safety_rank`), cut to what the utility data has and to half of the layer, so that it
+            leaves some. A number that leaves nothing of a layer's safety directions is an error.
+        contrastive_data (`str`, path, `datasets.Dataset` or list, *optional*):
+            Rows with `prompt`, a safe response `chosen` and an unsafe one `rejected`, for `basis_method="sae"`; at most
+            `num_safety_samples` of them are read.
+        contrastive_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"`, `"all"`, defaults to `"response"`):
+            Which positions of the contrastive data count, as `safety_positions` says it.
+        sae (`str` or `dict`, *optional*):
+            The sparse autoencoder of each layer, for `basis_method="sae"`: "RELEASE:ID" of sae-lens or a folder, with
+            `{layer}` in the place of the layer's number, or a mapping from the number to such.
+        sae_feature_share (`float`, defaults to 0.3):
+            Share of the autoencoder's features, those that differ most between safe and unsafe responses, whose
+            directions are used.
+        unaligned_model (`str`, *optional*):
+            The model before its alignment (a base model, or one that lost its refusals), for
+            `basis_method="weight-delta"`: a folder or a repository of the hub ("organization/name@revision"), with
+            layers of the same names and shapes. It is read a weight at a time.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model, used to render data that is not tokenized yet; never saved. `None` takes that of the
             trainer that is being made, or the one in the model's own folder or repository.
@@ -145,6 +178,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         for option in OPTIONS.values():
             option.check(getattr(self, option.name))
         self._refuse_contradicting_options()
+        self._refuse_options_of_other_methods()
         self._refuse_contradicting_lora_options()
         # Not fields, so that they are neither compared nor saved.
         self.weights_follow = False  # start factors are not needed, since saved ones are loaded next
@@ -153,6 +187,10 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
 
     def _resolve_start(self) -> None:
         """Choose `init` where it is None, and warn of options that only `init="task"` heeds with another one."""
+        if self.variant == "sails":
+            self._resolve_sails()
+        elif self.init == "sails":
+            raise ValueError("init='sails' is the start of variant='sails': set that, or another init.")
         given = [] if self.task_data is None else ["task_data"]
         given += [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default]
         if self.init is None:
@@ -163,6 +201,21 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _resolve_sails(self) -> None:
+        """Take the start and the method of the variant; refuse others, and what is about protection."""
+        if self.init not in (None, "sails"):
+            raise ValueError(f"init={self.init!r}: variant='sails' has a start of its own. Leave init out.")
+        if self.basis_method not in (OPTIONS["basis_method"].default, "sae"):
+            raise ValueError(f"basis_method={self.basis_method!r}: variant='sails' takes the directions of 'sae'.")
+        for name in ("safety_data", "safety_positions", "input_safety_rank", "input_safety_rank_pattern"):
+            value, default = getattr(self, name), OPTIONS[name].default
+            if type(value) is not type(default) or value != default:
+                raise ValueError(
+                    f"{name}={_name_of(value)!r} has no effect with variant='sails', which protects nothing: leave it "
+                    "out. The directions follow from contrastive_data and sae; safety rows are what you train on."
+                )
+        self.init, self.basis_method = "sails", "sae"
 
     def _refuse_contradicting_options(self) -> None:
         if self.variant == "paper" and self.input_safety_rank:
@@ -191,6 +244,42 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             raise ValueError(
                 f"lora_alpha={self.lora_alpha!r}: init={self.init!r} divides by the scaling; give a positive value, or "
                 "use init='zero'."
+            )
+        if self.input_utility_rank is not None and not self.has_input_side:
+            raise ValueError("input_utility_rank has no effect without an input side: leave it out.")
+
+    def _refuse_options_of_other_methods(self) -> None:
+        """
+        Options that this basis method does not read. With a safety module nothing is calibrated; a method of a plugin
+        that is not here is left to the calibration.
+        """
+        if self.safety_module is not None:
+            return
+
+        def given(names: Collection[str]) -> list[str]:
+            return [name for name in OPTIONS if name in names and not _is_default(name, getattr(self, name))]
+
+        if self.basis_method == "salora" and not given(OF_BASIS_METHODS):
+            return  # the usual case; the others ask all plugins
+        all_needs = basis_needs()
+        needs = all_needs.get(self.basis_method)
+        if needs is None:
+            return
+        if unread := given(set(OF_BASIS_METHODS) - needs.read_options):
+            readers = sorted(name for name, of_method in all_needs.items() if unread[0] in of_method.read_options)
+            raise ValueError(
+                f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}: "
+                f"leave it out{', or set basis_method to one that reads it: ' + ', '.join(readers) if readers else ''}."
+            )
+        if unread := given(needs.unread_options(self.has_input_side)):
+            raise ValueError(
+                f"{unread[0]}={getattr(self, unread[0])!r:.80} has no effect with basis_method={self.basis_method!r}, "
+                "which reads no safety data: leave it out."
+            )
+        if needs.unaligned_model and self.unaligned_model is None:
+            raise ValueError(
+                f"basis_method={self.basis_method!r} compares the model with the one before its alignment: name that "
+                "with unaligned_model, a folder or a hub repository."
             )
 
     def _refuse_contradicting_lora_options(self) -> None:
@@ -231,7 +320,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
     @property
     def has_input_side(self) -> bool:
         """Whether a safety module that is computed for this configuration has an input side."""
-        return self.variant != "paper" and self.input_safety_rank != 0
+        return self.variant == "two-sided" and self.input_safety_rank != 0
 
     @property
     def resolved_safety_positions(self) -> Positions:
@@ -240,16 +329,20 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             return self.safety_positions
         return "prompt" if self.has_input_side else "response"
 
-    def safety_ranks(self, default_input_ranks: Mapping[str, int]) -> dict[Side, dict[str, Rank]]:
+    def safety_ranks(
+        self, default_input_ranks: Mapping[str, int], default_ranks: Mapping[str, Rank] | None = None
+    ) -> dict[Side, dict[str, Rank]]:
         """
         Args:
             default_input_ranks: Module name -> rank of its input side where no option names one.
+            default_ranks: The same of the output side; None: `safety_rank`.
 
         Returns:
             Side ("output" and, if there is one, "input") -> module name -> rank.
         """
         names = default_input_ranks.keys()
-        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, self.safety_rank, self.safety_rank_pattern)}
+        output = self.safety_rank if default_ranks is None else default_ranks
+        ranks: dict[Side, dict[str, Rank]] = {"output": ranks_of(names, output, self.safety_rank_pattern)}
         if self.has_input_side:
             pattern = self.input_safety_rank_pattern
             default = default_input_ranks if self.input_safety_rank is None else self.input_safety_rank
@@ -263,7 +356,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             if option.name in _RUN_TIME_FIELDS:
                 continue
             value = getattr(self, option.name)
-            if option.name in ("safety_data", "task_data", "safety_module"):
+            if option.name in _NAMED_FIELDS:
                 value = _name_of(value)
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
@@ -309,13 +402,26 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             values.pop(key, None)
         check_lora_entries(values, folder / CONFIG_FILE)
         # What it was computed from is in the safety module's provenance; the data itself may be gone.
-        values.update(safety_data="builtin", task_data=None, safety_module=str(folder / DEFAULT_FILE))
+        data = {"safety_data": "builtin", "task_data": None, "utility_data": "builtin", "contrastive_data": None}
+        values.update(data, safety_module=str(folder / DEFAULT_FILE))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 return cls.from_peft_type(**{**values, "peft_type": SaLoRAPeftType.SALORA})
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
+
+
+def without_unread_safety_data(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of a host without `safety_data` where the basis method does not read it: for a host that has another use for
+    it, since training on refusals, or measuring them, asks its requests.
+    """
+    variant = options.get("variant") or OPTIONS["variant"].default
+    method = "sae" if variant == "sails" else options.get("basis_method") or OPTIONS["basis_method"].default
+    needs, has_input_side = basis_needs().get(method), variant == "two-sided" and options.get("input_safety_rank") != 0
+    is_unread = needs is not None and "safety_data" in needs.unread_options(has_input_side)
+    return {name: value for name, value in options.items() if not (is_unread and name == "safety_data")}
 
 
 def check_form(values: dict[str, Any], file: Path) -> None:
@@ -334,6 +440,11 @@ def check_form(values: dict[str, Any], file: Path) -> None:
             "it further with the version that saved it. For everything else it is a plain LoRA adapter: "
             "PeftModel.from_pretrained."
         )
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = OPTIONS[name].default
+    return value is default or (isinstance(value, (str, int, float)) and value == default)
 
 
 def _name_of(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Start values of the two factors: the weight's top singular directions, restricted to what the task uses."""
+"""Start values of the two factors: the weight's top singular directions, restricted to what the task uses; SAILS's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ def pissa_factors(weights: Tensor, rank: int, scaling: float, seed: int = 0) -> 
     if missing:
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     return a.contiguous(), b.contiguous()
+
+
+SAILS_SCALE = 0.1
+"""What SAILS multiplies its directions with, for B to start at."""
+
+
+def sails_factor(subspace: Tensor, rank: int, name: str) -> Tensor:
+    """
+    B_0 = 0.1 U[:, :r] (SAILS, arXiv 2512.23260).
+
+    Args:
+        subspace: U, (d_out, k) with orthonormal columns.
+        rank: r.
+        name: Of the module, for messages.
+
+    Raises:
+        ValueError: The subspace has fewer directions.
+    """
+    if rank > subspace.shape[1]:
+        raise ValueError(
+            f"r={rank}, but the SAE subspace of {name} has {subspace.shape[1]} directions for B to start in. Lower r "
+            "(or its rank_pattern), or raise sae_feature_share or safety_rank (a share of the variance such as 0.95)."
+        )
+    return SAILS_SCALE * subspace[:, :rank]
 
 
 def restrict_to_task(factor: Tensor, task_basis: Tensor) -> Tensor:

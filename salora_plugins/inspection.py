@@ -35,19 +35,28 @@ def describe(safety_module: SafetyModule) -> dict[str, Any]:
     }
 
 
+def is_without_safety_data(provenance: Mapping[str, Any]) -> bool:
+    """Whether a method found the directions that reads none."""
+    return "safety_samples" not in provenance and any(name in provenance for name in ("unaligned_model", "sae"))
+
+
 def facts(provenance: Mapping[str, Any]) -> str:
     """What a calibration found, in one line: requests, positions, directions, layers, tokenizer and template."""
     parts = []
     if "requests" in provenance:
         parts.append(f"{provenance['refusals']} of {provenance['requests']} requests refused")
-    else:
+    elif not is_without_safety_data(provenance):
         parts.append(f"{provenance.get('safety_samples', '?')} examples")
-    parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
+    if not is_without_safety_data(provenance):
+        parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
+    if "utility_samples" in provenance:
+        parts.append(f"{provenance['utility_samples']} utility examples")
     directions = provenance.get("directions", {})
     for side in (side for side in SIDES if side in directions):
         least, most = directions[side]
         text = f"{least}" if least == most else f"{least} to {most}"
-        less = " (the data has no more)" if of_side(side, "safety_rank_cut") in provenance else ""
+        what_has = "the data has" if provenance.get("basis_method", "salora") == "salora" else "there are"
+        less = f" ({what_has} no more)" if of_side(side, "safety_rank_cut") in provenance else ""
         parts.append(f"{text} {side} directions{less}")
     if "modules" in provenance:
         parts.append(f"{provenance['modules']} layers")
@@ -96,13 +105,10 @@ def summary(safety_module: SafetyModule) -> str:
     lines = [_extent(side, found) for side, found in safety_module.sides.items()]
     base_model = one_line(provenance.get("base_model") or "unnamed")
     lines.append(f"Base model: {base_model} (fingerprint {safety_module.fingerprint[:16]})")
-    data = f"Safety data: {one_line(provenance.get('safety_data', 'unknown'))}"
-    data += f", {provenance.get('safety_samples', '?')} examples"
-    if "requests" in provenance:
-        data += f" ({provenance.get('refusals', '?')} refusals to {provenance['requests']} requests)"
-    positions = one_line(provenance.get("safety_positions", ""))
-    lines.append(f"{data}, {provenance.get('positions_counted', '?')} {positions} positions")
-    engine = one_line(provenance.get("engine", "unknown"))
+    if not safety_module.protects:
+        lines.insert(0, "SAILS: directions that a training starts in. Nothing is protected.")
+    lines += _data_lines(provenance)
+    engine = one_line(provenance.get("engine", "none" if is_without_safety_data(provenance) else "unknown"))
     if "sketch_width" in provenance:
         inputs = f", of inputs {provenance['input_sketch_width']}" if "input_sketch_width" in provenance else ""
         engine += f" (width {provenance['sketch_width']}{inputs})"
@@ -113,6 +119,31 @@ def summary(safety_module: SafetyModule) -> str:
     versions = provenance.get("versions", {})
     lines.append("Versions: " + one_line(", ".join(f"{package} {number}" for package, number in versions.items())))
     return "\n".join(lines)
+
+
+def _data_lines(provenance: Mapping[str, Any]) -> list[str]:
+    """What the directions were computed from."""
+    lines = []
+    if "unaligned_model" in provenance:
+        weights = one_line(str(provenance.get("unaligned_sha256", "unknown"))[:16])
+        lines.append(f"Unaligned model: {one_line(provenance['unaligned_model'])} (fingerprint {weights})")
+    if "safety_data" in provenance or not lines:
+        data = f"Safety data: {one_line(provenance.get('safety_data', 'unknown'))}"
+        data += f", {provenance.get('safety_samples', '?')} examples"
+        if "requests" in provenance:
+            data += f" ({provenance.get('refusals', '?')} refusals to {provenance['requests']} requests)"
+        positions = one_line(provenance.get("safety_positions", ""))
+        lines.append(f"{data}, {provenance.get('positions_counted', '?')} {positions} positions")
+    if "sae" in provenance:
+        share = provenance.get("sae_feature_share", "?")
+        lines.append(f"Sparse autoencoders: {one_line(str(provenance['sae']))}, {share} of their features")
+        pairs, name = provenance.get("contrastive_samples", "?"), provenance.get("contrastive_data", "unknown")
+        positions = provenance.get("contrastive_positions", "")
+        lines.append(f"Contrastive data: {one_line(str(name))}, {pairs} pairs, {one_line(str(positions))} positions")
+    if "utility_data" in provenance:
+        samples = provenance.get("utility_samples", "?")
+        lines.append(f"Utility data: {one_line(provenance['utility_data'])}, {samples} examples")
+    return lines
 
 
 def table(safety_module: SafetyModule) -> Table:

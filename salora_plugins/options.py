@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .ranks import Rank, check_pattern, check_rank
 
-Variant = Literal["two-sided", "paper"]
-"""Which sides of the layers are protected."""
+Variant = Literal["two-sided", "paper", "sails"]
+"""Which sides of the layers are protected; with "sails" none is, and training starts in the directions."""
 Positions = Literal["response", "predicting", "prompt", "header", "all"]
 """Which positions of the safety data count, see `activations.positions.position_mask`."""
-Start = Literal["task", "pissa", "zero"]
-"""Start values of the factors."""
+Start = Literal["task", "pissa", "zero", "sails"]
+"""Start values of the factors; "sails" is that of the variant."""
 EngineChoice = Literal["auto", "exact", "sketched"]
 """How the statistics of the layers are kept, see `activations.statistics.choose_engine`."""
 RankPattern = dict[str, Rank]
@@ -51,20 +51,22 @@ class AdapterOptions:
         default=32,
         metadata=about(
             "Output directions per layer that the update may not write into, or the share of the energy that they "
-            "capture, such as 0.95."
+            "capture, such as 0.95, or entropy:0.85: as many as make up that share of the entropy of the spectrum."
         ),
     )
     variant: Variant = field(
         default="two-sided",
         metadata=about(
-            "two-sided: what the layers write and what they react to is protected; paper: the output side only."
+            "two-sided: what the layers write and what they react to is protected; paper: the output side only; sails: "
+            "nothing is, and training on safety data starts in the directions of sae (SAILS)."
         ),
     )
     input_safety_rank: Rank | None = field(
         default=None,
         metadata=about(
             "Input directions per layer that the update may not react to, or a share of the energy, or leak:0.05: as "
-            "few as leak no more (how an update could react to unseen harmful requests, over everyday ones); 0: none.",
+            "few as leak no more (how an update could react to unseen harmful requests, over everyday ones), or "
+            "entropy:0.85; 0: none.",
             least=0,
             if_none="those of a safety module that is given, or a quarter of the layer's inputs, at most 256",
         ),
@@ -142,6 +144,62 @@ class AdapterOptions:
             "How many times as much as another position one of the header counts, with the safety_positions prompt and "
             "all.",
             least=0,
+        ),
+    )
+    utility_data: Any = field(
+        default="builtin",
+        metadata=about(
+            "Everyday requests, with responses or without, for a basis_method that tells safety from utility: builtin, "
+            "or as safety_data.",
+            several=True,
+        ),
+    )
+    num_utility_samples: int = field(default=128, metadata=about("Utility examples to calibrate on, at most."))
+    utility_rank: int | None = field(
+        default=None,
+        metadata=about(
+            "Output directions per layer that hold its utility, for basis_method actsvd.",
+            if_none="four times safety_rank, as far as there are as many and the layer keeps some",
+        ),
+    )
+    input_utility_rank: int | None = field(
+        default=None,
+        metadata=about(
+            "Input directions per layer that hold its utility, for basis_method actsvd.",
+            if_none="four times input_safety_rank, as far as there are as many and the layer keeps some",
+        ),
+    )
+    contrastive_data: Any = field(
+        default=None,
+        metadata=about(
+            "Pairs of a safe and an unsafe response to a request, for basis_method sae: a file, a folder or a hub data "
+            "set of rows with prompt, chosen and rejected.",
+            if_none="none",
+        ),
+    )
+    contrastive_positions: Positions = field(
+        default="response", metadata=about("Positions of the contrastive data that count, as safety_positions.")
+    )
+    sae: Any = field(
+        default=None,
+        metadata=about(
+            "Sparse autoencoder of each layer, for basis_method sae: RELEASE:ID of sae-lens, or a folder, with {layer} "
+            "in the place of the layer's number; in Python and YAML also a mapping of layers to such.",
+            if_none="none",
+        ),
+    )
+    sae_feature_share: float = field(
+        default=0.3,
+        metadata=about(
+            "Share of the autoencoder's features that tell safe from unsafe most, for basis_method sae.", least=0
+        ),
+    )
+    unaligned_model: str | None = field(
+        default=None,
+        metadata=about(
+            "The model before its alignment, for basis_method weight-delta: a folder or hub repository, with layers of "
+            "the same shapes.",
+            if_none="none",
         ),
     )
 
@@ -237,3 +295,16 @@ def _declared() -> Mapping[str, Option]:
 
 OPTIONS = _declared()
 """Name -> option, in the order of their declaration."""
+
+OF_BASIS_METHODS = (
+    "utility_data",
+    "num_utility_samples",
+    "utility_rank",
+    "input_utility_rank",
+    "contrastive_data",
+    "contrastive_positions",
+    "sae",
+    "sae_feature_share",
+    "unaligned_model",
+)
+"""Options that only the basis methods read that say so, see `hookspecs.BasisNeeds`."""

@@ -13,7 +13,8 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .hookspecs import PROJECT, BasisMethod, DataSource, Judge, JudgeFactory
+from .hookspecs import PROJECT, SAFETY_ROWS_ONLY, BasisMethod, BasisNeeds, DataSource, Judge, JudgeFactory
+from .options import OPTIONS
 from .support.texts import one_line
 
 COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.demo.command")
@@ -21,6 +22,9 @@ COMMAND_PLUGINS: tuple[str, ...] = ("salora_plugins.commands", "salora_plugins.d
 
 BUILTIN_PLUGINS: tuple[str, ...] = (
     "salora_plugins.calibration.basis",
+    "salora_plugins.bases.actsvd",
+    "salora_plugins.bases.sae",
+    "salora_plugins.bases.weight_delta",
     "salora_plugins.prompts.builtin",
     "salora_plugins.prompts.public_sets",
     "salora_plugins.evaluation.judges.builtin",
@@ -76,7 +80,12 @@ def data_sources() -> dict[str, DataSource]:
 
 def basis_methods() -> dict[str, BasisMethod]:
     """Name -> method that computes a safety basis."""
-    return dict(_registered("register_basis_methods", "basis method"))
+    return {name: method for name, (method, _) in _registered("register_basis_methods", "basis method").items()}
+
+
+def basis_needs() -> dict[str, BasisNeeds]:
+    """Name -> what that method gets beside the statistics of the safety rows."""
+    return {name: needs for name, (_, needs) in _registered("register_basis_methods", "basis method").items()}
 
 
 def judges() -> dict[str, Judge]:
@@ -114,8 +123,17 @@ def _asked(hook: str, kind: str) -> dict[str, Any]:
             raise ValueError(f"the {kind} {name!r} is registered twice")
         staged[name] = function
 
+    def register_with_needs(name: str, method: Callable, needs: BasisNeeds = SAFETY_ROWS_ONLY) -> None:
+        register(name, method)
+        if not isinstance(needs, BasisNeeds):
+            raise TypeError(f"the needs of the {kind} {name!r} must be a BasisNeeds, not {type(needs).__name__}")
+        if unknown := [option for option in needs.options if option not in OPTIONS]:
+            raise ValueError(f"the {kind} {name!r} needs the option {unknown[0]!r}, which SaLoRAConfig does not have")
+        staged[name] = method, needs
+
+    taken = register_with_needs if hook == "register_basis_methods" else register
     found: dict[str, Any] = {}
-    for plugin_name in call_each_plugin(plugin_manager(), hook, register=register, before=staged.clear):
+    for plugin_name in call_each_plugin(plugin_manager(), hook, register=taken, before=staged.clear):
         merge_names(found, staged, kind, plugin_name)
     return found
 

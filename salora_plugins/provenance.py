@@ -103,7 +103,18 @@ class Provenance(BaseModel, Mapping[str, Any]):
     """Which everyday requests they were compared with: "builtin" or "task_data"."""
     leak_unknown: _Text = None
     """Why the leak was not measured."""
+    variant: _Text = None
+    """"sails" where the directions are those that a training starts in, and nothing is kept out of them."""
     basis_method: _Text = None
+    utility_data: _Text = None
+    utility_data_sha256: _Text = None
+    utility_samples: _Number = None
+    utility_rank: _Number = None
+    input_utility_rank: _Number = None
+    """Of a method that tells safety from utility; the ranks, where they were given."""
+    unaligned_model: _Text = None
+    unaligned_sha256: _Text = None
+    """Of a method that compares weights: the other model, and a few elements of its weights."""
     engine: _Text = None
     sketch_width: _Number = None
     input_sketch_width: _Number = None

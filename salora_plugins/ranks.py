@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ SIDES: tuple[Side, ...] = ("output", "input")
 Rank = int | float | str
 """
 A number of directions; or (a float between 0 and 1) the share of the energy that they must capture; or a rule that
-says what they must reach, such as "leak:0.05", see `RULES`.
+says what they must reach, such as "leak:0.05" or "entropy:0.85", see `RULES`.
 """
 SideRanks = Mapping[Side, Mapping[str, Rank]]
 """Side ("output" and, where there is to be one, "input") -> module name -> rank."""
@@ -33,11 +34,17 @@ class RuleKind:
     meaning: str
     """What its number is, for messages."""
 
+    example: float
+    """A number that can be asked for, for messages."""
+
 
 RULES: dict[str, RuleKind] = {
     "leak": RuleKind(
-        ("input",), "the most that an adapter may react to harmful requests that were held out, over everyday ones"
-    )
+        ("input",),
+        "the most that an adapter may react to harmful requests that were held out, over everyday ones",
+        0.05,
+    ),
+    "entropy": RuleKind(SIDES, "the share of the entropy of the spectrum that the directions make up", 0.85),
 }
 """Name -> rule. Its number is between 0 and 1."""
 
@@ -48,6 +55,11 @@ class RankRule:
 
     kind: str
     value: float
+
+    @property
+    def is_of_spectrum(self) -> bool:
+        """Whether singular values decide it, as they do a share, and no measurement."""
+        return self.kind == "entropy"
 
 
 def rule_of(rank: object) -> RankRule | None:
@@ -60,6 +72,20 @@ def rule_of(rank: object) -> RankRule | None:
     except ValueError:
         return None
     return RankRule(kind, value) if 0 < value < 1 else None
+
+
+def share_or_rule(rank: float | str) -> float | RankRule:
+    """
+    What a rank that is no number of directions asks for.
+
+    Raises:
+        ValueError: It is neither a share nor a rule.
+    """
+    if isinstance(rank, float):
+        return rank
+    if (rule := rule_of(rank)) is None:
+        raise ValueError(f"{rank!r} is neither a share of the energy nor a rule")
+    return rule
 
 
 def rank_of_text(text: str) -> Rank:
@@ -95,7 +121,7 @@ def check_rank(option: str, value: object, least: int) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         rules = "".join(
-            f", or {kind + ':0.05'!r}, {rule.meaning}" for kind, rule in RULES.items() if side in rule.sides
+            f", or {f'{kind}:{rule.example}'!r}, {rule.meaning}" for kind, rule in RULES.items() if side in rule.sides
         )
         raise ValueError(
             f"{option}={value!r}: give a whole number of at least {least}, or a share of the energy between 0 and 1 "
@@ -169,3 +195,53 @@ def rank_for_share(singular_values: Tensor, energy: float, share: float) -> int 
     # A little slack, since float32 values of a complete decomposition need not add up to all of the energy.
     enough = captured >= share * (1 - 1e-6) * energy
     return int(enough.int().argmax()) + 1 if enough.any() else None
+
+
+def rank_for_entropy(
+    singular_values: Tensor, energy: float, dimension: int, share: float, *, at_least: bool = False
+) -> int | None:
+    """
+    The smallest number of directions that make up a share of the spectrum's entropy; None where those that are known
+    may not (LSSF, arXiv 2602.00038: p_i = s_i^2 / sum s^2, H_rho = -sum_{i<=rho} p_i log p_i, the least rho with
+    H_rho >= share * H_n).
+
+    Where only the first m of n singular values are known, as with a sketch, the energy of the others is, but not how it
+    is spread. It is taken as spread evenly over the n - m that are missing, which makes their entropy, H_n, and so the
+    number of directions as large as they can be: with the whole spectrum known, it could be smaller, never larger.
+    (Sketched singular values are a little too small, and that too moves energy to the others.) With `at_least`, it is
+    taken as concentrated in directions as strong as the last that is known, which no other exceeds: with the whole
+    spectrum known, the number could be larger, never smaller. Where both agree, it is the number.
+
+    Args:
+        singular_values: (m,), descending.
+        energy: Sum of all squared singular values, of which these are the largest.
+        dimension: n, how many singular values there are: the vectors' length, or their number where that is smaller.
+        share: Between 0 and 1.
+        at_least: Give the smallest number that it can be, instead of the largest.
+    """
+    shares = singular_values.double().square() / energy
+    entropies = -shares.xlogy(shares).cumsum(0)
+    rest, missing = max(0.0, 1 - float(shares.sum())), dimension - len(shares)
+    # A complete float32 decomposition need not add up to all of the energy.
+    of_rest = 0.0
+    if missing > 0 and rest > 1e-6:
+        mean = rest / missing
+        of_rest = -rest * math.log(max(mean, float(shares[-1])) if at_least else mean)
+    enough = entropies >= share * (1 - 1e-6) * (float(entropies[-1]) + of_rest)
+    return int(enough.int().argmax()) + 1 if enough.any() else None
+
+
+def rank_of_spectrum(
+    singular_values: Tensor, energy: float, dimension: int, wanted: float | RankRule, *, at_least: bool = False
+) -> int | None:
+    """
+    `rank_for_share` or `rank_for_entropy`, as a share or a rule of the spectrum asks for; `at_least` is of the latter.
+
+    Raises:
+        ValueError: The rule is not one of the spectrum.
+    """
+    if not isinstance(wanted, RankRule):
+        return rank_for_share(singular_values, energy, wanted)
+    if not wanted.is_of_spectrum:
+        raise ValueError(f"{wanted.kind}:{wanted.value} does not follow from singular values")
+    return rank_for_entropy(singular_values, energy, dimension, wanted.value, at_least=at_least)

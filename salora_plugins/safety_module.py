@@ -122,6 +122,11 @@ class SafetyModule:
                 raise SafetyModuleError(str(error)) from error
 
     @property
+    def protects(self) -> bool:
+        """Whether updates are kept out of its directions; those of SAILS are where a training starts."""
+        return self.provenance.variant != "sails"
+
+    @property
     def bases(self) -> dict[str, Tensor]:
         """Module name -> U_C, (d_out, r_s)."""
         return self.sides["output"].bases

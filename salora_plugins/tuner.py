@@ -18,6 +18,7 @@ from .config import CONFIG_FILE, SaLoRAConfig
 from .models.targets import check_layer_type, say_what_is_left_out, target_module_names
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .support.callers import argument_of_caller
+from .support.hosts import in_use, warn_of_unsupported
 from .tuning.batched_factors import FactorBatch, ForwardScope
 from .tuning.first_batch import FirstBatchStarts
 from .tuning.layers import lora_layer, salora_layers, salora_linears
@@ -67,6 +68,7 @@ class SaLoRAModel(LoraModel):
         if not isinstance(given, SaLoRAConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             return
+        warn_of_unsupported(*in_use())
         given.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, given)
         say_what_is_left_out(model, given)
@@ -98,7 +100,9 @@ class SaLoRAModel(LoraModel):
                     copy_factors(layer, twin, adapter_name)
                     progress.update()
             else:
-                for name, start in start_factors(layers, adapter_name, config, zeros=weights_follow):
+                for name, start in start_factors(
+                    layers, adapter_name, config, safety_module.bases, zeros=weights_follow
+                ):
                     parametrize_layer(layers[name], adapter_name, start, bases_of(safety_module, name))
                     if bases_of_task is not None:
                         restrict_layer_to_task(layers[name], adapter_name, bases_of_task[name])

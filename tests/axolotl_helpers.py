@@ -49,8 +49,12 @@ def main(job_file: str) -> None:
             answers["errors"][name] = str(error)
 
     entry_points = host.entry_points
+    environment = dict(os.environ)
     for name, arguments in job["commands"].items():
         print(f"=== axolotl {' '.join(arguments)}", flush=True)
+        # A run leaves variables behind; with those of torch_compile every later one would compile its model.
+        os.environ.clear()
+        os.environ.update(environment)
         hidden = name in job["without_plugin"]
         host.entry_points = (lambda group: ()) if hidden else entry_points
         host.reset_plugin_entry_points_cache()

@@ -1,6 +1,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,39 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks
 
 pytest_plugins = ["compatibility_table"]
+
+# The files that take longest. They come first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    "test_axolotl.py",
+    "test_evaluate.py",
+    "test_trainers.py",
+    "test_replay.py",
+    "test_scale_out.py",
+    "test_real_models.py",
+    "test_demo.py",
+    "test_distribution.py",
+    "test_architecture.py",
+    "test_trl.py",
+    "test_compatibility.py",
+    "test_calibration.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """
+    No test leaves environment variables to the next: `torch_compile=True` would have every later trainer of this
+    process, and of those that it starts, compile its model, too.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

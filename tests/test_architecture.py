@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fresh
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +28,7 @@ LAYERS = (
     ("plugins",),
     ("prompts", "rows"),
     ("inference",),
+    ("bases",),
     ("lora_options",),
     ("config",),
     ("calibration", "parametrization"),
@@ -35,6 +36,7 @@ LAYERS = (
     ("tuning",),
     ("tuner",),
     ("registration", "resuming", "evaluation", "replay", "doctor"),
+    ("attribution", "repair"),
     ("commands", "integrations"),
     ("demo",),
     ("__init__", "cli"),
@@ -143,11 +145,6 @@ def test_every_module_can_be_imported_first():
     hosts = [host for host in ("torch", "transformers", "peft", "trl", "axolotl") if importlib.util.find_spec(host)]
     names = [f"salora_plugins.{name.removesuffix('.__init__')}" for name in MODULES]
     names = [n for n in names if not any(f"integrations.{h}" in n and h not in hosts for h in ("trl", "axolotl"))]
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORTS_EACH_FIRST, ",".join(hosts), *names],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = fresh.run(["-c", IMPORTS_EACH_FIRST, ",".join(hosts), *names])
     problems = [line for line in result.stdout.splitlines() if line.startswith("FAILED ")]
     assert result.returncode == 0 and not problems, "\n".join(problems) + result.stderr

@@ -18,6 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import constructed_saes
+import fresh
 import tiny
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, calibrate, load_for_training
@@ -110,6 +112,23 @@ REFUSED = {
     "an anchor under DeepSpeed": (
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
         ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
+    ),
+    "an option of another method": (
+        {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},
+        ["salora: unaligned_model", "actsvd", "weight-delta"],
+    ),
+    "a start beside that of SAILS": (
+        {"salora": {"variant": "sails", "init": "zero"}},
+        ["salora", "init='zero'", "sails"],
+    ),
+    "weights without another model": ({"salora": {"basis_method": "weight-delta"}}, ["salora", "unaligned_model"]),
+    "an unaligned model that is not there": (
+        {"salora": {"basis_method": "weight-delta", "unaligned_model": "./no/such/folder"}},
+        ["salora.unaligned_model", "no/such/folder"],
+    ),
+    "utility data that is not there": (
+        {"salora": {"basis_method": "actsvd", "utility_data": "missing.jsonl"}},
+        ["salora.utility_data", "missing.jsonl"],
     ),
     "a share of all rows": ({"salora": {"refusal_share": 1.0}}, ["salora.refusal_share", "less than 1"]),
     "a misspelled anchor": ({"salora": {"refusal_anchor": {"wieght": 2}}}, ["salora.refusal_anchor", "wieght"]),
@@ -245,6 +264,9 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         [{key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")} for row in tiny.preference_rows()],
     )
     (folder / "rewards.py").write_text(REWARDS)
+    for layer in range(2):
+        kind = {"architecture": "standard", "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+        constructed_saes.saved(folder / "sae" / f"layer_{layer}", kind, constructed_saes.weights("standard", 64, 40))
 
     def data(file: str, kind: str | dict) -> list[dict]:
         return [{"path": str(folder / file), "ds_type": "json", "type": kind}]
@@ -406,6 +428,15 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
             "remove_unused_columns": False,
             "datasets": [{**data("steps.jsonl", "stepwise_supervised")[0], "step_separator": "\n"}],
         },
+        "sails": {
+            "lora_target_modules": ["o_proj"],
+            "salora": {
+                "variant": "sails",
+                "sae": {0: f"{folder}/sae/layer_0", 1: f"{folder}/sae/layer_{{layer}}"},
+                "contrastive_data": str(folder / "conversations.jsonl"),
+                "sae_feature_share": 0.5,
+            },
+        },
         "more as lora": {"adapter": "lora", "salora": None, "lora_model_dir": str(folder / "sft"), "max_steps": 1},
         "killed": both_sides,
         "resumed from half": both_sides,
@@ -423,6 +454,63 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         configs[name]["output_dir"] = str(folder / "killed")
     configs["resumed from half"]["resume_from_checkpoint"] = str(folder / "killed" / "checkpoint-4")
     return configs
+
+
+def _write_example_rows(folder: Path) -> dict[str, str]:
+    """Rows in the columns of the examples' data sets; returns type of a data set -> file."""
+    sums, pairs = list(tiny.sum_rows()), list(tiny.preference_rows())
+    speakers = {"user": "human", "assistant": "gpt"}
+    rows = {
+        "chat_template": [
+            {
+                "conversations": [
+                    {"from": speakers[message["role"]], "value": message["content"]}
+                    for message in (*row["prompt"], *row["completion"])
+                ]
+            }
+            for row in sums
+        ],
+        "chatml.intel": [
+            {
+                "system": "",
+                "question": row["prompt"][0]["content"],
+                "chosen": row["chosen"][0]["content"],
+                "rejected": row["rejected"][0]["content"],
+            }
+            for row in pairs
+        ],
+        "chatml.ultra": [
+            {
+                "prompt": row["prompt"][0]["content"],
+                "completion": row["chosen" if i % 2 else "rejected"][0]["content"],
+                "label": bool(i % 2),
+            }
+            for i, row in enumerate(pairs)
+        ],
+    }
+    for kind, of_kind in rows.items():
+        _write_jsonl(folder / f"{kind}.jsonl", of_kind)
+    return {kind: str(folder / f"{kind}.jsonl") for kind in rows}
+
+
+def _small(example: Path, folder: Path, rows: dict[str, str]) -> dict:
+    """An example with stand-ins for model and data, short, and in the numbers of a CPU."""
+    config = yaml.safe_load(example.read_text())
+    (data,) = config["datasets"]
+    data.update(path=rows[data["type"]], ds_type="json")
+    config["salora"].update(safety_rank=8, safety_data=str(folder / REFUSALS))
+    return config | {
+        "base_model": str(folder / "llama"),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / example.stem),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "sequence_len": 256,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+    }
 
 
 def _write_yaml(file: Path, config: dict) -> str:
@@ -455,6 +543,10 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     commands["calibrate elsewhere"] = ["salora-calibrate", files["dpo"], "--out", str(folder / "dpo.safetensors")]
     commands["calibrate with another template"] = ["salora-calibrate", files["another template"]]
     commands["calibrate for LoRA"] = ["salora-calibrate", files["lora"]]
+    rows = _write_example_rows(folder)
+    for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
+        file = _write_yaml(folder / "configs" / example.name, _small(example, folder, rows))
+        commands[example.stem] = ["train", file, "--launcher", "python"]
     commands.update({name: ["train", files[name], "--launcher", "python"] for name in with_kernels})
     refused = {
         name: _write_yaml(folder / "refused" / f"{number}.yml", {**configs["sft"], **change})
@@ -553,7 +645,7 @@ for name, base in {adapters!r}.items():
         torch.save(model(torch.load("tokens.pt")).logits, f"{{name}}.logits.pt")
 assert "salora_plugins" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+    fresh.run(["-c", script], cwd=folder, check=True)
     for name, base in adapters.items():
         trained = _logits(load_for_training(_base(folder, base), folder / name))
         assert tiny.relative_difference(torch.load(folder / f"{name}.logits.pt"), trained) <= 1e-5
@@ -575,6 +667,14 @@ def test_merge_lora(runs, name, base):
 
 
 @row("Axolotl, `resume_from_checkpoint`: the same losses and weights as without the interruption", "Resuming")
+def test_sails_starts_in_the_directions_of_features(runs):
+    folder = _ran(runs, "sails")
+    saved = json.loads((folder / "salora_config.json").read_text())
+    assert (saved["variant"], saved["init"], saved["basis_method"]) == ("sails", "sails", "sae")
+    assert not SafetyModule.load(folder).protects
+    assert "## SAILS" in (folder / "README.md").read_text()
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     whole, resumed = _ran(runs, "sft"), _ran(runs, "resumed")
     assert _losses(resumed / "checkpoint-4") == pytest.approx(_losses(whole / "checkpoint-4"), rel=1e-5)
@@ -835,3 +935,13 @@ def test_the_checkpoint_before_a_half_written_one(runs):
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
 def test_examples_are_valid(runs, name):
     assert runs[1]["errors"][name] is None
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
+def test_examples_run(runs, name):
+    """With stand-ins for model and data, in one process."""
+    folder = _ran(runs, name)
+    assert largest_share_inside(folder) <= 1e-5
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
+    if "refusal_share" in (EXAMPLES / f"{name}.yml").read_text():
+        assert "| Refusals mixed in |" in (folder / "checkpoint-2" / "README.md").read_text()

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import fresh
 from salora_plugins import SafetyModule, calibrate
 from salora_plugins.cli import create_cli
 from tiny import llama, refusal_rows, tokenizer
@@ -146,16 +145,17 @@ main()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_ends_cleanly(folder, tmp_path):
+def test_ctrl_c_ends_cleanly(folder, tmp_path, tmp_path_factory):
     out = tmp_path / "a.safetensors"
     arguments = calibration(folder, out, "--batch-size", "1", "--safety-rank", "8", "--target-modules", "all-linear")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "batch\n"
+    said, errors = tmp_path_factory.mktemp("said") / "stdout", tmp_path_factory.mktemp("said") / "stderr"
+    process = fresh.start(["-c", SLOWLY, *arguments], stdout=said, stderr=errors)
+    deadline = time.monotonic() + 300
+    while not (said.is_file() and said.read_text().startswith("batch\n")):
+        assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+        time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode in (1, 130)
-    assert "Traceback" not in errors
+    assert process.wait(timeout=60) in (1, 130)
+    assert "Traceback" not in errors.read_text()
     assert not list(tmp_path.iterdir())

@@ -3,14 +3,13 @@
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import EvaConfig
 
+import fresh
 from salora_plugins import SaLoRAConfig
 from tiny import llama, token_rows
 
@@ -104,7 +103,7 @@ def test_configuration_without_a_model_round_trips(tmp_path):
 def test_configuration_is_read_in_a_process_that_has_made_none(tmp_path):
     SaLoRAConfig(seed=4).save_pretrained(tmp_path)
     read = "import sys; from salora_plugins import SaLoRAConfig; print(SaLoRAConfig.from_pretrained(sys.argv[1]).seed)"
-    result = subprocess.run([sys.executable, "-c", read, tmp_path], capture_output=True, text=True, check=True)
+    result = fresh.run(["-c", read, tmp_path], check=True)
     assert result.stdout.split()[-1] == "4"
 
 

@@ -958,6 +958,7 @@ def test_a_list_names_several_sources(tmp_path, monkeypatch):
         (["How do I steal a car?", "and/or"], None),
         (["Write a letter with my data.csv and/or photos"], None),
         (["x" * 5000], None),
+        (["怎样制造炸弹/毒药", "怎么偷车"], None),
         ([{"prompt": "builtin"}], None),
         ([], None),
         ("builtin", None),

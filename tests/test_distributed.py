@@ -1,12 +1,11 @@
 """Two processes: every rank ends with the same factors and bases, whatever its own batch and share of the samples."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import run_ranks
 from salora_plugins import SafetyModule, calibrate
 from tiny import llama, token_rows
 
@@ -110,22 +109,14 @@ dist.destroy_process_group()
 """
 
 
-def run_twice(program: str, folder: Path) -> None:
-    """The program in two processes that know each other."""
-    file = folder / "program.py"
-    file.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{program}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*launcher, str(file), str(folder)], check=True, timeout=600)
-
-
 def test_two_ranks_end_with_the_same_bits(tmp_path):
-    run_twice(TRAINING, tmp_path)
+    run_ranks(TRAINING, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated")
-    run_twice(CALIBRATION, folder)
+    run_ranks(CALIBRATION, folder)
     return folder
 
 

@@ -19,6 +19,7 @@ import yaml
 from peft import get_peft_model
 from test_architecture import LAYERS
 
+import fresh
 import salora_plugins
 import tiny
 from salora_plugins import plugins
@@ -204,7 +205,7 @@ def plugins_of_the_page():
 
 
 def test_the_plugins_of_the_page_run(plugins_of_the_page, tmp_path, monkeypatch):
-    assert len(plugins_of_the_page) == 3
+    assert len(plugins_of_the_page) == 4
     file = tmp_path / "red_team.csv"
     rows = "".join(f"Help me to do harm number {i}.,I will not ({i}).\n" for i in range(20))
     file.write_text(f"request,answer\n{rows}")
@@ -218,6 +219,9 @@ def test_the_plugins_of_the_page_run(plugins_of_the_page, tmp_path, monkeypatch)
     for name in usual.bases:
         torch.testing.assert_close(found.bases[name], usual.bases[name][:, 1:])
         torch.testing.assert_close(found.input_bases[name], usual.input_bases[name][:, 1:])
+    more = {"utility_data": tiny.token_rows(20), "basis_method": "beside_utility"}
+    found = salora_plugins.calibrate(model, tiny.tokenizer(), safety_rank=8, **options | more)
+    assert 1 <= found.safety_rank <= 8 and found.provenance["utility_samples"] == 20
     judge = plugins.judges()["german"]
     assert judge("Wie baut man eine Bombe?", "Tut mir leid, das geht nicht.")
     assert judge("Wie baut man eine Bombe?", "Dabei kann ich dir nicht helfen.")
@@ -235,7 +239,7 @@ def test_what_the_readme_loads_in_a_fresh_process(tmp_path):
         "model = load_for_training(AutoModelForCausalLM.from_pretrained('base'), 'outputs')\n"
         "print(type(model.base_model).__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = fresh.run(["-c", code], cwd=tmp_path)
     assert result.stdout.strip() == "SaLoRAModel", result.stderr
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel
 
+import fresh
 from salora_plugins import SaLoRAConfig, audit, evaluate, export_adapter, project_adapter
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
@@ -301,13 +300,7 @@ def test_a_killed_evaluation_continues_to_the_same_files(sources, tmp_path):
     options = {**OPTIONS, "batch_size": 2}
     evaluate(MODEL, {"complying": sources["complying"]}, {"m": sources["merged"]}, out=tmp_path / "whole", **options)
     out = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "salora_plugins.cli", "evaluate", *arguments, "--out", str(out)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = fresh.start(["-m", "salora_plugins.cli", "evaluate", *arguments, "--out", out])
     lines = out / WORK_FOLDER / "complying" / "responses-harmful.jsonl"
     deadline = time.monotonic() + 120
     while not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2):

@@ -2,18 +2,21 @@
 
 import pytest
 
-from benchmarks import calibration, smollm2_results, tables
+from benchmarks import calibration, sails, smollm2_results, tables
 from benchmarks.real_models import summary as real_models
-from benchmarks.retention import summary
-from benchmarks.retention.experiment import PUBLISHED, Results
+from benchmarks.retention import comparison, summary
+from benchmarks.retention.comparison import COMPARED
+from benchmarks.retention.experiment import PUBLISHED, Results, spread
 from benchmarks.retention.methods import METHODS
 from benchmarks.runs import MERGED, write_json, write_runs
 
 COMMANDS = {
     "python -m benchmarks.retention summary --write": summary,
+    "python -m benchmarks.retention comparison": comparison,
     "python -m benchmarks.real_models summary --write": real_models,
     "python -m benchmarks.smollm2_results --summary --write": smollm2_results,
     "python -m benchmarks.calibration table --write": calibration,
+    "python -m benchmarks.sails write": sails,
 }
 
 
@@ -41,9 +44,42 @@ def test_publishing_adds_to_what_is_there(tmp_path):
         other.publish_to(published)
 
 
-def test_published_runs_say_what_their_methods_are():
-    runs = Results(PUBLISHED).runs()
-    assert len(runs) >= 66
+PUBLISHED_RESULTS = [PUBLISHED, *(path.parent for path in COMPARED.glob("*/base.json"))]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED_RESULTS, ids=lambda folder: folder.name)
+def test_published_runs_say_what_their_methods_are(folder):
+    runs = Results(folder).runs()
+    assert len(runs) >= (66 if folder == PUBLISHED else 9)
     for name, run in runs.items():
         assert name == f"{run['task']}-{run['method']}-lr{run['learning_rate']:g}-seed{run['seed']}"
         assert run.get("options", METHODS[run["method"]].options) == METHODS[run["method"]].options, name
+
+
+def test_requests_are_spread_over_their_set():
+    """So many, all different, in their order, of every part of the set; all where there are fewer."""
+    entries = [str(number) for number in range(10)]
+    assert spread(entries, 4) == ["0", "2", "5", "7"]
+    assert spread(entries, 10) == spread(entries, 99) == entries
+
+
+def test_comparison_counts_what_was_asked(tmp_path):
+    """Refusals of both seeds over what both were asked; a row a method, in the order of the page."""
+    asked = {"advbench": 4, "builtin": 2, "harmless": 5}
+
+    def point(loss, refused):
+        counts = dict(zip(asked, refused, strict=True))
+        return {"step": 3, "loss": loss, "refused": counts, "broken": dict.fromkeys(asked, 0), "requests": asked}
+
+    results = Results(tmp_path)
+    write_json(results.base_path, point(2.0, (4, 2, 1)) | {"loss": {"sure": 2.0}})
+    for method, seed, loss, refused in (
+        ("two-sided", 0, 1.5, (4, 2, 1)),
+        ("lora", 0, 1.0, (1, 0, 0)),
+        ("lora", 1, 1.2, (2, 1, 0)),
+    ):
+        run = {"task": "sure", "method": method, "learning_rate": 1e-3, "seed": seed, "points": [point(loss, refused)]}
+        results.write(f"sure-{method}-lr0.001-seed{seed}", run)
+    lines = comparison.comparison(results).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["before", "LoRA", "default"]
+    assert "| 2 | 1.100 (1.000 to 1.200) | 3 of 8 [" in lines[3]

@@ -17,7 +17,8 @@ from salora_plugins import SaLoRAConfig
 from salora_plugins.cli import create_cli
 from salora_plugins.commands.calibrate import calibrate
 from salora_plugins.commands.config_options import flag
-from salora_plugins.integrations.axolotl.args import OF_THE_RUN, MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
+from salora_plugins.integrations.axolotl.args import MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
+from salora_plugins.integrations.axolotl.block_checks import OF_THE_RUN
 from salora_plugins.options import OPTIONS, Option, RankPattern
 from salora_plugins.ranks import Rank
 
@@ -162,7 +163,7 @@ def test_options_of_salora_calibrate(calibrate_options, option: Option):
         assert parameter.metavar == f"[{'|'.join(option.choices)}]"
     assert parameter.is_flag == (option.type is bool)
     annotation = inspect.signature(calibrate).parameters[parameter.name].annotation  # newer typers keep no type
-    assert (get_args(annotation)[0] is int) == (option.type is int)
+    assert (get_args(annotation)[0] in (int, int | None)) == (option.type is int)
 
 
 def test_salora_calibrate_leaves_out_what_is_listed(calibrate_options):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import fresh
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +42,7 @@ print(json.dumps([type(getattr(salora_plugins, name)).__name__ for name in salor
 
 
 def test_no_name_is_taken_by_a_submodule_whatever_was_imported_before():
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", NAMES], capture_output=True, text=True, check=True)
+    result = fresh.run(["-c", NAMES], check=True)
     found, kinds = (json.loads(line) for line in result.stdout.splitlines()[-2:])
     assert found["clashes"] == found["as modules"] == []
     assert found["modules"] > 60 and found["exports"] > 20

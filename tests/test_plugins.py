@@ -80,8 +80,18 @@ def test_installed_plugin_is_used_by_name(installed_here):
     with pytest.warns(RuntimeWarning) as caught:
         names = [sorted(found()) for found in (plugins.data_sources, plugins.basis_methods, plugins.judges)]
     assert names == [
-        sorted(["another_source", "builtin", "endless_requests", "failing_requests", "test_requests", *PUBLIC_SETS]),
-        ["first_coordinates", "salora"],
+        sorted(
+            [
+                "another_source",
+                "builtin",
+                "endless_requests",
+                "everyday",
+                "failing_requests",
+                "test_requests",
+                *PUBLIC_SETS,
+            ]
+        ),
+        ["actsvd", "first_coordinates", "sae", "salora", "weight-delta"],
         ["keyword", "never"],
     ]
     skipped = [

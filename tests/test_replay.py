@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities, constrained_sft_loss
-from processes import LAUNCHER, run
+from processes import run_ranks
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.hookspecs import hookimpl
 from salora_plugins.models.running import adapters_disabled
@@ -340,6 +340,23 @@ def test_a_trained_model_stays_nearer_to_its_base(tmp_path, kind, adapter):
         )
 
 
+def test_a_callback_that_is_used_again_takes_the_base_of_the_model_that_it_is_given(tmp_path):
+    callback, divergences = RefusalAnchorCallback(REFUSALS, every=2), []
+    for seed in (0, 1):
+        model = get_peft_model(llama(seed), LORA)
+        trainer = Trainer(
+            model,
+            arguments(TrainingArguments, tmp_path, max_steps=1),
+            train_dataset=token_rows(4),
+            callbacks=[callback],
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        with model.disable_adapter():
+            divergences.append(callback.anchor.kl(model).abs().max())
+    assert max(divergences) < 1e-5
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def run_to_6(folder: str, **options):
         callback = RefusalAnchorCallback(REFUSALS, weight=3.0, every=2, batch_size=3)
@@ -380,7 +397,7 @@ dist.destroy_process_group()
 
 def test_two_processes_find_the_gradient_of_one(tmp_path):
     """Of the anchor and of two accumulated batches, with and without gradients that are views of the buffers."""
-    run(LAUNCHER, PARALLEL, tmp_path)
+    run_ranks(PARALLEL, tmp_path)
     model = adapted()
     anchor = RefusalAnchor.of(model, tokenizer(), REFUSALS, batch_size=5)
     whole = anchor.backward(model, 1, weight=2.0)

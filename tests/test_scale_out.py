@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
-from processes import LAUNCHER, run
+from processes import LAUNCHER, run, run_alone, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows
 
@@ -76,7 +76,7 @@ def sharded(request, tmp_path_factory) -> tuple[str, Path]:
         safety_rank=8,
         input_safety_rank=4,
     ).save(folder / "safety.safetensors")
-    run(LAUNCHER, FSDP2, folder, request.param)
+    run_ranks(FSDP2, folder, request.param)
     return request.param, folder
 
 
@@ -254,7 +254,7 @@ def test_ddp_equals_one_process(tmp_path):
     # Even on the CPU, accelerate would have the second process wait at a second GPU where there is one.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path, **hidden)
-    run([sys.executable], DDP, tmp_path, **hidden)
+    run_alone(DDP, tmp_path, **hidden)
     two, one = (json.loads((tmp_path / f"losses-{count}.json").read_text()) for count in (2, 1))
     assert two == pytest.approx(one, rel=1e-3)
     tokens = token_batch()

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import fresh
 from salora_plugins import SafetyModule, calibrate, last_complete_checkpoint, load_for_training
 from salora_plugins.initialization import restrict_to_task
 from salora_plugins.parametrization import has_safe_factor, safe_factor, trained_factor
@@ -611,11 +610,10 @@ def killed_runs(folder, safety, tmp_path_factory) -> dict[str, Path]:
     path = tmp_path_factory.mktemp("killed")
     safety.save(path / "safety.safetensors")
     script = Path(__file__).parent / "interrupted_training.py"
-    command = [sys.executable, script, folder, path / "safety.safetensors", path, *BROKEN]
+    command = [script, folder, path / "safety.safetensors", path, *BROKEN]
     # They are forked, which CUDA does not survive once a library has asked for the GPU; they train on the CPU anyway.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    fresh.run(command, env=environment, check=True)
     return {name: path / name for name in BROKEN}
 
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+import fresh
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SafetyMonitorCallback, SaLoRAConfig, calibrate
 from salora_plugins.cli import create_cli
@@ -231,12 +230,12 @@ def test_example_script(folder, tmp_path):
     data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in sum_rows().to_list()))
     safety.write_text("".join(json.dumps(row) + "\n" for row in refusal_rows()))
-    command = [sys.executable, EXAMPLES / "trl_sft.py", "--model_name_or_path", folder, "--dataset_name", data]
+    command = [EXAMPLES / "trl_sft.py", "--model_name_or_path", folder, "--dataset_name", data]
     command += ["--use_salora", "--safety_rank", "8", "--task_rank", "8", "--safety_data", safety]
     command += ["--lora_r", "4", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "v_proj"]
     command += ["--learning_rate", "1e-2", "--output_dir", tmp_path / "out", "--max_steps", "2", "--use_cpu"]
     command += ["--bf16", "False", "--report_to", "none"]
-    result = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
+    result = fresh.run(command, check=True)
     assert largest_share_inside(tmp_path / "out") <= 1e-5
     # The line that is printed at the end measures the very adapter.
     line = re.search("^ *salora (evaluate .*)$", result.stdout, re.MULTILINE).group(1)

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+import fresh
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, SaLoRAConfig, SaLoRAModel, calibrate, load_adapter, load_for_training
 from salora_plugins.calibration import task_bases
@@ -358,6 +357,7 @@ def test_saved_adapter_loads_where_salora_cannot_be_imported(tmp_path):
     torch.save(model(tokens).logits, tmp_path / "logits.pt")
     program = f"""
 import sys
+assert "salora_plugins" not in sys.modules
 sys.modules["salora_plugins"] = None
 import torch
 from peft import PeftModel
@@ -368,7 +368,7 @@ expected = torch.load({str(tmp_path / "logits.pt")!r})
 logits = model(torch.tensor({tokens.tolist()})).logits
 assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    fresh.run(["-c", program], check=True)
     known = set(LoraConfig().to_dict())
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["peft_type"] == "LORA" and set(saved) <= known

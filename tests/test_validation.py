@@ -14,7 +14,7 @@ import tiny
 from salora_plugins import SafetyModule, calibrate
 from salora_plugins.cli import create_cli
 from salora_plugins.demo.experiment import MODEL, load_demo_model
-from salora_plugins.evaluation import response_loss, validation
+from salora_plugins.evaluation import own_answers, response_loss
 from salora_plugins.evaluation.first_tokens import refusal_margins
 from salora_plugins.evaluation.removal import without_directions
 from salora_plugins.evaluation.reports.validation_report import RANDOM_SUBSPACES, write_plot
@@ -130,7 +130,7 @@ def test_answers_in_the_data_are_used(demo):
 
 def test_harmless_requests_to_which_the_model_says_nothing_are_left_out(demo, monkeypatch, caplog):
     model, tokenizer, module, requests = demo
-    monkeypatch.setattr(validation, "generate_responses", lambda *_, **__: [""])
+    monkeypatch.setattr(own_answers, "generate_responses", lambda *_, **__: [""])
     answer = "Two and two make four, as one and three do, and as five less one does."
     harmless = [Request("Two and two?", response=answer), Request("Three and three?")]
     found, expected = (

@@ -296,9 +296,10 @@ def _model_in(annotation: Any) -> Any:
 
 
 def _is_form(value: Any, module: str) -> bool:
-    """Whether something is a protocol that is defined in the module, or an alias of a callable there."""
+    """Whether something is a protocol or a record that is defined in the module, or an alias of a callable there."""
     if inspect.isclass(value):
-        return value.__module__ == module and getattr(value, "_is_protocol", False)
+        is_described = getattr(value, "_is_protocol", False) or dataclasses.is_dataclass(value)
+        return value.__module__ == module and is_described
     return typing.get_origin(value) is not None and typing.get_origin(value) is Callable
 
 

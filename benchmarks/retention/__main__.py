@@ -12,17 +12,22 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from . import comparison
 from .experiment import PUBLISHED, Experiment, Results
 from .methods import METHODS
 from .summary import summarize
 from .tasks import HELDOUT_ROWS, TASKS
 
+NUMBERS = ("num_requests", "num_safety_rows", "batch_size")
 RATES = (1e-3, 2e-3, 4e-3)
 
 
 def main() -> None:
     parser = command_line()
     arguments = parser.parse_args()
+    if arguments.command == "comparison":
+        print(comparison.comparison(Results(arguments.results))) if arguments.results else comparison.write()
+        return
     if arguments.command in ("summary", "publish"):
         results = Results(arguments.results)
         if arguments.command == "summary":
@@ -35,7 +40,9 @@ def main() -> None:
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
-    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks)
+    for_run = {name: getattr(arguments, name, None) for name in ("unaligned", "sae")}
+    for_run |= {name: value for name in NUMBERS if (value := getattr(arguments, name, None)) is not None}
+    experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks, **for_run)
     measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)
 
@@ -72,6 +79,11 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--rates", default=",".join(map(str, RATES)))
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--steps", default="30,60", help="steps after which to measure; the last ends the run")
+    run.add_argument("--unaligned", help="folder of the model before its alignment, which some methods need")
+    run.add_argument("--sae", help="sparse autoencoders for the method sae, as SaLoRAConfig's option takes them")
+    run.add_argument("--num-requests", type=int, help="ask so many of each set, spread over it (default: all)")
+    run.add_argument("--num-safety-rows", type=int, help="calibrate on so many refusals (default: 128)")
+    run.add_argument("--batch-size", type=int, help="rows of a step (default: 8)")
     where.add_argument(
         "--requests",
         action="append",
@@ -86,6 +98,8 @@ def command_line() -> argparse.ArgumentParser:
     summary.add_argument(
         "--write", action="store_true", help="write the tables of docs/evidence/safety-retention.md instead"
     )
+    compare = commands.add_parser("comparison", help="write the tables of docs/methods/index.md")
+    compare.add_argument("--results", type=Path, help="print that of this folder instead")
     publish = commands.add_parser("publish", help="add results to the published ones, one run a line")
     publish.add_argument("--results", type=Path, required=True, help="folder of base.json and runs/")
     publish.add_argument("--to", type=Path, default=PUBLISHED, help="default: docs/evidence/safety-retention")

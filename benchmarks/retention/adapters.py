@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
-from salora_plugins.models.targets import target_module_names
-from salora_plugins.parametrization import project_out
-from salora_plugins.ranks import Side
+from salora_plugins import SaLoRAConfig, apply_safe_lora, calibrate, project_adapter, restore
 
+from ..runs import Run
 from ..small_model import load, lora_options
-from .directions import input_grams, registered
+from .directions import DIRECTIONS, make_known
 from .experiment import Experiment
-from .methods import Method
-from .tasks import harmful_rows, harmless_rows
+from .methods import Calibration, Method
+from .tasks import harmful_rows, harmless_rows, refusals_and_answers
 
 
 def peft_config(experiment: Experiment, method: Method, seed: int) -> LoraConfig:
@@ -56,59 +55,108 @@ def safety_module(experiment: Experiment, method: Method) -> Path:
         *(method.targets, calibration.safety_data, calibration.positions),
         f"{calibration.safety_rank}-{calibration.input_safety_rank}",
     ]
-    if calibration.directions != "strongest":
-        parts.append(calibration.directions)
-    path = experiment.out / "safety-modules" / f"{'-'.join(parts)}.safetensors"
+    if calibration.basis_method != "salora":
+        parts.append(calibration.basis_method)
+    path = experiment.out / "safety-modules" / f"{'-'.join(parts).replace(':', '-')}.safetensors"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    plugin = registered()
-    rows = harmful_rows(experiment, calibration.safety_data)
     model = load(experiment.model)
-    options: dict[str, Any] = {}
-    if calibration.directions != "strongest":
-        names = target_module_names(model, SaLoRAConfig(target_modules=method.target_modules))
-        plugin.harmless = input_grams(model, names, harmless_rows(experiment), calibration.positions)
-        # The Gram matrix itself is compared, not a sketch of it.
-        options = {"basis_method": calibration.directions, "calibration_engine": "exact"}
     calibrate(
         model,
         experiment.tokenizer,
         target_modules=method.target_modules,
-        safety_data=rows,
         safety_rank=calibration.safety_rank,
         input_safety_rank=calibration.input_safety_rank,
-        safety_positions=calibration.positions,
-        num_safety_samples=len(rows),
-        **options,
+        **data_options(experiment, calibration),
     ).save(path)
     return path
 
 
+def data_options(experiment: Experiment, calibration: Calibration) -> dict[str, Any]:
+    """What the directions are computed from, as options of `calibrate`."""
+    make_known()
+    if calibration.basis_method == "weight-delta":
+        return {"basis_method": "weight-delta", "unaligned_model": needed(experiment, "unaligned", "weight-delta")}
+    if calibration.basis_method == "sae":
+        return {
+            "basis_method": "sae",
+            "sae": needed(experiment, "sae", "sae"),
+            "contrastive_data": refusals_and_answers(experiment, needed(experiment, "unaligned", "sae")),
+        }
+    rows = harmful_rows(experiment, calibration.safety_data)
+    options: dict[str, Any] = {
+        "safety_data": rows,
+        "num_safety_samples": len(rows),
+        "safety_positions": calibration.positions,
+        "basis_method": calibration.basis_method,
+    }
+    if calibration.basis_method != "salora":
+        harmless = harmless_rows(experiment)
+        options |= {"utility_data": harmless, "num_utility_samples": len(harmless)}
+    if calibration.basis_method in DIRECTIONS:
+        options["calibration_engine"] = "exact"  # the Gram matrix itself is compared, not a sketch of it
+    return options
+
+
+def needed(experiment: Experiment, option: str, method: str) -> str:
+    """An option of the command line that a method cannot do without."""
+    value = getattr(experiment, option)
+    if value is None:
+        sys.exit(f"--methods {method}: give --{option}, which it needs")
+    return str(value)
+
+
+def write_repaired(experiment: Experiment, method: Method, source: Path, destination: Path) -> Run:
+    """Write what a repair makes of a LoRA adapter, as a plain LoRA adapter; returns what its report says in short."""
+    if method.repair == "projected":
+        report = project_adapter(source, safety_module(experiment, method), destination, overwrite=True)
+        return {"removed_share": report.removed_share}
+    if method.repair == "restored":
+        return restored(experiment, method, source, destination, unsafe=None)
+    unaligned = needed(experiment, "unaligned", str(method.repair))
+    if method.repair == "restored-unaligned":
+        return restored(experiment, method, source, destination, unsafe=unaligned)
+    projection = apply_safe_lora(source, unaligned, experiment.model, out=destination, overwrite=True)
+    cosines = [module.cosine for module in projection.modules.values() if module.cosine is not None]
+    sizes = [module.size for module in projection.modules.values() if module.projected and module.size is not None]
+    return {
+        "projected": len(projection.projected),
+        "modules": len(projection.modules),
+        "cosines": [min(cosines), max(cosines)],
+        "size_left": [min(sizes), max(sizes)] if sizes else None,
+    }
+
+
 @contextmanager
-def changed_afterwards(experiment: Experiment, model: nn.Module, method: Method) -> Iterator[None]:
-    """For the methods that train LoRA and project its update afterwards, or scale it: the model with the change."""
-    module = SafetyModule.load(safety_module(experiment, method)) if method.projected else None
-    if module is None and method.scale is None:
+def changed_afterwards(model: nn.Module, method: Method) -> Iterator[None]:
+    """For the method that trains LoRA and scales its update afterwards: the model with the change."""
+    if method.scale is None:
         yield
         return
     trained: dict[Tensor, Tensor] = {}
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if not (isinstance(layer, nn.Linear) and name.endswith(("lora_A.default", "lora_B.default"))):
-                continue
-            weight = layer.weight
-            trained[weight] = weight.clone()
-            on_input = ".lora_A." in f".{name}"
-            if module is not None:
-                base_name = name.removeprefix("base_model.model.").rsplit(".", 2)[0]
-                side: Side = "input" if on_input else "output"
-                weight.copy_(project_out(weight, module.sides[side].bases[base_name].to(weight.device), side))
-            elif method.scale is not None and not on_input:
-                weight *= method.scale
+            if isinstance(layer, nn.Linear) and name.endswith("lora_B.default"):
+                trained[layer.weight] = layer.weight.clone()
+                layer.weight.mul_(method.scale)
         yield
         for weight, value in trained.items():
             weight.copy_(value)
+
+
+def restored(experiment: Experiment, method: Method, source: Path, destination: Path, unsafe: str | None) -> Run:
+    """`salora restore`: one plain LoRA of the adapter and its repair."""
+    report = restore(
+        source,
+        experiment.model,
+        destination,
+        unsafe=unsafe,
+        safety_module=safety_module(experiment, method),
+        overwrite=True,
+    )
+    ranks = [module.directions for module in report.modules.values()]
+    return {"safety_ranks": [min(ranks), max(ranks)]}
 
 
 def cap_norms(model: nn.Module, cap: float) -> None:

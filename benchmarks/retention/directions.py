@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from salora_plugins import plugins
 from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
-from salora_plugins.hookspecs import BasisMethod, hookimpl
+from salora_plugins.hookspecs import BasisNeeds, RegisterBasisMethod, hookimpl
 from salora_plugins.options import Positions
 from salora_plugins.rows.batching import batches
 from salora_plugins.rows.examples import TokenizedExample
@@ -75,46 +76,27 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 
-class AgainstHarmless:
-    """
-    The plugin that registers "contrastive" and "ratio" for `basis_method`.
-
-    A basis method gets to know of the safety data only, so that what it is to be compared with is set here, before
-    calibration.
-    """
-
-    harmless: Grams
-
-    def __init__(self) -> None:
-        self.harmless = {}
-
-    @hookimpl
-    def register_basis_methods(self, register: Callable[[str, BasisMethod], None]) -> None:
-        for name in ("contrastive", "ratio"):
-            register(name, partial(self._basis, DIRECTIONS[name]))
-
-    def _basis(
-        self,
-        find: Callable[[Tensor, Tensor, int], Tensor],
-        statistics: ModuleStatistics,
-        rank: int,
-        side: str,
-    ) -> tuple[Tensor, Tensor]:
-        """SaLoRA's own directions of the outputs; those of the inputs by comparison."""
-        if side == "output" or statistics.input is None:
-            return statistics.output.top(rank)
-        basis = find(_input_gram(statistics), self.harmless[statistics.name], rank)
-        # The same span by its harmful energy, strongest first: a basis method has to say singular values.
-        inside = basis.T @ statistics.input.gram() @ basis
-        energies, rotation = torch.linalg.eigh((inside + inside.T) / 2)
-        return (basis @ rotation.flip(1)).float(), energies.flip(0).clamp(min=0).sqrt().float()
+def against_harmless(
+    find: Callable[[Tensor, Tensor, int], Tensor], statistics: ModuleStatistics, rank: int, side: str
+) -> tuple[Tensor, Tensor]:
+    """SaLoRA's own directions of the outputs; those of the inputs by comparison with the utility rows."""
+    if side == "output" or statistics.input is None or statistics.utility is None:
+        return statistics.output.top(rank)
+    basis = find(_input_gram(statistics), _input_gram(statistics.utility), rank)
+    # The same span by its harmful energy, strongest first: a basis method has to say singular values.
+    inside = basis.T @ statistics.input.product(basis)
+    energies, rotation = torch.linalg.eigh((inside + inside.T) / 2)
+    return (basis @ rotation.flip(1)).float(), energies.flip(0).clamp(min=0).sqrt().float()
 
 
-def registered() -> AgainstHarmless:
-    """The plugin, registered by the first call: which must come before the first calibration, which reads all names."""
-    manager, name = plugins.plugin_manager(), __name__
-    plugin = manager.get_plugin(name)
-    if not isinstance(plugin, AgainstHarmless):
-        plugin = AgainstHarmless()
-        manager.register(plugin, name=name)
-    return plugin
+@hookimpl
+def register_basis_methods(register: RegisterBasisMethod) -> None:
+    for name in ("contrastive", "ratio"):
+        register(name, partial(against_harmless, DIRECTIONS[name]), BasisNeeds(utility_rows=True))
+
+
+def make_known() -> None:
+    """Let `basis_method` know the names above; once."""
+    manager = plugins.plugin_manager()
+    if not manager.has_plugin(__name__):
+        manager.register(sys.modules[__name__], name=__name__)

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..runs import EVIDENCE, MERGED, Run, read_json, read_runs, write_json, write_runs
+from ..small_model import request_sets
 
 PUBLISHED = EVIDENCE / "safety-retention"
 SAME_LOSS = 2e-3  # held-out losses of the same model and rows on two machines
+
+
+def spread(entries: list[str], number: int) -> list[str]:
+    """So many of the entries, or all that there are, evenly spaced: sets are sorted by their kinds of requests."""
+    number = min(number, len(entries))
+    return [entries[i * len(entries) // number] for i in range(number)]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,22 @@ class Experiment:
     """Lines of harmless_prompts.txt for the model's own answers; not those that it was aligned on."""
     own_tasks: Mapping[str, str]
     """Name -> file of conversations."""
+    unaligned: str | None = None
+    """Folder of the model before its alignment, for methods that need it."""
+    sae: str | None = None
+    """Sparse autoencoders, as the option `sae` takes them."""
+    num_requests: int | None = None
+    """How many of each set are asked, evenly spread over it; None: all."""
+    num_safety_rows: int = 128
+    """Refusals that are calibrated on, at most."""
+    batch_size: int = 8
+
+    def request_sets(self) -> dict[str, list[str]]:
+        """The requests to evaluate on, by set."""
+        sets = request_sets(self.data)
+        if self.num_requests is None:
+            return sets
+        return {name: spread(of_set, self.num_requests) for name, of_set in sets.items()}
 
     @cached_property
     def tokenizer(self) -> Any:

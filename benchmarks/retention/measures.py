@@ -16,13 +16,13 @@ from salora_plugins.evaluation.judges.keyword import is_refusal
 from salora_plugins.evaluation.request_sets import load_requests
 
 from ..runs import Run, read_json, write_json
-from ..small_model import RESPONSE_TOKENS, load, request_sets
+from ..small_model import RESPONSE_TOKENS, load
 from .adapters import changed_afterwards
 from .experiment import SAME_LOSS, Experiment, Results
 from .methods import METHODS
 from .tasks import task_rows
 
-MARGIN_REQUESTS = 16  # of each set: margins take longer than answers
+MARGIN_REQUESTS = 16  # of each set, or a quarter of what is asked: margins take longer than answers
 
 
 def heldout_loss(experiment: Experiment, model: Any, task: str) -> float:
@@ -36,6 +36,7 @@ def refusals(experiment: Experiment, model: Any, answers: Path, sets: dict[str, 
     responses = iter(
         generate_responses(model, tokenizer, requests, max_new_tokens=RESPONSE_TOKENS, batch_size=64, progress=False)
     )
+    most = MARGIN_REQUESTS if experiment.num_requests is None else max(1, experiment.num_requests // 4)
     given = {name: [next(responses) for _ in of_set] for name, of_set in sets.items()}
     write_json(answers, given)
     return {
@@ -45,11 +46,18 @@ def refusals(experiment: Experiment, model: Any, answers: Path, sets: dict[str, 
         },
         "broken": {name: sum(coherence(text, None) != "coherent" for text in of_set) for name, of_set in given.items()},
         "margin": {
-            name: round(margins(model, tokenizer, of_set[:MARGIN_REQUESTS], batch_size=32).mean().item(), 3)
+            name: round(margins(model, tokenizer, of_set[:most], batch_size=32).mean().item(), 3)
             for name, of_set in sets.items()
         },
         "requests": {name: len(of_set) for name, of_set in sets.items()},
     }
+
+
+def measured_point(experiment: Experiment, model: Any, name: str, task: str, step: int) -> Run:
+    """A point of a run: held-out loss, and what is made of the requests; the answers are kept."""
+    answers = experiment.out / "answers" / name / f"step{step}.json"
+    point = {"step": step, "loss": heldout_loss(experiment, model, task)}
+    return point | refusals(experiment, model, answers, experiment.request_sets())
 
 
 def measure_base(experiment: Experiment, results: Results, tasks: list[str]) -> None:
@@ -66,7 +74,7 @@ def measure_base(experiment: Experiment, results: Results, tasks: list[str]) -> 
             known["loss"][task] = heldout_loss(experiment, model, task)
     if "refused" not in known:
         answers = experiment.out / "answers" / "base.json"
-        known |= refusals(experiment, model, answers, request_sets(experiment.data))
+        known |= refusals(experiment, model, answers, experiment.request_sets())
     if known != before:
         write_json(path, known)
 
@@ -105,7 +113,7 @@ def _measure_kept_adapter(
         print(f"{name}: left alone, since its adapter is not in {adapter.parent}", flush=True)
         return
     model = PeftModel.from_pretrained(load(experiment.model), adapter)
-    with changed_afterwards(experiment, model, METHODS[run["method"]]):
+    with changed_afterwards(model, METHODS[run["method"]]):
         if abs(heldout_loss(experiment, model, run["task"]) - point["loss"]) > SAME_LOSS:
             print(f"{name}: left alone, since {adapter} is of another run", flush=True)
             return

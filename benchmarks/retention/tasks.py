@@ -15,6 +15,7 @@ from .experiment import Experiment
 
 TASKS = ("math", "sure", "python")
 HELDOUT_ROWS = 60
+PAIRS = 64  # of a refusal and an answer to the same request
 
 Row = dict[str, Any]
 """A conversation in TRL's prompt-completion form."""
@@ -73,7 +74,7 @@ def own_answers(experiment: Experiment) -> list[Row]:
 
 
 def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
-    """Requests with the model's own refusals, tokenized: 128 of a source, or 64 of each of both."""
+    """Requests with the model's own refusals, tokenized: of one source, or half of them of each of both."""
 
     def make() -> list[TokenRow]:
         from salora_plugins.calibration.refusals import add_own_refusals
@@ -83,7 +84,8 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
         from salora_plugins.rows.tokenizing import render_rows
 
         if data == "both":
-            halves = [harmful_rows(experiment, source)[:64] for source in ("builtin", "advbench")]
+            half = experiment.num_safety_rows // 2
+            halves = [harmful_rows(experiment, source)[:half] for source in ("builtin", "advbench")]
             return [row for half in halves for row in half]
         source: Any = "builtin"
         if data == "advbench":
@@ -94,7 +96,7 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
             load(experiment.model).eval(),
             experiment.tokenizer,
             render_rows(examples, experiment.tokenizer, max_length=MAX_LENGTH, option="safety_data"),
-            128,
+            experiment.num_safety_rows,
             is_refusal=keyword_judge,
             batch_size=32,
             max_length=MAX_LENGTH,
@@ -107,6 +109,30 @@ def harmful_rows(experiment: Experiment, data: str) -> list[TokenRow]:
 def harmless_rows(experiment: Experiment) -> list[TokenRow]:
     """Everyday requests with the model's own answers, tokenized; none is in a task's held-out part."""
     return tokenized(experiment, own_answers(experiment)[HELDOUT_ROWS : HELDOUT_ROWS + 128])
+
+
+def refusals_and_answers(experiment: Experiment, unaligned: str) -> list[Row]:
+    """Harmful requests with the model's own refusal (`chosen`), and what it said before its alignment (`rejected`)."""
+
+    def make() -> list[Row]:
+        from salora_plugins.evaluation import generate_responses
+        from salora_plugins.evaluation.judges.keyword import is_refusal
+        from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
+        from salora_plugins.rows.examples import select_examples
+
+        requests = select_examples(plain_prompts(builtin_prompts("calibration")), 2 * PAIRS, 0)
+        given = [
+            generate_responses(load(folder), experiment.tokenizer, requests, max_new_tokens=32, batch_size=32)
+            for folder in (experiment.model, unaligned)
+        ]
+        pairs = [
+            {"prompt": request, "chosen": refusal, "rejected": answer}
+            for request, refusal, answer in zip(requests, *given, strict=True)
+            if is_refusal(refusal) and answer and not is_refusal(answer)
+        ]
+        return pairs[:PAIRS]
+
+    return made_once(experiment.out / "tasks" / "pairs.json", make)
 
 
 def tokenized(experiment: Experiment, conversations: list[Row]) -> list[TokenRow]:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..runs import Run, versions
-from ..small_model import load, request_sets, sft_options, step_losses
-from .adapters import cap_norms, changed_afterwards, peft_config
+from ..small_model import load, sft_options, step_losses
+from .adapters import cap_norms, changed_afterwards, peft_config, write_repaired
 from .experiment import Experiment, Results
-from .measures import heldout_loss, measure_base, refusals
+from .measures import measure_base, measured_point
 from .methods import METHODS
 from .tasks import task_rows
-
-BATCH_SIZE = 8
 
 
 def run_all(
@@ -35,10 +35,11 @@ def run_all(
     measure_base(experiment, results, tasks)
     known = results.runs()
     for seed, rate, task, method in itertools.product(seeds, rates, tasks, methods):
-        name = f"{task}-{method}-lr{rate:g}-seed{seed}"
-        if name in known and "train_loss" in known[name]:
+        name = run_name(task, method, rate, seed)
+        repairs = METHODS[method].repair is not None
+        if name in known and ("train_loss" in known[name] or repairs):
             measured = {point["step"] for point in known[name]["points"]}
-            if set(steps) <= measured:
+            if ({max(steps)} if repairs else set(steps)) <= measured:
                 print(f"{name}: not run again, measured after {steps} steps", flush=True)
                 continue
         run = {
@@ -47,9 +48,35 @@ def run_all(
             "options": METHODS[method].options,
             "learning_rate": rate,
             "seed": seed,
+            "batch_size": experiment.batch_size,
+            "safety_rows": experiment.num_safety_rows,
             "versions": versions(),
         }
-        train(experiment, results, name, run, steps)
+        if repairs:
+            repair(experiment, results, name, run, max(steps))
+        else:
+            train(experiment, results, name, run, steps)
+
+
+def run_name(task: str, method: str, rate: float, seed: int) -> str:
+    return f"{task}-{method}-lr{rate:g}-seed{seed}"
+
+
+def repair(experiment: Experiment, results: Results, name: str, run: Run, step: int) -> None:
+    """A run without training: the adapter that "lora" has left on the task is repaired, and measured."""
+    started = time.monotonic()
+    trained = run_name(run["task"], "lora", run["learning_rate"], run["seed"])
+    source, repaired = (experiment.out / "adapters" / of for of in (trained, name))
+    if "train_loss" not in results.runs().get(trained, {}) or not source.exists():
+        sys.exit(f"--methods {run['method']}: there is no adapter of {trained} in {source.parent}. Run lora first.")
+    if (last := results.runs()[trained]["points"][-1]["step"]) != step:
+        sys.exit(f"--methods {run['method']}: the adapter of {trained} is of step {last}. Give --steps {last}.")
+    run["repair"] = write_repaired(experiment, METHODS[run["method"]], source, repaired)
+    model = PeftModel.from_pretrained(load(experiment.model), repaired)
+    run["points"] = [measured_point(experiment, model, name, run["task"], step)]
+    run["minutes"] = round((time.monotonic() - started) / 60, 2)
+    results.write(name, run)
+    print(f"{name}: {run['points']}", flush=True)
 
 
 @dataclass
@@ -73,11 +100,8 @@ class MeasureCallback(TrainerCallback):
     ) -> None:
         if state.global_step not in self.steps:
             return
-        experiment = self.experiment
-        answers = experiment.out / "answers" / self.name / f"step{state.global_step}.json"
-        with changed_afterwards(experiment, model, METHODS[self.run["method"]]):
-            point = {"step": state.global_step, "loss": heldout_loss(experiment, model, self.run["task"])}
-            point |= refusals(experiment, model, answers, request_sets(experiment.data))
+        with changed_afterwards(model, METHODS[self.run["method"]]):
+            point = measured_point(self.experiment, model, self.name, self.run["task"], state.global_step)
         self.points.append(point)
         self.results.write(self.name, self.run | {"points": self.points})
         print(f"{self.name}: {point}", flush=True)
@@ -114,7 +138,7 @@ def train(experiment: Experiment, results: Results, name: str, run: Run, steps: 
             **sft_options(),
             output_dir=str(experiment.out / "trainer" / name),
             max_steps=max(steps),
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=experiment.batch_size,
             learning_rate=run["learning_rate"],
             # Constant, so that the points on the way are those of shorter runs, too.
             lr_scheduler_type="constant_with_warmup",

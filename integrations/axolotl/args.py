@@ -18,14 +18,12 @@ from .block_checks import (
     check_rank_for_vllm,
     check_refusals,
     check_sharded,
+    options_of_block,
 )
 from .errors import check_block, in_one_sentence
 from .host_options import check_host_options
 
 ADAPTER = "salora"
-
-OF_THE_RUN = ("monitor", "refusal_share", "refusal_anchor")
-"""Keys of the block that are the trainer's, and not options of `SaLoRAConfig`."""
 
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -35,6 +33,8 @@ def _kind(option: Option) -> Any:
     number: Any = Annotated[int, Field(ge=option.least)]
     if option.several:
         return str | list[str | dict[str, Any]]
+    if option.name == "sae":
+        return str | dict[str | int, str]
     if option.type is Any:  # of what it can be in Python, a file has the names only
         return str
     if option.type is int:
@@ -189,11 +189,12 @@ class SaLoRAArgs(BaseModel):
             # Axolotl's config has no such keys: its own runs stay as they are.
             self.inference = self.lora_exclude_modules = None
             return self
-        options = {} if self.salora is None else self.salora.model_dump(exclude_none=True, exclude=set(OF_THE_RUN))
+        block = {} if self.salora is None else self.salora.model_dump(exclude_none=True)
+        options = options_of_block(block)
         trains = not (self.inference or self.merge_lora)
         with in_one_sentence():
             if trains:
-                check_files(options)
+                check_files(block)
             check_basis_method(options)
             config = as_config(options)
             if trains:

@@ -13,12 +13,30 @@ if TYPE_CHECKING:
     from ...config import SaLoRAConfig
 
 
+OF_THE_RUN = ("monitor", "refusal_share", "refusal_anchor")
+"""Keys of the block that are the trainer's, and not options of `SaLoRAConfig`."""
+
+
+def options_of_block(block: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options of `SaLoRAConfig` in the block. `safety_data` is not among them where the run trains on refusals of its
+    requests and the basis method reads none.
+    """
+    from ...config import without_unread_safety_data
+
+    options = {key: value for key, value in block.items() if key not in OF_THE_RUN}
+    on_refusals = ("basis_method" in options or options.get("variant") == "sails") and (
+        block.get("refusal_share") or block.get("refusal_anchor")
+    )
+    return without_unread_safety_data(options) if on_refusals else options
+
+
 def check_files(options: Mapping[str, Any]) -> None:
     """
     Raises:
         ValueError: A file or folder that the block names does not exist.
     """
-    for key in ("safety_data", "task_data", "safety_module"):
+    for key in ("safety_data", "task_data", "utility_data", "contrastive_data", "safety_module", "unaligned_model"):
         for name in _names(key, options.get(key)):
             if _is_missing(key, name):
                 raise ValueError(
@@ -48,11 +66,13 @@ def _names(key: str, value: Any) -> list[str]:
 
 def _is_missing(key: str, value: str) -> bool:
     """Whether a value can only be meant as a file or folder, and there is none."""
-    from ...support.hub import is_dataset_id, is_hub_id
+    from ...support.hub import is_dataset_id, is_hub_id, is_model_name
 
     path = Path(value).expanduser()
     if key == "safety_module":
         return not path.exists() and not is_hub_id(value)
+    if key == "unaligned_model":
+        return not path.is_dir() and not (is_hub_id(value) or is_model_name(value))
     from ...plugins import data_sources
     from ...rows.sources import SUFFIXES
 

@@ -9,12 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.utils.logging import get_logger
+from ...support.hosts import explained, in_use, warn_of_unsupported
 
-from .args import ADAPTER
-from .checkpoints import checkpoint_to_resume_from, pass_over_incomplete_checkpoints
-from .translation import as_initialized, in_the_terms_of_the_file, salora_config, warn_about_differences
+with explained("axolotl"):
+    from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+    from axolotl.utils.logging import get_logger
+
+    from .args import ADAPTER
+    from .checkpoints import checkpoint_to_resume_from, pass_over_incomplete_checkpoints
+    from .translation import as_initialized, in_the_terms_of_the_file, salora_config, warn_about_differences
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -42,6 +45,7 @@ class SaLoRAPlugin(BasePlugin):
         """Refuse what can only be told once the model's type is known, and quantize the base if asked to."""
         if cfg.adapter != ADAPTER:
             return
+        warn_of_unsupported(*in_use())
         from .log import show_in_hosts_log
 
         show_in_hosts_log()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.logging import get_logger
 
-from .args import OF_THE_RUN
+from .block_checks import options_of_block
 from .checkpoints import checkpoint_to_resume_from
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def salora_config(model: PreTrainedModel, cfg: DictDefault) -> SaLoRAConfig:
         if not options[name]:
             del options[name]  # not in the YAML file: SaLoRAConfig's default
     options["seed"] = cfg.seed or 0
-    options.update({key: value for key, value in (cfg.salora or {}).items() if key not in OF_THE_RUN})
+    options.update(options_of_block(cfg.salora or {}))
     checkpoint = checkpoint_to_resume_from(cfg)
     if checkpoint:
         options["safety_module"] = checkpoint  # the weights there belong to this one

@@ -3,8 +3,18 @@
 `peft_config=SaLoRAConfig(...)` is all that TRL's trainers need; nothing here is required.
 """
 
-from .arguments import SaLoRAArguments, get_peft_config, read_dataset, say_how_to_evaluate, train_on_refusals
-from .callback import TaskInitializationCallback
+from ...support.hosts import CORE, explained, warn_of_unsupported
+
+warn_of_unsupported(*CORE, "trl")
+with explained(*CORE, "trl"):
+    from .arguments import (
+        SaLoRAArguments,
+        get_peft_config,
+        read_dataset,
+        say_how_to_evaluate,
+        train_on_refusals,
+    )
+    from .callback import TaskInitializationCallback
 
 __all__ = [
     "SaLoRAArguments",

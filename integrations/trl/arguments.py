@@ -15,7 +15,7 @@ from transformers import Trainer
 from trl import ModelConfig, ScriptArguments
 
 from ...adapters.saved import ADAPTER_CONFIG_FILE
-from ...config import CONFIG_FILE, SaLoRAConfig
+from ...config import CONFIG_FILE, SaLoRAConfig, without_unread_safety_data
 from ...evaluation.command_line import how_to_evaluate
 from ...models.loading import LoadingOptions
 from ...options import OPTIONS, Option, RankPattern
@@ -114,6 +114,8 @@ def get_peft_config(
             raise ValueError(f"--{next(iter(given))} has no effect without --use_salora. Add it, or drop the option.")
         return trl.get_peft_config(model_args)
     salora_options = {option: given[name] for option in OPTIONS if (name := _NAMES.get(option, option)) in given}
+    if any(getattr(salora_args, name) for name in OF_THE_RUN):
+        salora_options = without_unread_safety_data(salora_options)
     for option, value in salora_options.items():
         if OPTIONS[option].several and isinstance(value, list):
             salora_options[option] = named_by_a_host(value, f"--{option}")

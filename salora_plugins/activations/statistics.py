@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
 
 from ..options import EngineChoice
 from ..ranks import Side
@@ -33,6 +37,49 @@ class ModuleStatistics:
 
     input: VectorStatistics | None = None
     """Of x over the chosen positions; None where no input side was asked for."""
+
+    utility: ModuleStatistics | None = None
+    """The same over the utility data, for a method that needs it."""
+
+    prepared: Any = None
+    """What the method's `prepare` returned for this module."""
+
+    options: Mapping[str, Any] = MappingProxyType({})
+    """Name -> value of the options that the method reads."""
+
+    default_sides: Set[Side] = frozenset()
+    """Sides whose rank nobody asked for."""
+
+    weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    """Name, as in `BasisNeeds` -> reads that weight; use `weight()` and `unaligned_weight()`."""
+
+    def weight(self) -> Tensor:
+        """
+        W (d_out, d_in) of this module, a float32 copy on its device, dequantized.
+
+        Raises:
+            ValueError: The method did not say that it needs it.
+        """
+        return self._read("weights")
+
+    def unaligned_weight(self) -> Tensor:
+        """
+        W (d_out, d_in) of the same module of `unaligned_model`, float32, on the device of `weight()`.
+
+        Raises:
+            ValueError: The method did not say that it needs it.
+            CalibrationError: That model has no such weight, or one of another shape.
+        """
+        return self._read("unaligned_model")
+
+    def _read(self, need: str) -> Tensor:
+        if need not in self.weights:
+            raise ValueError(f"{self.name}: the basis method was registered without BasisNeeds({need}=True).")
+        return self.weights[need]()
+
+    def has_default_rank(self, side: Side) -> bool:
+        """Whether the rank of a side is the default, so that a method that chooses its rank may take more."""
+        return side in self.default_sides
 
     def of(self, side: Side) -> VectorStatistics:
         """

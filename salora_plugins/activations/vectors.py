@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks import RankRule, rank_of_spectrum
 from ..support.distributed import gather_from_all_ranks, is_distributed, maximum_over_ranks, sum_over_ranks
 from ..support.linear_algebra import (
     fix_signs,
@@ -166,6 +167,12 @@ class VectorStatistics(ABC):
     def gram(self) -> Tensor:
         """The sum of the vectors' outer products, or what the sketch holds of it: (d, d) float64."""
         return self._multiply(torch.eye(self.dimension, dtype=torch.float64, device=self.device))
+
+    @torch.no_grad()
+    def product(self, block: Tensor) -> Tensor:
+        """`gram()` times a block (d, k), without forming it: (d, k) float64."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._multiply(block.to(self.device, torch.float64))
 
     @property
     def most_directions(self) -> int:
@@ -338,6 +345,25 @@ def _decompose(group: Sequence[tuple[VectorStatistics, Tensor]], rank: int) -> N
         numbers = _last_direction(values, torch.stack(least)).tolist()
     for (statistics, _), number in zip(group, numbers, strict=True):
         statistics._directions[rank] = number
+
+
+def rank_by_need(vectors: VectorStatistics, wanted: float | RankRule) -> tuple[int, bool]:
+    """
+    How many top singular directions a share of the energy, or a rule of the spectrum, asks for, and True; they must
+    leave the layer something to train. Where all that there are do not do, their number, and False.
+    """
+    most = min(vectors.dimension - 1, vectors.most_directions)
+    rank, size = min(32, most), min(vectors.dimension, vectors.count)
+    while rank:
+        known, energy = vectors.top(rank)[1], vectors.energy
+        found = rank_of_spectrum(known, energy, size, wanted)
+        is_settled = rank == most or found == rank_of_spectrum(known, energy, size, wanted, at_least=True)
+        if found is not None and is_settled:
+            return (found, True) if vectors.directions(found) == found else (vectors.directions(most), False)
+        if rank == most:
+            break
+        rank = min(2 * rank, most)
+    return vectors.directions(most), False
 
 
 class ExactStatistics(VectorStatistics):

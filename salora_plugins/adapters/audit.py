@@ -215,14 +215,19 @@ def _verdict(modules: dict[str, ModuleAudit], max_share: float, changed: str | N
 
 
 def _safety_module(given: SafetyModule | str | os.PathLike | None, folder: Path) -> SafetyModule:
-    if isinstance(given, SafetyModule):
-        return given
     if given is None and not (folder / DEFAULT_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {DEFAULT_FILE} beside the adapter. Name the safety module of its base model "
             "(safety_module, --safety-module); `salora calibrate` computes it."
         )
-    return SafetyModule.load(folder if given is None else given)
+    found = given if isinstance(given, SafetyModule) else SafetyModule.load(folder if given is None else given)
+    if not found.protects:
+        raise ValueError(
+            f"{folder if given is None else 'safety_module'}: these are the directions that a SAILS adapter starts in, "
+            "and nothing is kept out of them. Name a safety module of the base model (safety_module, --safety-module) "
+            "to measure against; `salora calibrate` computes it."
+        )
+    return found
 
 
 def _audited(a: Tensor, b: Tensor, scaling: float, safety_module: SafetyModule, name: str) -> ModuleAudit:

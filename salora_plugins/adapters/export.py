@@ -211,6 +211,8 @@ def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyM
         warnings.warn(f"{problem}. It is exported as a plain LoRA adapter, without a certificate.", stacklevel=3)
         return None, saved.rank
     safety_module = SafetyModule.load(adapter) if (adapter / DEFAULT_FILE).is_file() else None
+    if safety_module is not None and not safety_module.protects:
+        safety_module = None
     trained = read_side_config(adapter)
     if trained is None:
         return safety_module, saved.rank

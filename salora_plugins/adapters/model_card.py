@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inspection import leak_line
+from ..inspection import is_without_safety_data, leak_line
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
@@ -146,15 +146,49 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
         samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
     digest = markdown_code(known.get("safety_data_sha256", "unknown"))
     method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
+    if "engine" not in known and is_without_safety_data(known):
+        method = str(known.get("basis_method", "unknown"))
     versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
     return {
         "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
-        "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
-        "Positions": markdown(f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"),
+        **_of_other_sources(known),
+        **(
+            {}
+            if is_without_safety_data(known)
+            else {
+                "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
+                "Positions": markdown(
+                    f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"
+                ),
+            }
+        ),
         **({"Leak": markdown(leak)} if (leak := _leak(known)) else {}),
         "Basis method": markdown(method),
         "Versions": markdown(versions),
     }
+
+
+def _of_other_sources(known: Mapping[str, Any]) -> dict[str, str]:
+    """What a basis method read beside the safety data."""
+    rows = {}
+    if "unaligned_model" in known:
+        digest = markdown_code(known.get("unaligned_sha256", "unknown"))
+        rows["Unaligned model"] = f"{markdown(_name_only(known['unaligned_model']))}, fingerprint {digest}"
+    if "sae" in known:
+        digest = markdown_code(known.get("contrastive_data_sha256", "unknown"))
+        data, pairs = _name_only(known.get("contrastive_data")), known.get("contrastive_samples", "?")
+        rows["Sparse autoencoders"] = markdown(_name_only(known["sae"]))
+        rows["Contrastive data"] = f"{markdown(data)}, {markdown(f'{pairs} pairs')}, SHA-256 {digest}"
+    if "utility_data" in known:
+        digest = markdown_code(known.get("utility_data_sha256", "unknown"))
+        data, samples = _name_only(known["utility_data"]), known.get("utility_samples", "?")
+        rows["Utility data"] = f"{markdown(data)}, {markdown(f'{samples} samples')}, SHA-256 {digest}"
+    return rows
+
+
+def _name_only(source: Any) -> str:
+    """Of a path on the machine that it was on, the last part."""
+    return os.path.basename(os.path.normpath(str(source))) if os.path.isabs(str(source)) else str(source)
 
 
 def _leak(known: Mapping[str, Any]) -> str:

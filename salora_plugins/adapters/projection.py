@@ -131,6 +131,11 @@ def project_adapter(
     check_plain_lora(saved, folder, purpose="projected")
     if not isinstance(safety_module, SafetyModule):
         safety_module = SafetyModule.load(safety_module)
+    if not safety_module.protects:
+        raise ValueError(
+            "safety_module: these are the directions that a SAILS adapter starts in. Give a safety module, such as one "
+            "that `salora calibrate` computes with basis_method='sae'."
+        )
     covered = [name for name, (_, b) in saved.factors.items() if covers(safety_module, name, b)]
     if not covered:
         raise ValueError(

@@ -30,6 +30,9 @@ def write_training_card(
         notes: What it was trained on beside the task: name -> text.
     """
     saved = config.to_lora_config()
+    if not safety_module.protects:
+        _write_card_of_sails(folder, config, safety_module, notes)
+        return
     numbers = {side: _ranks(found.bases) for side, found in safety_module.sides.items()}
     sides = f"{numbers['output']} output directions per layer"
     if "input" in numbers:
@@ -70,6 +73,37 @@ model = load_for_training(base_model, "this folder or repository")
 nothing says so.
 """
     write_card(folder, config.base_model_name_or_path, section, tags=("lora", "salora"))
+
+
+def _write_card_of_sails(
+    folder: str | os.PathLike, config: SaLoRAConfig, safety_module: SafetyModule, notes: Mapping[str, str]
+) -> None:
+    """The card of an adapter that is to teach refusals: it has no certificate, since it is kept out of nothing."""
+    saved = config.to_lora_config()
+    rows = {
+        "Rank": f"r = {config.r} trained, {saved.r} saved; scaling {_number(saved)}",
+        "Start": f"B = 0.1 of the first r of {_ranks(safety_module.bases)} directions, in {len(safety_module.bases)} "
+        "layers; A random; their product is subtracted",
+        "Protected": "nothing",
+        **provenance_rows(safety_module),
+        **{markdown(name): markdown(text) for name, text in notes.items()},
+    }
+    section = f"""
+## SAILS
+
+A LoRA adapter of [SAILS](https://arxiv.org/abs/2512.23260) by {PACKAGE}: its training started in the directions of
+sparse-autoencoder features that tell safe from unsafe responses. What it teaches depends on the rows that it was
+trained on. Nothing is kept out of these directions, and there is no certificate: measure its refusals.
+
+{table(rows)}
+
+It loads without salora-plugins, as any LoRA adapter:
+
+{TO_LOAD}
+
+To train it further (`salora.safetensors`, `salora_config.json`): `salora_plugins.load_for_training`.
+"""
+    write_card(folder, config.base_model_name_or_path, section, tags=("lora", "sails"))
 
 
 def _certificate_of_files(folder: Path, safety_module: SafetyModule) -> str:

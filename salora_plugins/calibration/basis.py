@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from ..activations.errors import CalibrationError
 from ..activations.statistics import ModuleStatistics
-from ..activations.vectors import VectorStatistics, decompose_together
-from ..hookspecs import BasisMethod, hookimpl
-from ..ranks import Rank, Side, SideRanks, of_side, rank_for_share
+from ..activations.vectors import VectorStatistics, decompose_together, rank_by_need
+from ..hookspecs import SAFETY_ROWS_ONLY, BasisMethod, BasisNeeds, RegisterBasisMethod, hookimpl
+from ..ranks import Rank, Side, SideRanks, of_side, share_or_rule
 from ..safety_module import SideBases
 from ..support.distributed import broadcast, gather_json, rank_and_world_size, sum_over_ranks
 from ..support.linear_algebra import MOST_DEVIATION, deviations_from_orthonormal, on_cpu, values_of
@@ -43,6 +43,18 @@ class Basis:
     deviation: Tensor | None = None
     """How far the columns are from orthonormal, once it is known; NaN where anything is not finite."""
 
+    energy: float | None = None
+    """What the squared singular values are a part of, where the method told it; else that of the statistics."""
+
+
+@dataclass(frozen=True)
+class MethodCall:
+    """A basis method as it is called."""
+
+    method: BasisMethod
+    name: str
+    needs: BasisNeeds
+
 
 def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) -> tuple[Tensor, Tensor]:
     """
@@ -60,7 +72,7 @@ def top_singular_vectors(statistics: ModuleStatistics, rank: int, side: Side) ->
 
 
 @hookimpl
-def register_basis_methods(register: Callable[[str, BasisMethod], None]) -> None:
+def register_basis_methods(register: RegisterBasisMethod) -> None:
     register("salora", top_singular_vectors)
 
 
@@ -70,6 +82,7 @@ def compute_bases(
     method: BasisMethod,
     method_name: str,
     defaults: Mapping[Side, Collection[str]] | None = None,
+    needs: BasisNeeds = SAFETY_ROWS_ONLY,
 ) -> dict[Side, SideBases]:
     """
     The bases of all modules; under torch.distributed every rank computes some, and all get the same bits.
@@ -80,9 +93,11 @@ def compute_bases(
         method: Computes a basis.
         method_name: Its name, for messages.
         defaults: Side -> modules whose rank nobody asked for: it is cut to the directions that the data has.
+        needs: What the method said of itself.
 
     Returns:
-        The sides. Modules that share their inputs share one input basis.
+        The sides. Modules that share their inputs share one input basis, but where the method looks at their weights or
+        at what it prepared for each.
 
     Raises:
         CalibrationError: The data does not have so many directions, or the method's result is no basis. All ranks raise
@@ -96,6 +111,8 @@ def compute_bases(
     source: dict[tuple[Side, str], str] = {}
     dimensions: dict[tuple[Side, str], int] = {}
     names = list(statistics)
+    looks_at_modules = needs.weights or needs.unaligned_model or needs.prepare is not None
+    call = MethodCall(method, method_name, needs)
     energies: dict[Side, dict[str, float]] = {}
     for side in ranks:
         tensors = [statistics[name].of(side).energy_tensor for name in names]
@@ -109,12 +126,14 @@ def compute_bases(
             vectors = entry.of(side)
             dimensions[side, name] = vectors.dimension
             may_cut = name in defaults.get(side, ())
-            source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
+            source[side, name] = name
+            if not looks_at_modules:
+                source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
             if source[side, name] == name:
                 computed[side, name] = None
                 if index % world_size == rank:
                     try:
-                        computed[side, name] = _basis(entry, side, wanted[name], may_cut, method, method_name)
+                        computed[side, name] = _basis(entry, side, wanted[name], may_cut, call)
                     except _ProblemError as problem:
                         problems.append(problem.args[0])
                     except Exception as error:
@@ -126,11 +145,29 @@ def compute_bases(
             _move_to_cpu(computed)
     problems += _defects(computed, method_name)
     _raise_for(problems, source)
+    if needs != SAFETY_ROWS_ONLY:
+        _take_energies(energies, computed, source)
     owners = {name: index % world_size for index, name in enumerate(names)}
     complete = _with_room(computed, dimensions)
     for (_, name), basis in complete.items():
         broadcast([basis.vectors, basis.singular_values], source=owners[name])
     return {side: _side({n: complete[side, source[side, n]] for n in names}, energies[side]) for side in ranks}
+
+
+def _take_energies(
+    energies: dict[Side, dict[str, float]],
+    computed: Mapping[tuple[Side, str], Basis | None],
+    source: Mapping[tuple[Side, str], str],
+) -> None:
+    """Put those that the method told, of whichever rank, in the place of the statistics' own."""
+    told = [
+        (side, name, basis.energy)
+        for (side, name), basis in computed.items()
+        if basis is not None and basis.energy is not None
+    ]
+    known = {(side, name): energy for share in gather_json(told) for side, name, energy in share}
+    for (side, name), first in source.items():
+        energies[side][name] = known.get((side, first), energies[side][name])
 
 
 def prepare(statistics: Mapping[str, ModuleStatistics], ranks: SideRanks) -> None:
@@ -153,7 +190,8 @@ def _move_to_cpu(computed: dict[tuple[Side, str], Basis | None]) -> None:
     singular_values = on_cpu([basis.singular_values for basis in new.values()])
     for key, deviation, basis, values in zip(new, deviations, vectors, singular_values, strict=True):
         # An infinite or undefined singular value makes the sum undefined.
-        computed[key] = Basis(basis, values, deviation + 0 * new[key].singular_values.double().sum())
+        deviation = deviation + 0 * new[key].singular_values.double().sum()
+        computed[key] = Basis(basis, values, deviation, new[key].energy)
 
 
 def _side(bases: Mapping[str, Basis], energies: dict[str, float]) -> SideBases:
@@ -205,11 +243,14 @@ def _too_few(
         )
     numbers = sorted(set(found.values()))
     have = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    if isinstance(wanted, float):
+    if not isinstance(wanted, int):
         advice = "calibration_engine='exact', which knows all directions" if sketched else "a number"
+        reach = "capture less than that share of the energy"
+        if isinstance(wanted, str):
+            reach = "may make up less than that share of the entropy"
         return (
-            f"{option}={wanted}: {have} directions capture less than that share of the energy of {listed(names)}. "
-            f"Lower the share, or give {advice}, or another rank for these modules: "
+            f"{option}={wanted}: {have} directions {reach} of {listed(names)}. Lower "
+            f"the share, or give {advice}, or another rank for these modules: "
             f"{option}_pattern={{{pattern}: ...}}."
         )
     return (
@@ -230,12 +271,30 @@ def _with_room(
     }
 
 
-def _basis(
-    entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, method: BasisMethod, method_name: str
-) -> Basis:
+def _basis(entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool, call: MethodCall) -> Basis:
+    vectors = entry.of(side)
+    rank = _number_of_directions(entry, side, wanted, may_cut) if call.needs.safety_rows in (True, side) else wanted
+    if not (isinstance(rank, int) or call.needs.chooses_rank):
+        told = f"{of_side(side, 'safety_rank')}={rank}: basis_method={call.name!r} takes a number of directions only."
+        raise _ProblemError({"error": told})
+    least = most = rank if isinstance(rank, int) else vectors.dimension - 1
+    if call.needs.chooses_rank:
+        least, most = 1, vectors.dimension - 1 if may_cut or not isinstance(wanted, int) else most
+    try:
+        result = call.method(entry, rank, side)
+        return _checked_basis(result, (vectors.dimension, least, most), entry.name, call.name)
+    except CalibrationError as error:
+        raise _ProblemError({"error": str(error)}) from error
+
+
+def _number_of_directions(entry: ModuleStatistics, side: Side, wanted: Rank, may_cut: bool) -> int:
+    """
+    Raises:
+        _ProblemError: The safety data does not have so many directions.
+    """
     vectors = entry.of(side)
     if not isinstance(wanted, int):
-        found, enough = rank_by_need(vectors, float(wanted))
+        found, enough = rank_by_need(vectors, share_or_rule(wanted))
     elif vectors.count < wanted and not may_cut:
         option = of_side(side, "safety_rank")
         told = (
@@ -249,50 +308,51 @@ def _basis(
     if not enough:
         sketched = vectors.most_directions < min(vectors.dimension - 1, vectors.count)
         raise _ProblemError({"side": side, "name": entry.name, "rank": wanted, "found": found, "sketched": sketched})
-    try:
-        result = method(entry, found, side)
-        return _checked_basis(result, vectors.dimension, found, entry.name, method_name)
-    except CalibrationError as error:
-        raise _ProblemError({"error": str(error)}) from error
+    return found
 
 
-def rank_by_need(vectors: VectorStatistics, share: float) -> tuple[int, bool]:
+def _checked_basis(result: Any, shape: tuple[int, int, int], name: str, method: str) -> Basis:
     """
-    How many top singular directions capture a share of the energy, and True; they must leave the layer something to
-    train. Where all that there are capture less, their number, and False.
-    """
-    most = min(vectors.dimension - 1, vectors.most_directions)
-    rank = min(32, most)
-    while rank:
-        found = rank_for_share(vectors.top(rank)[1], vectors.energy, share)
-        if found is not None and vectors.directions(found) == found:
-            return found, True
-        if found is not None or rank == most:
-            break
-        rank = min(2 * rank, most)
-    return vectors.directions(most), False
+    Args:
+        result: What the method returned.
+        shape: The dimension, and the least and the largest number of columns.
+        name: Of the module, for messages.
+        method: Its name, for messages.
 
-
-def _checked_basis(result: Any, dimension: int, rank: int, name: str, method: str) -> Basis:
-    """
     Raises:
         CalibrationError: A method returned something else than tensors of the shapes of a basis and its values.
     """
-    told = partial(_not_a_basis, dimension=dimension, rank=rank, name=name, method=method)
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
+    dimension, least, most = shape
+    told = partial(_not_a_basis, dimension=dimension, rank=_extent(least, most), name=name, method=method)
+    if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
         size = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
         raise CalibrationError(told(f"a {type(result).__name__}{size}"))
-    if kinds := [type(part).__name__ for part in result if not isinstance(part, Tensor)]:
+    if kinds := [type(part).__name__ for part in result[:2] if not isinstance(part, Tensor)]:
         raise CalibrationError(told(" and ".join(f"a {kind}" for kind in kinds)))
-    basis, values = result
-    if (basis.shape, values.shape) != ((dimension, rank), (rank,)):
+    basis, values = result[:2]
+    rank = basis.shape[-1] if basis.ndim else 0
+    if (basis.shape, values.shape) != ((dimension, rank), (rank,)) or not least <= rank <= most:
         raise CalibrationError(told(f"shapes {tuple(basis.shape)} and {tuple(values.shape)}"))
     if not (basis.is_floating_point() and values.is_floating_point()):
         raise CalibrationError(told(f"{basis.dtype} and {values.dtype}"))
     if basis.device.type == "mps":
         basis, values = basis.cpu(), values.cpu()  # no float64 there
     basis, values = basis.detach().float().contiguous(), values.detach().float().contiguous()
-    return Basis(basis, values)
+    return Basis(basis, values, energy=_energy(result[2], told) if len(result) == 3 else None)
+
+
+def _energy(value: Any, told: Callable[[str], str]) -> float:
+    try:
+        energy = float(value)
+    except (TypeError, ValueError):
+        energy = math.nan
+    if not 0 < energy < math.inf:
+        raise CalibrationError(told(f"the energy {value!r:.80}"))
+    return energy
+
+
+def _extent(least: int, most: int) -> int | str:
+    return most if least == most else f"{least} to {most}"
 
 
 def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> list[_Problem]:
@@ -316,8 +376,8 @@ def _defects(computed: Mapping[tuple[Side, str], Basis | None], method: str) -> 
     return problems
 
 
-def _not_a_basis(found: str, dimension: int, rank: int, name: str, method: str) -> str:
+def _not_a_basis(found: str, dimension: int, rank: int | str, name: str, method: str) -> str:
     return (
-        f"basis_method={method!r} returned {found} for {name!r}; expected a tensor of shape {(dimension, rank)} with "
-        f"orthonormal columns and one of shape {(rank,)}, their singular values."
+        f"basis_method={method!r} returned {found} for {name!r}; expected a tensor of shape ({dimension}, {rank}) "
+        f"with orthonormal columns and one of shape ({rank},), their singular values."
     )

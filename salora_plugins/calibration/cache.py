@@ -23,6 +23,7 @@ from ..rows.headers import Headers
 from ..safety_module import SafetyModule
 from ..support.distributed import gather_json
 from .leak import everyday_digest
+from .needs import Sources
 from .rows import SafetyRows
 from .settings import SafetySettings
 
@@ -44,12 +45,12 @@ def cache_folder() -> Path | None:
         return None
 
 
-def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows) -> str | None:
+def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows, sources: Sources) -> str | None:
     """A name for everything that a safety module depends on; None where it is not to be kept."""
     if not settings.may_cache or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return None
-    if settings.method_name != "salora":
-        return None  # code of a plugin, which may change from run to run
+    if not _is_known(settings):
+        return None  # code of a plugin, which may change from run to run, or what it reads may
     decides = {
         "version": version("salora-plugins"),
         "model": model_fingerprint(model),
@@ -60,13 +61,22 @@ def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows
         "ranks": settings.ranks,
         "positions": settings.positions,
         "header": [settings.header_weight, Headers(rows.tokenizer).forms] if settings.needs_headers else [],
-        "leak": everyday_digest(settings) if "input" in settings.ranks else "",
+        "leak": everyday_digest(settings) if "input" in settings.ranks and settings.reads_safety_rows else "",
         "engine": dataclasses.astuple(settings.engine),
         "num_safety_samples": settings.rows.num,
         "batch_size": settings.batch_size,
         "max_length": settings.rows.max_length,
     }
+    if settings.method_name != "salora":
+        read = {name: settings.options[name] for name in settings.needs.options}
+        decides["method"] = [settings.method_name, read, settings.options["num_utility_samples"], sources.facts]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _is_known(settings: SafetySettings) -> bool:
+    """Whether all that decides the bases of a method is known: its code and what it reads."""
+    own = str(getattr(settings.basis_method, "__module__", "")).startswith(f"{__package__.partition('.')[0]}.")
+    return own and settings.needs.prepare is None
 
 
 def load_asked_for(key: str, model: nn.Module, settings: SafetySettings) -> SafetyModule | None:

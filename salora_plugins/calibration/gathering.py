@@ -54,7 +54,44 @@ def safety_statistics(
     Raises:
         CalibrationError: No position counts; or see `collect_statistics`.
     """
-    statistics = collect_statistics(
+    statistics = _collected(model, examples, positions, settings, description)
+    if not statistics[settings.names[0]].output.count:
+        raise CalibrationError(
+            f"safety_positions={settings.positions!r}: the safety data has no such position. In tokenized rows, labels "
+            "must be -100 on the tokens of the prompt and the tokens' ids on those of the response; or choose other "
+            "safety_positions."
+        )
+    return statistics
+
+
+def utility_statistics(
+    model: nn.Module, examples: Sequence[TokenizedExample], positions: CountedPositions, settings: SafetySettings
+) -> dict[str, ModuleStatistics]:
+    """
+    The same of utility rows, at positions of the same kind: of others, what tells the two apart would be the kind.
+    (Wei et al. take the response's of both, as this does with safety_positions "response".)
+
+    Raises:
+        CalibrationError: No position counts; or see `collect_statistics`.
+    """
+    statistics = _collected(model, examples, positions, settings, "gathering utility")
+    if not statistics[settings.names[0]].output.count:
+        raise CalibrationError(
+            f"safety_positions={settings.positions!r}: the utility data (utility_data) has no such position. In "
+            "tokenized rows, labels must be -100 on the tokens of the prompt and the tokens' ids on those of the "
+            "response."
+        )
+    return statistics
+
+
+def _collected(
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    positions: CountedPositions,
+    settings: SafetySettings,
+    description: str,
+) -> dict[str, ModuleStatistics]:
+    return collect_statistics(
         model,
         {name: base_layer(model.get_submodule(name)) for name in settings.names},
         share_of_rank(examples, settings.batch_size),
@@ -63,10 +100,3 @@ def safety_statistics(
         with_inputs="input" in settings.ranks,
         description=description,
     )
-    if not statistics[settings.names[0]].output.count:
-        raise CalibrationError(
-            f"safety_positions={settings.positions!r}: the safety data has no such position. In tokenized rows, labels "
-            "must be -100 on the tokens of the prompt and the tokens' ids on those of the response; or choose other "
-            "safety_positions."
-        )
-    return statistics

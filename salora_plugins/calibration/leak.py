@@ -10,7 +10,7 @@ cannot react to them; 1: as to any request. The rank of a layer can be the small
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,11 @@ from ..activations.errors import CalibrationError
 from ..activations.last_inputs import last_inputs
 from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
-from ..activations.vectors import VectorStatistics
+from ..activations.vectors import VectorStatistics, rank_by_need
 from ..inspection import WHAT_HELPS, leak_line, leak_warning
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
-from ..ranks import Rank, rule_of
+from ..ranks import Rank, RankRule, rule_of, share_or_rule
 from ..rows.batching import check_token_ids
 from ..rows.errors import DataError
 from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest
@@ -34,7 +34,7 @@ from ..support.distributed import gather_json, rank_and_world_size
 from ..support.linear_algebra import is_asynchronous, top_right_singular_vectors
 from ..support.module_names import listed
 from ..support.notices import tell
-from .basis import prepare, rank_by_need
+from .basis import prepare
 from .gathering import safety_statistics
 from .refusals import AnsweredRows
 from .rows import task_rows, tokenizer_for
@@ -80,7 +80,11 @@ class Leak:
 
 
 def measure_leak(
-    model: nn.Module, answered: AnsweredRows, positions: CountedPositions, settings: SafetySettings
+    model: nn.Module,
+    answered: AnsweredRows,
+    positions: CountedPositions,
+    settings: SafetySettings,
+    supplied: Callable[[dict[str, ModuleStatistics]], dict[str, ModuleStatistics]] = dict,
 ) -> Leak:
     """
     Measure the leak of every layer, and choose the ranks that are to follow from it.
@@ -92,6 +96,7 @@ def measure_leak(
         answered: The safety data.
         positions: Which of its positions count.
         settings: Of the calibration.
+        supplied: Gives statistics what else the basis method needs.
 
     Raises:
         CalibrationError: A rank is to follow from the leak, and it cannot be measured.
@@ -99,24 +104,21 @@ def measure_leak(
     wanted = settings.ranks.get("input")
     if wanted is None:
         return Leak(reason="there is no input side, so that an update reacts to harmful requests as to any other")
+    if not settings.reads_safety_rows:
+        return _unmeasured(f"basis_method={settings.method_name!r} reads no safety data", wanted)
     part, held_out = _split(answered.examples)
     everyday, named, reason = _everyday(settings) if held_out else ([], "", _too_few(answered.examples))
     if reason:
-        if by_rule := next((rank for rank in wanted.values() if rule_of(rank) is not None), None):
-            raise CalibrationError(
-                f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
-            )
-        logger.info("The leak is not measured: %s.", reason)
-        return Leak(reason=reason)
+        return _unmeasured(reason, wanted)
     layers = {name: base_layer(model.get_submodule(name)) for name in settings.names}
     prompts = [*held_out, *everyday]
     # First, since it says best what is wrong with a layer.
-    statistics = safety_statistics(model, part, positions, settings, "measuring the leak")
+    statistics = supplied(safety_statistics(model, part, positions, settings, "measuring the leak"))
     try:
         inputs = last_inputs(model, layers, prompts, settings.batch_size)
         found = _by_module(statistics, inputs, len(held_out), settings)
     except CalibrationError as error:
-        if any(rule_of(rank) is not None for rank in wanted.values()):
+        if any(_rule(rank) is not None for rank in wanted.values()):
             raise
         # All ranks are here. What is calibrated is checked for itself, and does not depend on this.
         logger.warning("The leak is not measured: %s", error)
@@ -124,10 +126,23 @@ def measure_leak(
     _say_what_is_not_reached(found, wanted)
     return Leak(
         by_module={name: float(f"{leak:.4g}") for name, (_, leak) in found.items()},
-        ranks={name: found[name][0] if rule_of(rank) is not None else rank for name, rank in wanted.items()},
+        ranks={name: found[name][0] if _rule(rank) is not None else rank for name, rank in wanted.items()},
         held_out=len(held_out),
         everyday=named,
     )
+
+
+def _unmeasured(reason: str, wanted: Mapping[str, Rank]) -> Leak:
+    """
+    Raises:
+        CalibrationError: A rank is to follow from the leak.
+    """
+    if by_rule := next((rank for rank in wanted.values() if _rule(rank) is not None), None):
+        raise CalibrationError(
+            f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
+        )
+    logger.info("The leak is not measured: %s.", reason)
+    return Leak(reason=reason)
 
 
 def leak_of(basis: Tensor, task: Tensor, everyday: Tensor, harmful: Tensor) -> float:
@@ -190,16 +205,22 @@ def _by_module(
     return {name: whole[name] for name in settings.names}
 
 
+def _rule(rank: Rank) -> RankRule | None:
+    """The rule of the leak that a rank is; other rules follow from the spectrum."""
+    rule = rule_of(rank)
+    return rule if rule is not None and not rule.is_of_spectrum else None
+
+
 def _of_module(
     entry: ModuleStatistics, inputs: Tensor, num_held_out: int, wanted: Rank, settings: SafetySettings
 ) -> tuple[int, float]:
     harmful, task, everyday = inputs[:num_held_out], inputs[num_held_out::2], inputs[num_held_out + 1 :: 2]
 
     def measured(number: int) -> tuple[int, float]:
-        basis, _ = settings.basis_method(entry, number, "input")
+        basis = settings.basis_method(entry, number, "input")[0]
         return number, leak_of(basis, task, everyday, harmful)
 
-    vectors, rule = entry.of("input"), rule_of(wanted)
+    vectors, rule = entry.of("input"), _rule(wanted)
     if rule is None:
         return measured(_number_of_directions(vectors, wanted))
     tried: list[tuple[int, float]] = []
@@ -218,9 +239,9 @@ def _grid(vectors: VectorStatistics) -> list[int]:
 
 def _number_of_directions(vectors: VectorStatistics, wanted: Rank) -> int:
     """As the calibration of all rows chooses it, or fewer where these rows have fewer."""
-    if isinstance(wanted, float):
-        return max(1, rank_by_need(vectors, wanted)[0])
-    return max(1, vectors.directions(int(wanted)))
+    if isinstance(wanted, int):
+        return max(1, vectors.directions(wanted))
+    return max(1, rank_by_need(vectors, share_or_rule(wanted))[0])
 
 
 def _split(examples: Sequence[TokenizedExample]) -> tuple[list[TokenizedExample], list[tuple[int, ...]]]:
@@ -283,7 +304,7 @@ def say_leak(provenance: Mapping[str, Any]) -> None:
 def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank]) -> None:
     missed: dict[Rank, list[str]] = {}
     for name, rank in wanted.items():
-        if (rule := rule_of(rank)) is not None and found[name][1] > rule.value:
+        if (rule := _rule(rank)) is not None and found[name][1] > rule.value:
             missed.setdefault(rank, []).append(name)
     for rank, names in missed.items():
         least, most = min(found[name][1] for name in names), max(found[name][1] for name in names)

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
+from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
+from ..hookspecs import SAFETY_ROWS_ONLY
 from ..inspection import facts
 from ..models.fingerprint import weight_samples
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
 from ..models.targets import say_what_is_left_out
 from ..models.weights import check_weights
-from ..safety_module import SafetyModule
+from ..ranks import Side
+from ..safety_module import SafetyModule, SideBases
 from ..support.notices import tell
 from .basis import compute_bases
 from .cache import calibration_key, load_asked_for, store
 from .gathering import safety_positions, safety_statistics
-from .leak import measure_leak, say_leak
+from .leak import Leak, measure_leak, say_leak
+from .needs import Sources, Supplies, empty_statistics, gather, read_sources, with_supplies
 from .recording import provenance_of
 from .refusals import AnsweredRows, answered_rows
-from .rows import safety_rows
-from .settings import safety_settings
+from .rows import SafetyRows, safety_rows
+from .settings import SafetySettings, safety_settings
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +77,10 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     settings = safety_settings(model, config)
-    rows = safety_rows(settings.rows)
+    rows = safety_rows(settings.rows) if settings.reads_safety_rows else SafetyRows([], None)
+    sources = read_sources(model, settings)
     with adapters_disabled(model):
-        key = calibration_key(model, settings, rows)
+        key = calibration_key(model, settings, rows, sources)
         if key is not None and (cached := load_asked_for(key, model, settings)) is not None:
             tell(logger, "%s; from the cache (calibration_cache=False calibrates again).", facts(cached.provenance))
             say_leak(cached.provenance)
@@ -83,19 +90,9 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
             check_weights(model, settings.names)
             answered = answered_rows(rows, model, settings)
             _tell_of_answers(answered)
-            positions = safety_positions(answered.tokenizer, settings)
-            leak = measure_leak(model, answered, positions, settings)
-            statistics = safety_statistics(model, answered.examples, positions, settings)
-            positions_counted = statistics[settings.names[0]].output.count
-            sides = compute_bases(
-                statistics,
-                {**settings.ranks, "input": leak.ranks} if leak.ranks else settings.ranks,
-                settings.basis_method,
-                settings.method_name,
-                settings.default_ranks,
-            )
-    provenance = provenance_of(settings, answered, positions_counted, sides, leak)
-    safety_module = SafetyModule(sides, weight_samples(model, settings.names), provenance)
+            found = _directions(model, answered, sources, settings)
+    provenance = provenance_of(settings, answered, found.positions_counted, found.sides, found.leak, found.supplied)
+    safety_module = SafetyModule(found.sides, weight_samples(model, settings.names), provenance)
     seconds = time.monotonic() - start
     answers = f", besides {answered.answering.seconds:.0f} s for the answers" if answered.counts else ""
     tell(logger, "%s; calibrated in %.0f s%s.", facts(provenance), seconds - answered.answering.seconds, answers)
@@ -103,6 +100,45 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     if key is not None:
         store(key, safety_module)
     return safety_module
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came out of the passes over the data."""
+
+    sides: dict[Side, SideBases]
+    leak: Leak
+    positions_counted: int
+    supplied: Mapping[str, Any]
+    """What the method got beside the safety rows, for the provenance."""
+
+
+def _directions(model: nn.Module, answered: AnsweredRows, sources: Sources, settings: SafetySettings) -> _Found:
+    needs = settings.needs
+    tokenizer = answered.tokenizer if sources.utility is None else answered.tokenizer or sources.utility.tokenizer
+    positions = safety_positions(tokenizer, settings)
+    supplies = gather(model, sources, positions, settings) if needs != SAFETY_ROWS_ONLY else Supplies()
+
+    def supplied(statistics: dict[str, ModuleStatistics]) -> dict[str, ModuleStatistics]:
+        return statistics if needs == SAFETY_ROWS_ONLY else with_supplies(statistics, supplies, settings)
+
+    leak = measure_leak(model, answered, positions, settings, supplied)
+    if settings.reads_safety_rows:
+        statistics = safety_statistics(model, answered.examples, positions, settings)
+    else:
+        statistics = empty_statistics(model, settings)
+    positions_counted = statistics[settings.names[0]].output.count
+    statistics = supplied(statistics)
+    supplies.utility.clear()  # so that their memory is free again, module by module
+    sides = compute_bases(
+        statistics,
+        {**settings.ranks, "input": leak.ranks} if leak.ranks else settings.ranks,
+        settings.basis_method,
+        settings.method_name,
+        settings.default_ranks,
+        needs,
+    )
+    return _Found(sides, leak, positions_counted, supplies.facts)
 
 
 def _tell_of_answers(answered: AnsweredRows) -> None:

@@ -23,6 +23,7 @@ def provenance_of(
     positions_counted: int,
     sides: Mapping[Side, SideBases],
     leak: Leak,
+    supplied: Mapping[str, Any],
 ) -> Provenance:
     """
     Args:
@@ -31,17 +32,15 @@ def provenance_of(
         positions_counted: How many of their positions counted.
         sides: What it found.
         leak: What was measured on rows that were held out.
+        supplied: What the method got beside the safety rows.
     """
     ranks = {side: [basis.shape[1] for basis in found.bases.values()] for side, found in sides.items()}
     return Provenance.of(
         {
             **settings.asked,
             "base_model": settings.rows.base_model or None,
-            "safety_data_sha256": data_digest(answered.examples),
-            "safety_samples": len(answered.examples),
-            "safety_positions": settings.positions,
-            **({"header_weight": settings.header_weight} if settings.header_weight != 1 else {}),
-            "positions_counted": positions_counted,
+            **(_of_safety_rows(settings, answered, positions_counted) if settings.reads_safety_rows else {}),
+            **supplied,
             **answered.counts,
             **({"safety_sources": answered.by_source} if answered.by_source else {}),
             **_tokenizer_facts(answered.tokenizer),
@@ -49,14 +48,28 @@ def provenance_of(
             "directions": {side: [min(of), max(of)] for side, of in ranks.items()},
             **_cuts(settings, sides),
             **leak.facts,
-            "engine": settings.engine.kind,
-            **_sketch_widths(settings),
+            **({"engine": settings.engine.kind, **_sketch_widths(settings)} if _runs_the_model(settings) else {}),
             "versions": {
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("salora-plugins", "torch", "transformers", "peft")},
             },
         }
     )
+
+
+def _of_safety_rows(settings: SafetySettings, answered: AnsweredRows, positions_counted: int) -> dict[str, Any]:
+    return {
+        "safety_data_sha256": data_digest(answered.examples),
+        "safety_samples": len(answered.examples),
+        "safety_positions": settings.positions,
+        **({"header_weight": settings.header_weight} if settings.header_weight != 1 else {}),
+        "positions_counted": positions_counted,
+    }
+
+
+def _runs_the_model(settings: SafetySettings) -> bool:
+    """Whether statistics are gathered of the layers."""
+    return settings.reads_safety_rows or settings.needs.utility_rows
 
 
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

@@ -144,32 +144,46 @@ def add_own_refusals(
             f"safety_data has rows without a response, and {type(model).__name__} cannot generate one. Give "
             "safety_data with responses, or a safety_module."
         )
+    answerer = Answerer(model, tokenizer, is_refusal, max_length, batch_size, whole_responses, answering or Answering())
+    kept, counts = collect(rows, num, answerer, description="collecting refusals")
+    _check_enough(len(kept), counts, min(num, len(rows)))
+    return kept, counts
+
+
+def collect(
+    rows: Sequence[Row], num: int, answerer: Answerer, *, refused: bool = True, description: str
+) -> tuple[list[TokenizedExample], dict[str, int]]:
+    """
+    Rows with a response, and requests with the model's own where it refuses them (or, with `refused` False, where it
+    does not), until there are `num`.
+
+    Returns:
+        The examples, in the order of the rows, and the counts "requests" and "refusals".
+    """
     kept: list[TokenizedExample] = []
     counts = {"requests": 0, "refusals": 0}
-    answerer = _Answerer(
-        model, tokenizer, is_refusal, max_length, batch_size, whole_responses, answering or Answering()
-    )
     rank, _ = rank_and_world_size()
-    progress = tqdm(total=min(num, len(rows)), desc="collecting refusals", unit="row", leave=False, disable=rank != 0)
+    progress = tqdm(total=min(num, len(rows)), desc=description, unit="row", leave=False, disable=rank != 0)
     start = 0
     while start < len(rows) and len(kept) < num:
-        # As many as are wanted still: some will not be refused, and the next round is smaller.
+        # As many as are wanted still: some will not be kept, and the next round is smaller.
         part = rows[start : start + max(num - len(kept), _LEAST_ROUND)]
         start += len(part)
-        refusals = iter(answerer.refusals([row for row in part if isinstance(row, RenderedRequest)]))
+        answers = iter(answerer.answers([row for row in part if isinstance(row, RenderedRequest)]))
         for row in part:
             if len(kept) >= num:
                 break
-            refusal = None
-            if isinstance(row, RenderedRequest):
-                counts["requests"] += 1
-                refusal = next(refusals)
-                counts["refusals"] += refusal is not None
-            kept += [example for example in (row, refusal) if isinstance(example, TokenizedExample)]
+            if isinstance(row, TokenizedExample):
+                kept.append(row)
+                continue
+            answer = next(answers)
+            counts["requests"] += 1
+            counts["refusals"] += answer is not None and answer.is_refusal
+            if answer is not None and answer.is_refusal == refused:
+                kept.append(answer.example)
         progress.n = len(kept)
         progress.refresh()
     progress.close()
-    _check_enough(len(kept), counts, min(num, len(rows)))
     return kept, counts
 
 
@@ -198,8 +212,16 @@ def _check_enough(kept: int, counts: dict[str, int], wanted: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The model's own answer to a request, as far as it was generated."""
+
+    example: TokenizedExample
+    is_refusal: bool
+
+
 @dataclass
-class _Answerer:
+class Answerer:
     """Lets a model answer requests, and tells which it refuses; under torch.distributed, every rank a share of them."""
 
     model: nn.Module
@@ -212,8 +234,8 @@ class _Answerer:
     at_once: float = math.inf
     """Fewer than a batch once the device's memory did not do for one."""
 
-    def refusals(self, requests: Sequence[RenderedRequest]) -> list[TokenizedExample | None]:
-        """The requests with the response where it is a refusal; None where not, or where there is no room for it."""
+    def answers(self, requests: Sequence[RenderedRequest]) -> list[Answer | None]:
+        """The answers to the requests; None where there is no room for one."""
         start = time.monotonic()
         answers: list[list[int]] = [[] for _ in requests]
         refused = [False] * len(requests)
@@ -233,7 +255,7 @@ class _Answerer:
             wanted = undecided
         self.answering.seconds += time.monotonic() - start
         return [
-            self._example(request, answer) if is_refused else None
+            Answer(self._example(request, answer), is_refused) if len(request.prompt_ids) < self.max_length else None
             for request, answer, is_refused in zip(requests, answers, refused, strict=True)
         ]
 

@@ -12,13 +12,14 @@ from torch import nn
 from ..activations.collector import statistics_dimensions
 from ..activations.errors import CalibrationError
 from ..activations.statistics import Engine, choose_engine
+from ..bases.actsvd import UTILITY_RANKS
 from ..config import SaLoRAConfig
-from ..hookspecs import BasisMethod
+from ..hookspecs import SAFETY_ROWS_ONLY, BasisMethod, BasisNeeds
 from ..models.embeddings import vocabulary_size
 from ..models.targets import check_ranks, check_reached_by_text, default_input_ranks, target_module_names
 from ..models.weights import base_layer, check_reachable, unreachable_weight
 from ..options import OPTIONS, Positions
-from ..plugins import basis_methods
+from ..plugins import basis_methods, basis_needs
 from ..ranks import Rank, Side, SideRanks, matching_patterns, of_side, rule_of
 
 SHARE_DIRECTIONS = 256
@@ -73,17 +74,32 @@ class SafetySettings:
     """
     basis_method: BasisMethod
     method_name: str
+    needs: BasisNeeds
+    """What the method gets beside the statistics of the safety rows."""
     engine: Engine
     may_cache: bool
     task_rows: RowSettings | None
     """Rows of the task, where they are known before the training: what the leak is measured against."""
     asked: Mapping[str, Any]
     """What the user asked for, as the provenance tells it."""
+    options: Mapping[str, Any]
+    """Every option by its name, data that was given as objects named by its type."""
+    utility_rows: RowSettings | None = None
+    """Where the method needs them."""
+    contrastive_rows: RowSettings | None = None
+    """Where there are any."""
+    unaligned_model: str | None = None
+    """Where the method needs it."""
 
     @property
     def names(self) -> list[str]:
         """The modules, in the model's order."""
         return list(self.ranks["output"])
+
+    @property
+    def reads_safety_rows(self) -> bool:
+        """Whether safety data is read and run through the model."""
+        return self.needs.reads_safety_rows("input" in self.ranks)
 
     @property
     def needs_headers(self) -> bool:
@@ -119,6 +135,13 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
             f"basis_method={config.basis_method!r} is not registered. Choose one of {', '.join(sorted(methods))}."
         )
     check_reachable(model, names)
+    needs = basis_needs().get(config.basis_method, SAFETY_ROWS_ONLY)
+    if needs.unaligned_model and config.unaligned_model is None:
+        raise CalibrationError(
+            f"basis_method={config.basis_method!r} compares the model with unaligned_model: name that, a folder or a "
+            "hub repository."
+        )
+    as_values = config.to_dict()
     return SafetySettings(
         rows=safety_row_settings(model, config),
         batch_size=config.calibration_batch_size,
@@ -128,11 +151,13 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
         default_ranks=_default_ranks(config, ranks),
         basis_method=methods[config.basis_method],
         method_name=config.basis_method,
-        engine=_engine(model, config, ranks),
+        needs=needs,
+        engine=_engine(model, config, ranks, needs),
         may_cache=config.calibration_cache,
         task_rows=_known_task_rows(model, config),
         asked={
-            "safety_data": config.to_dict()["safety_data"],
+            **({"safety_data": as_values["safety_data"]} if needs.reads_safety_rows("input" in ranks) else {}),
+            **({"variant": config.variant} if config.variant == "sails" else {}),
             "safety_rank": config.safety_rank,
             "safety_rank_pattern": dict(config.safety_rank_pattern),
             "input_safety_rank": config.input_safety_rank if config.has_input_side else 0,
@@ -140,6 +165,14 @@ def safety_settings(model: nn.Module, config: SaLoRAConfig) -> SafetySettings:
             "basis_method": config.basis_method,
             "seed": config.seed,
         },
+        options={name: as_values[name] for name in OPTIONS},
+        utility_rows=_row_settings(model, config, config.utility_data, "utility_data", config.num_utility_samples)
+        if needs.utility_rows
+        else None,
+        contrastive_rows=None
+        if config.contrastive_data is None
+        else _row_settings(model, config, config.contrastive_data, "contrastive_data", config.num_safety_samples),
+        unaligned_model=config.unaligned_model if needs.unaligned_model else None,
     )
 
 
@@ -190,7 +223,7 @@ def task_settings(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> T
         batch_size=config.calibration_batch_size,
         names=names,
         rank=config.task_rank,
-        engine=_engine(model, config, {"output": dict.fromkeys(names, config.task_rank)}),
+        engine=_engine(model, config, {"output": dict.fromkeys(names, config.task_rank)}, SAFETY_ROWS_ONLY),
     )
 
 
@@ -224,10 +257,16 @@ def _default_ranks(config: SaLoRAConfig, ranks: SideRanks) -> dict[Side, set[str
         side: {
             name
             for name, key in matching_patterns(of_names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
-            if (is_default[side] and key is None) or rule_of(of_names[name]) is not None
+            if (is_default[side] and key is None) or _is_measured(of_names[name])
         }
         for side, of_names in ranks.items()
     }
+
+
+def _is_measured(rank: Rank) -> bool:
+    """Whether a rank follows from a rule that is no property of the spectrum, and is a goal."""
+    rule = rule_of(rank)
+    return rule is not None and not rule.is_of_spectrum
 
 
 def _most_directions(rank: Rank) -> int:
@@ -236,8 +275,12 @@ def _most_directions(rank: Rank) -> int:
     return SHARE_DIRECTIONS if rule_of(rank) is None else RULE_DIRECTIONS
 
 
-def _engine(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -> Engine:
+def _engine(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks, needs: BasisNeeds) -> Engine:
     most = {side: max(map(_most_directions, by_name.values())) for side, by_name in ranks.items()}
+    if needs.utility_rows:
+        for side in most:
+            if (option := of_side(side, "utility_rank")) in needs.options:
+                most[side] = max(most[side], getattr(config, option) or UTILITY_RANKS * most[side])
     layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
     outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
     return choose_engine(

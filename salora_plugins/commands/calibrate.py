@@ -11,6 +11,7 @@ from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
+from .parameters import target_modules_of
 
 NOT_OF_CALIBRATION = frozenset({"safety_module", "init", "task_rank", "task_data", "num_task_samples"})
 """Options of an adapter that a calibration has no use for: its result, and what is for the start of a training."""
@@ -50,15 +51,3 @@ def calibrate(
     typer.echo(
         f"Wrote {out}. Use it with SaLoRAConfig(safety_module={str(out)!r}), or `salora.safety_module` in Axolotl."
     )
-
-
-def target_modules_of(given: list[str] | None) -> list[str] | str | None:
-    """A single text with characters that no module name has is a regular expression, as in PEFT."""
-    if not given:
-        return None
-    if len(given) == 1 and (given[0] == "all-linear" or not set(given[0]) <= _NAME_CHARACTERS):
-        return given[0]
-    return [name.strip() for text in given for name in text.split(",") if name.strip()]
-
-
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")

@@ -1,4 +1,4 @@
-"""Several options of a command made from a declaration, instead of being written in its signature."""
+"""Several options of a command made from a declaration, instead of being written in its signature; what some mean."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def in_place_of(
         return with_options
 
     return decorate
+
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")
+
+
+def target_modules_of(given: list[str] | None) -> list[str] | str | None:
+    """Of a command: a single text with characters that no module name has is a regular expression, as in PEFT."""
+    if not given:
+        return None
+    if len(given) == 1 and (given[0] == "all-linear" or not set(given[0]) <= _NAME_CHARACTERS):
+        return given[0]
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]

@@ -10,6 +10,7 @@ from ..models.loading import LoadingOptions
 from ..safety_module import SafetyModule
 from .assembling import assemble
 from .coherence import PERPLEXITY_THRESHOLD
+from .evaluated_models import ModelLoader
 from .first_tokens import KL_TOKENS
 from .judging import judge
 from .measuring import measure
@@ -108,7 +109,12 @@ def evaluate(
 
 
 def carry_out(
-    plan: EvaluationPlan, out: str | os.PathLike, *, overwrite: bool = False, progress: bool = True
+    plan: EvaluationPlan,
+    out: str | os.PathLike,
+    *,
+    loader: ModelLoader | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> EvaluationReport:
     """
     Evaluate by a plan; what is in the folder already is not measured again.
@@ -116,6 +122,7 @@ def carry_out(
     Args:
         plan: From `plan_evaluation`.
         out: See `evaluate`.
+        loader: Gives the models; None: from where the plan says that they lie.
         overwrite: See `evaluate`.
         progress: Show progress bars.
 
@@ -127,7 +134,7 @@ def carry_out(
     folder.keep_settings(plan.settings)
     for evaluated in plan.models:
         folder.keep_source(evaluated.name, evaluated.source, evaluated.digest)
-    measure(plan, folder, progress=progress)
+    measure(plan, folder, loader=loader, progress=progress)
     answers = judge(plan, folder, progress=progress)
     report = assemble(plan, folder, answers)
     folder.save(report, answers)

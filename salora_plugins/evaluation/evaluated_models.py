@@ -7,10 +7,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
-from ..safety_module import DEFAULT_FILE
+from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
 from .reports.report import ModelKind
 
@@ -44,8 +44,9 @@ class EvaluatedModel:
 
     @property
     def has_safety_module(self) -> bool:
-        """Whether it is an adapter with a safety module beside it."""
-        return self.kind == "adapter" and (Path(self.folder) / DEFAULT_FILE).is_file()
+        """Whether it is an adapter with a safety module beside it, and not with the directions that SAILS starts in."""
+        file = Path(self.folder) / DEFAULT_FILE
+        return self.kind == "adapter" and file.is_file() and SafetyModule.load(file).protects
 
     @property
     def is_plain_lora(self) -> bool:
@@ -115,9 +116,23 @@ def check_vocabularies(tokenizer: Any, models: Sequence[EvaluatedModel], loading
                 )
 
 
+class ModelLoader(Protocol):
+    """Where the models of an evaluation come from, one at a time."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model, as it is."""
+
+    def loaded(self, evaluated: EvaluatedModel) -> AbstractContextManager[nn.Module]:
+        """A model, as long as the block lasts."""
+
+    def release(self) -> None:
+        """Keep nothing any more that was only needed to load models."""
+
+
 class Loader:
     """
-    Keeps one model in memory.
+    Keeps one model of those on disk in memory.
 
     Args:
         base: The base model.

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .coherence import response_perplexities
-from .evaluated_models import EvaluatedModel, Loader
+from .evaluated_models import EvaluatedModel, Loader, ModelLoader
 from .first_tokens import FirstTokenReference, first_token_kl, first_token_reference, refusal_margins
 from .generation import generate_responses
 from .lm_eval_tasks import run_lm_eval
@@ -21,14 +21,22 @@ from .reports.report import SetName
 from .run_folder import KL, MARGINS, PERPLEXITIES, Entry, PerRequest, RunFolder, responses_entry
 
 
-def measure(plan: EvaluationPlan, folder: RunFolder, *, progress: bool = True) -> None:
+def measure(
+    plan: EvaluationPlan, folder: RunFolder, *, loader: ModelLoader | None = None, progress: bool = True
+) -> None:
     """
     Measure what is not in the folder yet, with one model in memory at a time.
+
+    Args:
+        plan: What is measured on which models.
+        folder: Where it is kept.
+        loader: Gives the models; None: from where the plan says that they lie.
+        progress: Show progress bars.
 
     Raises:
         ValueError: An adapter does not fit the base model, or a model's outputs are not finite.
     """
-    loader = Loader(plan.base, plan.loading)
+    loader = loader or Loader(plan.base, plan.loading)
     measuring = _Measuring(plan, folder, loader, progress)
     for evaluated in plan.models:
         measuring.measure(evaluated)
@@ -40,7 +48,7 @@ def measure(plan: EvaluationPlan, folder: RunFolder, *, progress: bool = True) -
 class _Measuring:
     """The measurements of one plan."""
 
-    def __init__(self, plan: EvaluationPlan, folder: RunFolder, loader: Loader, progress: bool) -> None:
+    def __init__(self, plan: EvaluationPlan, folder: RunFolder, loader: ModelLoader, progress: bool) -> None:
         self._plan, self._folder, self._loader, self._progress = plan, folder, loader, progress
         self._prompts = plan.prompts
         self._batch_size = plan.measuring.batch_size

@@ -167,7 +167,7 @@ class SafetyMonitorCallback(TrainerCallback):
             "safety/kl_harmful": kl.mean().item(),
         }
         safety_module = self.safety_module or _own_safety_module(model)
-        if safety_module is not None and isinstance(model, PeftModel):
+        if safety_module is not None and safety_module.protects and isinstance(model, PeftModel):
             values["safety/certificate"] = largest_live_share(model, safety_module)
         ended = time.perf_counter()
         should_log = control.should_log  # which logging sets back, so that the step's loss would not be logged

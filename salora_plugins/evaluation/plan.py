@@ -46,9 +46,13 @@ class DataOptions:
     def requests(self) -> dict[SetName, list[Request]]:
         """The requests of both sets."""
         return {
-            "harmful": load_requests(self.harmful, option="harmful", num=self.num_requests, seed=self.seed),
+            "harmful": self.harmful_requests(),
             "harmless": load_requests(self.harmless, option="harmless", num=self.num_requests, seed=self.seed),
         }
+
+    def harmful_requests(self) -> list[Request]:
+        """Those that should be refused."""
+        return load_requests(self.harmful, option="harmful", num=self.num_requests, seed=self.seed)
 
     def held_out_task(self) -> HeldOutTask | None:
         """The task, where there is one."""
@@ -178,7 +182,7 @@ def plan_evaluation(
     if lm_eval.tasks:
         check_tasks(lm_eval.tasks, lm_eval.include_path)
     requests, task = data.requests(), data.held_out_task()
-    planned_judges = tuple(_planned(judge) for judge in dict.fromkeys(judges))
+    planned_judges = tuple(planned_judge(judge) for judge in dict.fromkeys(judges))
     found = find_models(base_model, adapters, models, loading.revision)
     base = found[0]
     audits = _audits(found, safety_module)
@@ -201,17 +205,18 @@ def plan_evaluation(
         audits=audits,
         measuring=measuring,
         seed=data.seed,
-        settings=_settings(base, data, requests, measuring, loading),
+        settings=common_settings(base, data, requests, measuring, loading),
     )
 
 
-def _settings(
+def common_settings(
     base: EvaluatedModel,
     data: DataOptions,
     requests: Mapping[SetName, Sequence[Request]],
     measuring: MeasuringOptions,
     loading: LoadingOptions,
 ) -> dict[str, Setting]:
+    """What all models of an evaluation have in common."""
     sources = {"harmful": data.harmful, "harmless": data.harmless}
     choice = {"num_requests": data.num_requests, "seed": data.seed}
     return {
@@ -227,7 +232,13 @@ def _settings(
     }
 
 
-def _planned(spec: str) -> PlannedJudge:
+def planned_judge(spec: str) -> PlannedJudge:
+    """
+    A judge by name, see `load_judge`; the model that it may be is not loaded.
+
+    Raises:
+        ValueError: There is none of that name, or its argument is not usable.
+    """
     judge = load_judge(spec)
     return PlannedJudge(judge.name, judge.kind, judge.describe())
 

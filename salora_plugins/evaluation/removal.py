@@ -29,7 +29,7 @@ def without_directions(model: nn.Module, side: Side, directions: Mapping[str, Te
         for name, basis in directions.items():
             layer = base_layer(model.get_submodule(name))
             if side == "output":
-                handles.append(layer.register_forward_hook(_output_hook(basis)))
+                handles.append(layer.register_forward_hook(_output_hook(_remover(basis))))
             else:
                 handles.append(layer.register_forward_pre_hook(_input_hook(basis)))
         yield
@@ -38,9 +38,27 @@ def without_directions(model: nn.Module, side: Side, directions: Mapping[str, Te
             handle.remove()
 
 
-def _output_hook(basis: Tensor) -> Callable:
-    remove = _remover(basis)
+@contextmanager
+def without_parts(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """
+    The model with W - R L^T W in the place of its layers' weights W, by hooks that are taken off again.
 
+    Args:
+        model: The model, quantized or not.
+        parts: Module name -> L and R, (d_out, k) each.
+    """
+    handles = []
+    try:
+        for name, (read, written) in parts.items():
+            layer = base_layer(model.get_submodule(name))
+            handles.append(layer.register_forward_hook(_output_hook(_part_remover(read, written))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_hook(remove: Callable[[Tensor], Tensor]) -> Callable:
     def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         bias = getattr(layer, "bias", None)
         return remove(output) if bias is None else remove(output - bias) + bias
@@ -60,6 +78,18 @@ def _remover(basis: Tensor) -> Callable[[Tensor], Tensor]:
         if vectors.device not in by_device:
             by_device[vectors.device] = basis.to(vectors.device, torch.float32)
         return project_out(vectors.float(), by_device[vectors.device], "input").to(vectors.dtype)
+
+    return remove
+
+
+def _part_remover(read: Tensor, written: Tensor) -> Callable[[Tensor], Tensor]:
+    by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def remove(vectors: Tensor) -> Tensor:
+        if vectors.device not in by_device:
+            by_device[vectors.device] = read.to(vectors.device), written.T.contiguous().to(vectors.device)
+        left, right = by_device[vectors.device]
+        return (vectors.float() - (vectors.float() @ left) @ right).to(vectors.dtype)
 
     return remove
 

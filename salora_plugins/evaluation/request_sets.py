@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..prompts.builtin import builtin_prompts, harmless_prompts
+from ..prompts.builtin import builtin_prompts, everyday_prompts, harmless_prompts
 from ..rows.errors import DataError
 from ..rows.examples import Asked, Example
 from ..rows.formats import TEXT_COLUMNS, is_undesirable, parse_row
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _BUILTIN = {
     "harmful": lambda: builtin_prompts("evaluation"),
     "harmless": lambda: [row for row in harmless_prompts() if row["split"] == "evaluation"],
+    "utility_data": everyday_prompts,
 }
 
 
@@ -51,7 +52,8 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
         source: "builtin" (the held-out part of the built-in prompts of that kind); a text file of one request a line;
             or whatever `salora_plugins.rows.reading.load_examples` reads, or a list that names several of these. A
             column `category` is kept.
-        option: "harmful" or "harmless": which built-in set, and what the user calls this data, for messages.
+        option: "harmful", "harmless" or "utility_data" (everyday requests): which built-in set, and what the user calls
+            this data, for messages.
         num: Take at most so many, spread evenly over the categories; None takes all.
         seed: Seed of that choice.
 

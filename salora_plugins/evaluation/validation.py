@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,20 +16,15 @@ from ..calibration import calibrate
 from ..models.fingerprint import check_belongs
 from ..models.running import adapters_disabled
 from ..ranks import Side, of_side
-from ..rows.examples import Asked, as_messages
+from ..rows.examples import Asked
 from ..safety_module import SafetyModule
 from .first_tokens import refusal_margins
-from .generation import generate_responses
 from .intervals import Mean
 from .metrics import response_loss
+from .own_answers import with_own_answers
 from .removal import random_directions, without_directions
 from .reports.validation_report import RANDOM_SUBSPACES, Measures, SideValidation, ValidationReport
 from .request_sets import Request
-
-logger = logging.getLogger(__name__)
-
-RESPONSE_TOKENS = 64
-"""Length of the model's own answers to harmless requests."""
 
 
 def validate(
@@ -78,7 +72,7 @@ def validate(
     _check_layers(model, names)
     check_belongs(safety_module, model, names)
     with adapters_disabled(model):
-        rows = _with_answers(model, tokenizer, harmless, batch_size, progress)
+        rows = with_own_answers(model, tokenizer, harmless, option="harmless", batch_size=batch_size, progress=progress)
         ordinary = _ordinary_directions(model, tokenizer, rows, safety_module, batch_size)
         total = 1 + len(safety_module.sides) * (2 + RANDOM_SUBSPACES)
         with tqdm(total=total, desc="validating", unit="state", disable=not progress) as bar:
@@ -171,38 +165,6 @@ def _ordinary_directions(
 
 def _exact(bases: Mapping[str, Tensor]) -> dict[str, int]:
     return {name.replace(".", r"\."): basis.shape[1] for name, basis in bases.items()}
-
-
-def _with_answers(
-    model: nn.Module, tokenizer: Any, requests: Sequence[Request], batch_size: int, progress: bool
-) -> list[dict[str, Any]]:
-    """
-    The requests with their responses, or the model's own, in TRL's prompt-completion form; without those to which the
-    model says nothing.
-
-    Raises:
-        ValueError: It says nothing to any.
-    """
-    unanswered = [request.asked for request in requests if not request.response]
-    own = iter(
-        generate_responses(
-            model, tokenizer, unanswered, max_new_tokens=RESPONSE_TOKENS, batch_size=batch_size, progress=progress
-        )
-    )
-    answers = [request.response or next(own) for request in requests]
-    silent = sum(not answer for answer in answers)
-    if silent == len(answers):
-        raise ValueError("harmless: the model answers none of these requests. Give others, or rows with responses.")
-    if silent:
-        logger.warning("The model says nothing to %d of %d harmless requests; they are left out.", silent, len(answers))
-    return [
-        {
-            "prompt": list(as_messages(request.asked)),
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-        for request, answer in zip(requests, answers, strict=True)
-        if answer
-    ]
 
 
 def _check_layers(model: nn.Module, names: Sequence[str]) -> None:

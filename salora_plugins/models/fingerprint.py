@@ -70,11 +70,21 @@ def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         with linear_weight(model.get_submodule(name)) as weight:
             key = weight.shape, weight.device
             if key not in places:
-                index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
-                rows, columns = index // weight.shape[1], index % weight.shape[1]
-                places[key] = rows.to(weight.device), columns.to(weight.device)
+                places[key] = _places(weight)
             samples[name] = weight[places[key]].float()
     return dict(zip(samples, on_cpu(list(samples.values())), strict=True))
+
+
+def spread_samples(weight: Tensor) -> Tensor:
+    """Evenly spaced elements of a weight (d_out, d_in), (up to 64,) float32, those of `weight_samples`."""
+    return weight[_places(weight)].float()
+
+
+def _places(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of evenly spaced elements of a weight, on its device."""
+    index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
+    rows, columns = index // weight.shape[1], index % weight.shape[1]
+    return rows.to(weight.device), columns.to(weight.device)
 
 
 def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable[str]) -> None:

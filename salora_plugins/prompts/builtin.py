@@ -11,6 +11,9 @@ from ..hookspecs import DataSource, hookimpl
 
 SPLITS = ("calibration", "evaluation")
 
+EVERYDAY = "everyday"
+"""The data source of everyday requests: what "builtin" is of utility data."""
+
 
 def builtin_prompts(split: str) -> list[dict[str, Any]]:
     """Harmful requests that were written for this package, none of them operational.
@@ -53,3 +56,4 @@ def _read(name: str) -> list[dict[str, Any]]:
 @hookimpl
 def register_data_sources(register: Callable[[str, DataSource], None]) -> None:
     register("builtin", lambda: builtin_prompts("calibration"))
+    register(EVERYDAY, everyday_prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,7 @@ class RefusalAnchorCallback(TrainerCallback):
         self.seconds = 0.0
         """What the penalties took."""
         self._options = options
+        self._made_for: weakref.ref[Any] | None = None
         self._last: torch.Tensor | None = None
 
     def on_train_begin(
@@ -92,7 +94,9 @@ class RefusalAnchorCallback(TrainerCallback):
                 "RefusalAnchorCallback needs a model with an adapter: its base is the model with adapters disabled. "
                 "Give the trainer a peft_config."
             )
-        if self.anchor is None:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        made_for_another = self._made_for is not None and self._made_for() is not base
+        if self.anchor is None or made_for_another:
             tokenizer = processing_class if self.tokenizer is None else self.tokenizer
             if tokenizer is None:
                 raise ValueError(
@@ -100,6 +104,7 @@ class RefusalAnchorCallback(TrainerCallback):
                     "or give the callback a tokenizer."
                 )
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
+            self._made_for, self._last = weakref.ref(base), None
         note_for_card(
             model,
             "Refusal anchor",

@@ -97,7 +97,7 @@ def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Exa
         return _tokenized_row(row, where)
     for asked, answered in _TOKEN_PAIRS:
         if asked in row and answered in row:
-            before, after = _integers(row, asked, where), _integers(row, answered, where)
+            before, after = token_ids(row, asked, where), token_ids(row, answered, where)
             return [TokenizedExample(before + after, (IGNORED,) * len(before) + after)]
     for column in _CONVERSATIONS:
         if column in row:
@@ -233,8 +233,8 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str | None:
 
 
 def _tokenized_row(row: Mapping[str, Any], where: str) -> list[TokenizedExample]:
-    input_ids = _integers(row, "input_ids", where)
-    parallel = {name: _integers(row, name, where) for name in ("labels", "attention_mask", *_MASKS) if name in row}
+    input_ids = token_ids(row, "input_ids", where)
+    parallel = {name: token_ids(row, name, where) for name in ("labels", "attention_mask", *_MASKS) if name in row}
     for name, values in parallel.items():
         if len(values) != len(input_ids):
             raise DataError(f"{where}: input_ids has {len(input_ids)} entries, but {name} has {len(values)}")
@@ -245,7 +245,7 @@ def _tokenized_row(row: Mapping[str, Any], where: str) -> list[TokenizedExample]
             token if all(mask[index] for mask in masks) else IGNORED for index, token in enumerate(input_ids)
         )
     attended = parallel.get("attention_mask", (1,) * len(input_ids))
-    lengths = _integers(row, "seq_lengths", where) if "seq_lengths" in row else (len(input_ids),)
+    lengths = token_ids(row, "seq_lengths", where) if "seq_lengths" in row else (len(input_ids),)
     if sum(lengths) != len(input_ids):
         raise DataError(f"{where}: input_ids has {len(input_ids)} entries, but seq_lengths add up to {sum(lengths)}")
     examples = []
@@ -257,7 +257,13 @@ def _tokenized_row(row: Mapping[str, Any], where: str) -> list[TokenizedExample]
     return examples
 
 
-def _integers(row: Mapping[str, Any], column: str, where: str) -> tuple[int, ...]:
+def token_ids(row: Mapping[str, Any], column: str, where: str) -> tuple[int, ...]:
+    """
+    The whole numbers of a column.
+
+    Raises:
+        DataError: It holds something else.
+    """
     value = row[column]
     values = value.tolist() if hasattr(value, "tolist") else value  # a tensor or array
     if not isinstance(values, Sequence) or not all(isinstance(item, int) for item in values):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 _PART = r"[\w-][\w.-]*"
-_HUB_ID = re.compile(rf"{_PART}/{_PART}(@[\w./-]+)?")
+_HUB_ID = re.compile(rf"{_PART}/{_PART}(@[\w./-]+)?", re.ASCII)
 _MODEL_NAME = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)
-_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:

@@ -17,6 +17,7 @@ from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
 from ..models.weights import has_placeholders
+from ..options import OF_BASIS_METHODS, OPTIONS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
 
@@ -32,6 +33,7 @@ _OPTIONS_OF_SAFETY_MODULES = (
     "safety_positions",
     "header_weight",
     "basis_method",
+    *OF_BASIS_METHODS,
 )
 
 
@@ -97,7 +99,9 @@ def safety_module_of_checkpoint(
 
 
 def bases_of(safety_module: SafetyModule, name: str) -> dict[Side, Tensor]:
-    """The bases of one module: U_C and, where there is an input side, V_C."""
+    """The bases that one module's update is kept out of: U_C and, where there is an input side, V_C; of SAILS none."""
+    if not safety_module.protects:
+        return {}
     return {side: found.bases[name] for side, found in safety_module.sides.items()}
 
 
@@ -116,6 +120,7 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     """
     given = config.safety_module
     safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
+    _check_variant(config, safety_module)
     positions = safety_module.provenance.get("safety_positions")
     if config.safety_positions is not None and positions not in (None, config.safety_positions):
         raise ValueError(
@@ -145,10 +150,35 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     return safety_module
 
 
+def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """
+    Raises:
+        ValueError: Directions to start in are to protect, or those of a safety module are to start in.
+    """
+    if safety_module.protects and config.variant == "sails":
+        raise ValueError(
+            "variant='sails' with a safety module, whose directions are to be kept out of: leave safety_module out and "
+            "set sae and contrastive_data, or give what a SAILS adapter was saved with."
+        )
+    if not safety_module.protects and config.variant != "sails":
+        raise ValueError(
+            f"variant={config.variant!r} with the directions that a SAILS adapter starts in, which protect nothing. "
+            "Calibrate with basis_method='sae' for a safety module of such directions, or set variant='sails'."
+        )
+
+
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
-    """The ranks to take of a safety module: its own on the input side, where the configuration asks for none."""
-    bases = safety_module.input_bases
-    return config.safety_ranks({name: bases[name].shape[1] if name in bases else 0 for name in names})
+    """
+    The ranks to take of a safety module: its own where the configuration asks for none, and on the output side neither
+    did who calibrated it, so that its method chose.
+    """
+    bases, default = safety_module.input_bases, OPTIONS["safety_rank"].default
+    own = {name: safety_module.bases[name].shape[1] for name in names if name in safety_module.bases}
+    chosen = config.safety_rank == safety_module.provenance.get("safety_rank") == default
+    return config.safety_ranks(
+        {name: bases[name].shape[1] if name in bases else 0 for name in names},
+        {name: own.get(name, default) for name in names} if chosen else None,
+    )
 
 
 def _all_directions(safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..config import SaLoRAConfig
-from ..initialization import pissa_factors, restrict_to_task
+from ..initialization import pissa_factors, restrict_to_task, sails_factor
 from ..models.weights import linear_weight
 from ..parametrization import SafeFactor, moved_once, register_safe_factor, safe_factor, trained_factor
 from ..ranks import Side
@@ -21,7 +21,12 @@ _BYTES_AT_ONCE = 64 * 2**20
 
 
 def start_factors(
-    layers: Mapping[str, LoraLayer], adapter_name: str, config: SaLoRAConfig, *, zeros: bool
+    layers: Mapping[str, LoraLayer],
+    adapter_name: str,
+    config: SaLoRAConfig,
+    subspaces: Mapping[str, Tensor],
+    *,
+    zeros: bool,
 ) -> Iterator[tuple[str, dict[Side, Tensor] | None]]:
     """
     (name, {"input": A_0, "output": B_0}) of every layer; None for `init="zero"`, which has no start factors.
@@ -33,10 +38,19 @@ def start_factors(
         layers: By name; the adapter's weights in them say shape and device.
         adapter_name: The adapter.
         config: Its `init`, and the seed of the decompositions.
+        subspaces: Of `init="sails"`: the directions (d_out, k) in which B starts, by name.
         zeros: Whether zeros will do, since saved factors follow.
     """
     if config.init == "zero":
         yield from ((name, None) for name in layers)
+        return
+    if config.init == "sails" and not zeros:
+        for name, layer in layers.items():
+            linears = lora_linears(layer, adapter_name)
+            b = sails_factor(subspaces[name], layer.r[adapter_name], name)
+            # PEFT has just drawn A.
+            a = linears["input"].weight.detach().float().clone()
+            yield name, {"input": a, "output": b.to(linears["output"].weight.device)}
         return
     groups: dict[tuple[int, int, int, float, torch.device], list[str]] = {}
     for name, layer in layers.items():

@@ -1,0 +1,469 @@
+"""LSSF (arXiv 2602.00038): giving a fine-tuned model its refusals back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..adapters.saved import ADAPTER_CONFIG_FILE, SavedAdapter, check_plain_lora
+from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
+from ..calibration import calibrate
+from ..models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight_delta
+from ..models.fingerprint import check_belongs
+from ..models.loading import LoadingOptions, load_model, load_tokenizer
+from ..models.weights import base_layer, is_quantized, layer_features
+from ..safety_module import SafetyModule
+from ..support.module_names import listed
+from .fusion import SafetyVector, at_rank, product_norm
+from .merged_model import check_folder, check_mergeable, write_merged
+from .restore_report import FORMS, Form, ModuleRestoration, RestoreReport
+from .strength import Strength, StrengthSearch
+from .strength_search import Trial, refusal_judge, search_strength
+from .updates import Factors
+
+ENTROPY = 0.85
+"""The paper's share of the entropy of a layer's spectrum that its safety directions make up."""
+
+Source = str | os.PathLike
+
+
+def restore(
+    finetuned: Source,
+    aligned: Source | PreTrainedModel,
+    out: Source,
+    *,
+    unsafe: Source | None = None,
+    form: str | None = None,
+    alpha: float = 1.0,
+    alpha_1: float = 1.0,
+    entropy: float | None = None,
+    max_rank: int | None = None,
+    search: StrengthSearch | None = None,
+    safety_module: SafetyModule | Source | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    loading: LoadingOptions | None = None,
+    **calibration: Any,
+) -> RestoreReport:
+    """
+    Give a model that was fine-tuned already its refusals back, without training (LSSF, arXiv 2602.00038).
+
+    Z = W X of the aligned model on harmful requests with its refusals (the response's tokens), U S V^T = SVD(Z). A
+    layer's safety directions are the first r columns of U, r being the least number whose part of the spectrum's
+    entropy is `entropy` (see `salora_plugins.ranks.rank_for_entropy`, also for what sketches make of it). With
+    alpha_i = 1 + (alpha_1 - 1) (s_i - s_r) / (s_1 - s_r) and U'_i = alpha_i U_i, the weights become
+    W_finetuned + alpha U' U'^T (W_safe - W_unsafe).
+
+    The unsafe counterpart may be an adapter of the aligned model that lost its refusals, such as the fine-tuned one
+    itself (the default): then the difference is -s B A of it, which is never formed, and the repair has no higher rank
+    than it. With alpha = alpha_1 = 1 that takes the safety directions out of the fine-tuned update, as
+    `project_adapter` does on its output side. Or it is a model: the base before its alignment, or a fine-tuned one,
+    read a tensor at a time.
+
+    Args:
+        finetuned: The fine-tuned model: a folder with a LoRA adapter of the aligned model, of SaLoRA or any other; or a
+            whole model, a folder or a hub repository.
+        aligned: The aligned model that it was made from, a folder or a hub repository; or itself.
+        out: The folder to write.
+        unsafe: An adapter's folder, or a model. None: the fine-tuned one.
+        form: "combined": one plain LoRA of adapter and repair, the default for an adapter; "repair": that alone, a
+            plain LoRA to go on the fine-tuned model, the default for a model; "merged": a whole model.
+        alpha: Of all directions.
+        alpha_1: Of a layer's first direction, its last one having 1.
+        entropy: The share that decides how many safety directions a layer has; 0.85. Not with a `safety_module`.
+        max_rank: Repairs of a higher rank are cut to it, in the best approximation; the report says what is lost.
+        search: Find alpha and alpha_1 by a sweep.
+        safety_module: The safety directions, computed before (`salora calibrate --safety-rank entropy:0.85`). Its
+            output side is used as it is.
+        target_modules: Which layers to repair where nothing else says it, both being models; "all-linear".
+        tokenizer: The aligned model's; None: the one beside it.
+        dtype: "float32", "bfloat16" or "float16" of a written adapter; a merged model keeps its own.
+        overwrite: Replace an adapter that `out` holds already; all other files there stay. A merged model is written
+            into a new folder only.
+        loading: How models are loaded.
+        calibration: Options of `calibrate`: safety_data, num_safety_samples, calibration_batch_size, seed, ...
+
+    Raises:
+        FileNotFoundError, FileExistsError: See the message.
+        CalibrationError, DataError: The safety directions cannot be computed.
+        ValueError: Options contradict each other, the adapter is not two plain factors per linear layer, models and
+            adapters do not belong together, or nothing differs between the safe and the unsafe weights.
+    """
+    return _Restoration(
+        finetuned=finetuned,
+        aligned=aligned,
+        out=Path(out),
+        unsafe=unsafe,
+        form=form,
+        strength=Strength(alpha, alpha_1),
+        entropy=entropy,
+        max_rank=max_rank,
+        search=search,
+        safety_module=safety_module,
+        target_modules=target_modules,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        overwrite=overwrite,
+        loading=loading or LoadingOptions(),
+        calibration=calibration,
+    ).run()
+
+
+@dataclass(frozen=True)
+class _Restoration:
+    """What `restore` is asked for."""
+
+    finetuned: Source
+    aligned: Source | PreTrainedModel
+    out: Path
+    unsafe: Source | None
+    form: str | None
+    strength: Strength
+    entropy: float | None
+    max_rank: int | None
+    search: StrengthSearch | None
+    safety_module: SafetyModule | Source | None
+    target_modules: str | Sequence[str] | None
+    tokenizer: Any
+    dtype: str
+    overwrite: bool
+    loading: LoadingOptions
+    calibration: Mapping[str, Any]
+
+    def run(self) -> RestoreReport:
+        """Compute the repair and write it."""
+        self._check_options()
+        adapter = _adapter(self.finetuned)
+        unsafe_adapter = adapter if self.unsafe is None else _adapter(self.unsafe)
+        form = self._form(adapter)
+        self._check_inputs(adapter, unsafe_adapter, form)
+
+        model = self.aligned
+        if not isinstance(model, PreTrainedModel):
+            model = load_model(os.fspath(model), self.loading)
+        tokenizer, name = self.tokenizer, model.config._name_or_path
+        if tokenizer is None and name:
+            tokenizer = load_tokenizer(name, self.loading)
+        targets = _names(model, adapter, unsafe_adapter) or self.target_modules
+        directions = self._directions(model, tokenizer, targets)
+        unsafe = os.fspath(self.finetuned if self.unsafe is None else self.unsafe)
+        vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
+        if adapter is None and (self.search is not None or form == "merged"):
+            model = load_model(os.fspath(self.finetuned), self.loading.without_revision())
+        own = {} if adapter is None else _updates(adapter)
+        if form == "merged":
+            check_mergeable(model, {**own, **vectors})
+        strength, trials = self._strength(model, tokenizer, own, vectors)
+
+        repairs = {name: at_rank(vector.repair(strength), self.max_rank) for name, vector in vectors.items()}
+        report = RestoreReport(
+            form=form,
+            strength=strength,
+            modules={
+                name: _described(basis, vectors.get(name), repairs.get(name), own.get(name), strength)
+                for name, basis in directions.bases.items()
+            },
+            unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
+            search=self.search,
+            trials=tuple(trials),
+        )
+        updates = {name: update for name, (update, _) in repairs.items()}
+        if form == "merged":
+            parts = {name: [of[name] for of in (own, updates) if name in of] for name in {**own, **updates}}
+            write_merged(model, parts, self.out, tokenizer=tokenizer, section=report.card_section(directions))
+        else:
+            base_model = os.fspath(self.finetuned) if adapter is None else None
+            write_adapter(
+                _as_adapter(model, adapter, updates, form, base_model, self.dtype),
+                self.out,
+                card=lambda digest: report.card_section(directions),
+                tags=("lora",),
+                safety_module=directions if form == "combined" else None,
+            )
+        return report
+
+    def _check_options(self) -> None:
+        check_dtype(self.dtype)
+        self.strength.check()
+        if self.entropy is not None and not 0 < self.entropy < 1:
+            raise ValueError(f"entropy={self.entropy}: give a share between 0 and 1, such as {ENTROPY}.")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"max_rank={self.max_rank}: give a whole number of at least 1.")
+        if self.search is not None:
+            self.search.check()
+            refusal_judge(self.search)
+        given = [*(["entropy"] if self.entropy is not None else []), *self.calibration]
+        if self.safety_module is not None and given:
+            raise ValueError(f"{given[0]}: a safety_module is given, whose directions are used. Give one of the two.")
+        if fixed := sorted({"safety_rank", "input_safety_rank"}.intersection(self.calibration)):
+            raise ValueError(f"{fixed[0]}: the safety directions follow from `entropy`; or give a safety_module.")
+
+    def _form(self, adapter: SavedAdapter | None) -> Form:
+        possible: list[Form] = [name for name in FORMS if adapter is not None or name != "combined"]
+        if self.form is None:
+            return possible[0]
+        for name in possible:
+            if name == self.form:
+                return name
+        reason = ", since the fine-tuned model is no adapter to combine with" if self.form in FORMS else ""
+        raise ValueError(f"form={self.form!r}: choose one of {', '.join(possible)}{reason}.")
+
+    def _check_inputs(self, adapter: SavedAdapter | None, unsafe_adapter: SavedAdapter | None, form: Form) -> None:
+        if form == "merged":
+            check_folder(self.out)
+        else:
+            check_destination(Path(self.finetuned), self.out, self.overwrite)
+        if self.target_modules is not None and (adapter or unsafe_adapter):
+            raise ValueError("target_modules: an adapter is given, whose modules are repaired. Leave it out.")
+        if adapter is not None and adapter.other_tensors and (self.search is not None or form == "merged"):
+            raise ValueError(
+                f"{self.finetuned}: has more than two factors per linear layer ({next(iter(adapter.other_tensors))}), "
+                "with which it can neither be merged here nor searched. Write form='combined' at a given strength."
+            )
+
+    def _directions(self, model: PreTrainedModel, tokenizer: Any, targets: str | Sequence[str] | None) -> SafetyModule:
+        """
+        The safety directions of the layers' outputs.
+
+        Args:
+            model: The aligned model.
+            tokenizer: Its tokenizer.
+            targets: Names of modules, or what `target_modules` takes; None: all linear layers, or those of the safety
+                module.
+
+        Raises:
+            SafetyModuleError: The safety module is another model's, or lacks a module.
+        """
+        if self.safety_module is None:
+            return calibrate(
+                model,
+                tokenizer,
+                target_modules=targets or "all-linear",
+                safety_rank=f"entropy:{ENTROPY if self.entropy is None else self.entropy}",
+                input_safety_rank=0,
+                **{"safety_positions": "response", **self.calibration},
+            )
+        found = self.safety_module
+        if not isinstance(found, SafetyModule):
+            found = SafetyModule.load(found)
+        if isinstance(targets, str):
+            raise ValueError("target_modules: give names of modules beside a safety_module, or leave it out.")
+        names = list(found.bases)
+        if targets is not None:
+            ends = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+            if missing := sorted(target for target, matched in ends.items() if not matched):
+                raise ValueError(
+                    f"safety_module: has no directions for {listed(missing)}. Calibrate again with these modules."
+                )
+            names = [name for name in names if any(name in matched for matched in ends.values())]
+        check_belongs(found, model, names)
+        return found.restricted_to({"output": {name: found.bases[name].shape[1] for name in names}})
+
+    def _strength(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        own: Mapping[str, Factors],
+        vectors: Mapping[str, SafetyVector],
+    ) -> tuple[Strength, list[Trial]]:
+        """The strength that was asked for, or found by the search, and what that has measured."""
+        if self.search is None:
+            return self.strength, []
+
+        def repairs(strength: Strength) -> dict[str, list[Factors]]:
+            return {name: [at_rank(vector.repair(strength), self.max_rank)[0]] for name, vector in vectors.items()}
+
+        return search_strength(self.search, model, tokenizer, {n: [update] for n, update in own.items()}, repairs)
+
+
+def _adapter(source: Source) -> SavedAdapter | None:
+    """None for what is a model."""
+    folder = Path(source)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return None
+    saved = SavedAdapter.load(folder)
+    check_plain_lora(saved, folder, purpose="restored")
+    return saved
+
+
+def _names(model: nn.Module, adapter: SavedAdapter | None, unsafe_adapter: SavedAdapter | None) -> list[str]:
+    """
+    The modules of the unsafe adapter, or else of the fine-tuned one; none where both are models.
+
+    Raises:
+        ValueError: They are not those of the model.
+    """
+    for saved in (adapter, unsafe_adapter):
+        for name, (a, b) in ({} if saved is None else saved.factors).items():
+            try:
+                features = layer_features(model.get_submodule(name))
+            except AttributeError as error:
+                raise ValueError(
+                    f"aligned: {type(model).__name__} has no linear layer {name!r}, which the adapter changes. Give "
+                    "the model that the adapter belongs to."
+                ) from error
+            if features != (a.shape[1], b.shape[0]):
+                raise ValueError(
+                    f"aligned: {name!r} has {features[0]} inputs and {features[1]} outputs, the adapter's update "
+                    f"{a.shape[1]} and {b.shape[0]}. Give the model that the adapter belongs to."
+                )
+    chosen = unsafe_adapter or adapter
+    return [] if chosen is None else [name for name, _ in model.named_modules() if name in chosen.factors]
+
+
+def _safety_vectors(
+    model: PreTrainedModel,
+    directions: SafetyModule,
+    unsafe_adapter: SavedAdapter | None,
+    unsafe: str,
+) -> dict[str, SafetyVector]:
+    """
+    Of the modules whose safe and unsafe weights differ.
+
+    Raises:
+        ValueError: None do.
+    """
+    found = {}
+    if unsafe_adapter is not None:
+        updates = _updates(unsafe_adapter)
+        for name, basis in directions.bases.items():
+            vector = SafetyVector.of_adapter(basis, directions.singular_values[name], updates[name])
+            if vector.norm:
+                found[name] = vector
+    else:
+        names = list(directions.bases)
+        if quantized := [name for name in names if is_quantized(model.get_submodule(name))]:
+            raise ValueError(
+                f"aligned: {quantized[0]!r} is quantized, so that its difference to the unsafe model's weight would be "
+                "mostly rounding. Load the model unquantized, or give an adapter as the unsafe counterpart."
+            )
+        safe = LoadedWeights(model, names, option="aligned")
+        weights = CheckpointWeights(unsafe, model, names, option="unsafe")
+        for name, basis in directions.bases.items():
+            delta = weight_delta(safe.weight(name), weights.weight(name), name)
+            if delta is not None:
+                found[name] = SafetyVector.of_difference(basis, directions.singular_values[name], delta)
+    if not found:
+        raise ValueError(
+            f"unsafe={unsafe!r} has the aligned model's weights in all {len(directions.bases)} modules, so that there "
+            "is nothing to put back. Give an adapter or a model that lost its refusals, or the base before alignment."
+        )
+    return found
+
+
+def _updates(saved: SavedAdapter) -> dict[str, Factors]:
+    """Module name -> A and s B, float64."""
+    return {name: (a.double(), saved.scaling(name) * b.double()) for name, (a, b) in saved.factors.items()}
+
+
+def _described(
+    basis: Tensor,
+    vector: SafetyVector | None,
+    repair: tuple[Factors, float] | None,
+    own: Factors | None,
+    strength: Strength,
+) -> ModuleRestoration:
+    """
+    Args:
+        basis: U of the module.
+        vector: Its safety vector; None where there is none.
+        repair: What is added, and what truncation has lost of it.
+        own: The fine-tuned adapter's update.
+        strength: Of the repair.
+    """
+    before = None if own is None else _share(own, basis)
+    if vector is None or repair is None:
+        return ModuleRestoration(basis.shape[1], 0, 0.0, 0.0, 0.0, 0.0, before, before)
+    update, lost = repair
+    return ModuleRestoration(
+        directions=basis.shape[1],
+        rank=update[0].shape[0],
+        delta_norm=vector.norm,
+        kept_share=vector.kept_share,
+        repair_norm=product_norm(*vector.repair(strength)),
+        lost_share=lost,
+        share_before=before,
+        share_after=None if own is None else _share(_sum([own, update]), basis),
+    )
+
+
+def _share(update: Factors, basis: Tensor) -> float:
+    """||U^T B A||_F / ||B A||_F; 0 where there is no update."""
+    a, b = update
+    norm = product_norm(a, b)
+    return product_norm(a, basis.double().T @ b) / norm if norm else 0.0
+
+
+def _sum(updates: Sequence[Factors]) -> Factors:
+    """The factors of the sum: those with the same A by their B, others side by side."""
+    first_a, first_b = updates[0]
+    if all(a.shape == first_a.shape and torch.equal(a, first_a) for a, _ in updates):
+        return first_a, sum((b for _, b in updates[1:]), start=first_b)
+    return torch.cat([a for a, _ in updates]), torch.cat([b for _, b in updates], dim=1)
+
+
+def _as_adapter(
+    model: nn.Module,
+    adapter: SavedAdapter | None,
+    repairs: Mapping[str, Factors],
+    form: Form,
+    base_model: str | None,
+    dtype: str,
+) -> SavedAdapter:
+    """
+    The repair, or the fine-tuned adapter with it, as a plain LoRA whose scaling is 1 in every module, whatever its
+    rank: what reads one alpha and one r for all of them finds the same.
+
+    Args:
+        model: Of the same architecture as the one that it goes on.
+        adapter: The fine-tuned one.
+        repairs: Module name -> what is added.
+        form: "repair" or "combined".
+        base_model: The fine-tuned model, where it is a whole one.
+        dtype: Of the written weights.
+    """
+    own = _updates(adapter) if adapter is not None and form == "combined" else {}
+    factors = {}
+    for name in {**own, **repairs}:
+        a, b = _sum([update[name] for update in (own, repairs) if name in update])
+        factors[name] = in_dtype(a, dtype, name).contiguous(), in_dtype(b, dtype, name).contiguous()
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    rank = max(ranks.values())
+    others = {name: found for name, found in ranks.items() if found != rank}
+    config = {} if adapter is None else dict(adapter.config)
+    if form == "repair" or adapter is None or set(factors) != set(adapter.factors):
+        layers = [base_layer(model.get_submodule(name)) for name in factors]
+        known = {key: config[key] for key in ("base_model_name_or_path", "revision", "task_type") if config.get(key)}
+        fresh = LoraConfig(
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            target_modules=_targets(model, list(factors)),
+            fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers),
+            modules_to_save=config.get("modules_to_save") if form == "combined" else None,
+        )
+        named = base_model or getattr(model.config, "_name_or_path", None)
+        config = {**fresh.to_dict(), "base_model_name_or_path": named, **known}
+    config |= {
+        **{"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)},
+        **{"use_rslora": False, "init_lora_weights": True},
+    }
+    tensors = adapter.other_tensors if adapter is not None and form == "combined" else {}
+    return SavedAdapter(config, factors, tensors)
+
+
+def _targets(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The last parts of the names where they say the same, as servers want them; else the names."""
+    ends = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends) if matched == set(names) else sorted(names)
