@@ -127,7 +127,6 @@ def _buffer(tensor: Tensor) -> Tensor:
 
 
 def _communication_device() -> torch.device:
-    # torch 2.6 raises where there is none.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if dist.get_backend() == "gloo" or accelerator is None:
         return torch.device("cpu")
