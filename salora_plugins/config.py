@@ -119,7 +119,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         basis_method (`str`, defaults to `"salora"`):
             Name of the method that turns the statistics of the safety data into bases: "salora"; "actsvd", which
             leaves out what utility data shares (Wei et al. 2024); "weight-delta", from two checkpoints and without
-            data; plugins can add methods.
+            data; "sae", from sparse autoencoders and pairs of responses (SAILS); plugins can add methods.
         num_safety_samples (`int`, defaults to 512):
             Safety examples to calibrate on, at most, spread evenly over what `category`, `form` and `language` of the
             rows say.

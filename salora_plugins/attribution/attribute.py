@@ -34,6 +34,7 @@ from ..evaluation.plan import (
     HeldOutTask,
     LmEvalOptions,
     MeasuringOptions,
+    PlannedJudge,
     common_settings,
     planned_judge,
 )
@@ -87,19 +88,16 @@ def attribute(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     seed: int = 0,
-    perplexity_threshold: float = PERPLEXITY_THRESHOLD,
     lm_eval_tasks: Sequence[str] = (),
     lm_eval_limit: int | None = None,
     lm_eval_include_path: str | os.PathLike | None = None,
-    title: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> AttributionReport:
     """
     Remove what matters for refusals and not for other answers, in memory only, and measure what the model loses.
 
-    Reference: Wei et al.: "Assessing the Brittleness of Safety Alignment via Pruning and Low-Rank Modifications", ICML
-    2024, https://arxiv.org/abs/2402.05162
+    After Wei et al., ICML 2024, https://arxiv.org/abs/2402.05162.
 
     The states of the model are measured as models are by [`evaluate`], and `out` is the folder of such an evaluation,
     with `attribution.json`, `attribution.md` and `attribution.png` beside it. An interrupted attribution continues
@@ -113,13 +111,12 @@ def attribute(
         families: What is removed: "ranks" (directions of the layers' outputs), and entries of the weights by the scores
             "snip" and "wanda". A quantized model has no entries that could be set to zero.
         ranks: (k_s, k_u), or "K_S:K_U": of each weight W, (I - U_u U_u^T) U_s U_s^T W is removed, where U_s and U_u are
-            the top k_s and k_u left singular vectors of W X_s and W X_u. "K_S:K_U/OUTPUTS" scales the ranks by the
-            smaller side of each weight over so many outputs, and cuts them to the directions that the data has. None:
-            the paper's (96, 646) and (6, 146), and (1, 0), per 4096 outputs.
+            the top left singular vectors of W X_s and W X_u. "K_S:K_U/OUTPUTS" scales the ranks by the smaller side of
+            each weight over so many outputs, and cuts them to the directions that there are. None: `DEFAULT_RANKS`.
         entries: (q, p), or "Q:P": the top q percent of each row by safety that are not in the top p percent by utility
-            are set to zero. None: (3, 9), (5, 7), (7, 5) and (9, 3).
-        random_draws: How many random controls every point gets: as many orthonormal directions in the place of U_s; as
-            many entries of each row, which are not in the top p percent by utility, either.
+            are set to zero. None: `DEFAULT_ENTRIES`.
+        random_draws: Random controls of every point: as many directions in the place of U_s; as many entries of each
+            row, which are not in the top p percent by utility, either.
         target_modules: As in [`SaLoRAConfig`].
         safety_data: Harmful requests, with refusals or without, as in [`SaLoRAConfig`]: X_s are the inputs of the
             layers at the tokens of the refusals, the model's own where there are none.
@@ -135,48 +132,79 @@ def attribute(
         max_new_tokens: Longest answer, in tokens.
         batch_size: Rows or requests at once.
         seed: Of the choice of rows and requests, and of the random controls.
-        perplexity_threshold: See [`evaluate`].
         lm_eval_tasks: See [`evaluate`].
         lm_eval_limit: See [`evaluate`].
         lm_eval_include_path: See [`evaluate`].
-        title: Of the report. Default: the model's name.
         overwrite: Delete what an evaluation left in `out`, and start again.
         progress: Show progress bars.
 
     Raises:
-        CalibrationError: The model refuses too little, or the data has fewer directions than were asked for.
-        DataError: Data cannot be read.
+        CalibrationError, DataError: Data cannot be read, has too few directions, or the model refuses too little of it.
         FileExistsError: `out` holds something else.
         ImportError: lm-eval is asked for and not installed.
         ValueError: An option or the model cannot be used, or `out` holds another attribution.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    states = asked_states(families, ranks, entries, random_draws)
-    for name, value in (("num_utility_samples", num_utility_samples), ("num_held_out", num_held_out)):
-        check_number(name, value, 1)
-    if perplexity_threshold <= 0:
-        raise ValueError(f"perplexity_threshold={perplexity_threshold}: give a number above 0.")
-    measuring = MeasuringOptions(max_new_tokens, KL_TOKENS, batch_size, perplexity_threshold)
-    check_number("max_new_tokens", max_new_tokens, 1)
-    lm_eval = _lm_eval(lm_eval_tasks, lm_eval_limit, lm_eval_include_path)
-    planned_judges = tuple(planned_judge(judge) for judge in dict.fromkeys(judges))
-    config = SaLoRAConfig(
-        target_modules=target_modules,
-        variant="paper",
-        safety_positions="response",
-        safety_rank=1,
-        safety_data=safety_data,
-        num_safety_samples=num_safety_samples,
-        calibration_batch_size=batch_size,
-        calibration_max_length=max_length,
-        seed=seed,
-        tokenizer=tokenizer,
+    rows = _RowOptions(
+        safety_data, num_safety_samples, utility_data, num_utility_samples, num_held_out, max_length, batch_size, seed
     )
-    settings = _layers(model, config, states)
+    states = asked_states(families, ranks, entries, random_draws)
     data = DataOptions(harmful, harmless, None, num_requests, None, seed)
-    requests = data.requests()
-    utility = _Utility.of(utility_data, num_utility_samples, num_held_out, seed)
-    safety = safety_rows(settings.rows)
+    measuring = MeasuringOptions(max_new_tokens, KL_TOKENS, batch_size, PERPLEXITY_THRESHOLD)
+    chosen = tuple(planned_judge(judge) for judge in dict.fromkeys(judges))
+    lm_eval = _lm_eval(lm_eval_tasks, lm_eval_limit, lm_eval_include_path)
+    return _attribute(
+        model, tokenizer, out, states, target_modules, rows, data, measuring, chosen, lm_eval, overwrite, progress
+    )
+
+
+@dataclass(frozen=True)
+class _RowOptions:
+    """Which rows directions and scores come from; see `attribute`."""
+
+    safety_data: Any
+    num_safety_samples: int
+    utility_data: Any
+    num_utility_samples: int
+    num_held_out: int
+    max_length: int
+    batch_size: int
+    seed: int
+
+    def config(self, target_modules: Any, tokenizer: Any) -> SaLoRAConfig:
+        """For the parts of a calibration."""
+        return SaLoRAConfig(
+            target_modules=target_modules,
+            variant="paper",
+            safety_positions="response",
+            safety_rank=1,
+            safety_data=self.safety_data,
+            num_safety_samples=self.num_safety_samples,
+            calibration_batch_size=self.batch_size,
+            calibration_max_length=self.max_length,
+            seed=self.seed,
+            tokenizer=tokenizer,
+        )
+
+
+def _attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | os.PathLike,
+    states: Sequence[State],
+    target_modules: Any,
+    options: _RowOptions,
+    data: DataOptions,
+    measuring: MeasuringOptions,
+    judges: tuple[PlannedJudge, ...],
+    lm_eval: LmEvalOptions,
+    overwrite: bool,
+    progress: bool,
+) -> AttributionReport:
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_number("max_new_tokens", measuring.max_new_tokens, 1)
+    settings = _layers(model, options.config(target_modules, tokenizer), states)
+    requests, safety = data.requests(), safety_rows(settings.rows)
+    utility = _Utility.of(options)
     source = settings.rows.base_model or type(model).__name__
     base = EvaluatedModel(BASE, "base", source, source, model_fingerprint(model))
     folder = RunFolder(out)
@@ -184,34 +212,33 @@ def attribute(
     def rows() -> Rows:
         return {
             "safety": answered_rows(safety, model, settings).examples,
-            "utility": utility_rows(model, utility.settings(settings), batch_size=batch_size),
+            "utility": utility_rows(model, utility.settings(settings), batch_size=options.batch_size),
         }
 
     with adapters_disabled(model), on_accelerator(model):
-        task = utility.held_out_task(model, tokenizer, batch_size, progress)
         plan = EvaluationPlan(
-            title=title or f"Attribution of {Path(source).name}",
+            title=f"Attribution of {Path(source).name}",
             models=(base, *(_as_model(state, base) for state in states)),
             loading=LoadingOptions(),
             tokenizer=tokenizer,
             requests=requests,
-            task=task,
-            judges=planned_judges,
+            task=utility.held_out_task(model, tokenizer, options.batch_size, progress),
+            judges=judges,
             lm_eval=lm_eval,
             audits={},
             measuring=measuring,
-            seed=seed,
+            seed=options.seed,
             settings={
                 **common_settings(base, data, requests, measuring, LoadingOptions()),
                 "target_modules": Setting(settings.names),
                 "safety_data": Setting(settings.asked["safety_data"], safety.digest),
-                "num_safety_samples": Setting(num_safety_samples),
+                "num_safety_samples": Setting(options.num_safety_samples),
                 "utility_data": Setting(utility.shown, utility.digest),
-                "max_length": Setting(max_length),
-                "random_seed": Setting(seed),
+                "max_length": Setting(options.max_length),
+                "random_seed": Setting(options.seed),
             },
         )
-        loader = StateLoader(model, settings, rows, {state.name: state for state in states}, folder, seed)
+        loader = StateLoader(model, settings, rows, {state.name: state for state in states}, folder, options.seed)
         found = carry_out(plan, out, loader=loader, overwrite=overwrite, progress=progress)
     report = AttributionReport(found, states, {state.name: folder.measured(state.name, REMOVED) for state in states})
     report.save(out)
@@ -227,17 +254,20 @@ class _Utility:
     held_out: list[Request]
 
     @classmethod
-    def of(cls, source: Any, num: int, num_held_out: int, seed: int) -> _Utility:
+    def of(cls, options: _RowOptions) -> _Utility:
         """
         Raises:
             ValueError: There are too few.
         """
+        source, num, num_held_out = options.utility_data, options.num_utility_samples, options.num_held_out
+        check_number("num_utility_samples", num, 1)
+        check_number("num_held_out", num_held_out, 1)
         requests = load_requests(source, option="utility_data")
         if len(requests) < 2:
             raise ValueError(
                 "utility_data: there is one request only. Give at least two: one is held out for the loss."
             )
-        order = select_examples(requests, len(requests), seed)
+        order = select_examples(requests, len(requests), options.seed)
         held_out = min(num_held_out, max(1, len(order) // 4))
         shown = str(source) if isinstance(source, str | os.PathLike) else f"rows ({type(source).__name__})"
         return cls(shown, order[held_out:][:num], order[:held_out])

@@ -12,31 +12,36 @@ from .loading_options import takes_loading_options
 from .parameters import target_modules_of
 from .printing import print_report
 
+_Families = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[ranks|snip|wanda]", help="What is removed; can be repeated. [all of them]"),
+]
+_Ranks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="K_S:K_U[/OUTPUTS]",
+        help="Safety directions that are removed, freed of utility directions; scaled to each layer where they "
+        "are for OUTPUTS; can be repeated. [1:0, 6:146 and 96:646, per 4096]",
+    ),
+]
+_Entries = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="Q:P",
+        help="Percent of each row by safety that are removed, without those by utility; can be repeated. [3:9, "
+        "5:7, 7:5, 9:3]",
+    ),
+]
+_Tasks = Annotated[list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval; can be repeated.")]
+
 
 @takes_loading_options
 def attribute(
     model: Annotated[str, typer.Argument(help="The aligned model: a folder or a hub repository.")],
     out: Annotated[Path, typer.Option(help="The folder to write; an interrupted attribution continues there.")],
-    family: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[ranks|snip|wanda]", help="What is removed; can be repeated. [all of them]"),
-    ] = None,
-    ranks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="K_S:K_U[/OUTPUTS]",
-            help="Safety directions that are removed, freed of utility directions; scaled to each layer where they "
-            "are for OUTPUTS; can be repeated. [1:0, 6:146 and 96:646, per 4096]",
-        ),
-    ] = None,
-    entries: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="Q:P",
-            help="Percent of each row by safety that are removed, without those by utility; can be repeated. [3:9, "
-            "5:7, 7:5, 9:3]",
-        ),
-    ] = None,
+    family: _Families = None,
+    ranks: _Ranks = None,
+    entries: _Entries = None,
     random_draws: Annotated[int, typer.Option(min=0, help="Random controls of every point.")] = 1,
     target_modules: Annotated[
         list[str] | None,
@@ -66,18 +71,12 @@ def attribute(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per row; longer ones are cut.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows or requests at once.")] = 16,
-    perplexity_threshold: Annotated[
-        float | None, typer.Option(help="Answers of a higher perplexity under the model as it is count as broken.")
-    ] = None,
-    lm_eval: Annotated[
-        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval; can be repeated.")
-    ] = None,
+    lm_eval: _Tasks = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task of lm-eval.")] = None,
     lm_eval_include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks of lm-eval.")] = None,
     *,
     loading: LoadingOptions,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rows' and requests' choice and random controls.")] = 0,
-    title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Delete what an attribution left there, and start again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -85,7 +84,6 @@ def attribute(
     from ..attribution import attribute
     from ..attribution.attribute import asked_states
     from ..attribution.grid import FAMILIES
-    from ..evaluation.coherence import PERPLEXITY_THRESHOLD
     from ..evaluation.judges.named import load_judge
     from ..rows.sources import named_by_a_host
 
@@ -118,11 +116,9 @@ def attribute(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
-        perplexity_threshold=PERPLEXITY_THRESHOLD if perplexity_threshold is None else perplexity_threshold,
         lm_eval_tasks=lm_eval or [],
         lm_eval_limit=lm_eval_limit,
         lm_eval_include_path=lm_eval_include_path,
-        title=title,
         overwrite=overwrite,
     )
     print_report(report, as_json=as_json)

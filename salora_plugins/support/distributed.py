@@ -87,6 +87,8 @@ def from_first_rank(make: Callable[[], bytes]) -> bytes:
     if not is_distributed():
         return make()
     group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=_PATIENCE)
+    if isinstance(group, int):  # what a process gets that is no member, and all are
+        raise RuntimeError("torch.distributed gave this process no part in a group of all processes.")
     content, failure = b"", None
     if dist.get_rank() == 0:
         try:
