@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, rea
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 REFUSALS = "refusals.jsonl"
+SAFETY = "safety.safetensors"
 
 # Key -> value that `adapter: salora` refuses, each named in the message.
 UNSUPPORTED = {
@@ -236,7 +237,7 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
     targets = ["q_proj", "v_proj"]
     calibrate(
         _base(folder), tiny.tokenizer(), safety_data=tiny.refusal_rows(), target_modules=targets, safety_rank=8
-    ).save(folder / "safety.safetensors")
+    ).save(folder / SAFETY)
     _write_jsonl(folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()])
     _write_jsonl(
         folder / "preferences.jsonl",
@@ -502,9 +503,8 @@ def _small(example: Path, folder: Path, rows: dict[str, str]) -> dict:
     config = yaml.safe_load(example.read_text())
     (data,) = config["datasets"]
     data.update(path=rows[data["type"]], ds_type="json")
-    config["salora"].update(safety_rank=8, safety_data=str(folder / REFUSALS))
-    if "safety_module" in config["salora"]:
-        config["salora"]["safety_module"] = str(folder / "safety.safetensors")
+    key, file = ("safety_data", REFUSALS) if "safety_module" not in config["salora"] else ("safety_module", SAFETY)
+    config["salora"].update({"safety_rank": 8, key: str(folder / file)})
     if file := config.pop("deepspeed", None):  # which needs a GPU
         assert (EXAMPLES.parent / file).is_file()
     return config | {
@@ -570,7 +570,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
         config.update(base_model=str(folder / "llama"), output_dir=str(folder / "example"))
         if "deepspeed" in config:
             config["deepspeed"] = str(EXAMPLES.parent / config["deepspeed"])
-            config["salora"]["safety_module"] = str(folder / "safety.safetensors")
+            config["salora"]["safety_module"] = str(folder / SAFETY)
         examples[example.name] = _write_yaml(folder / "examples" / example.name, config)
     job = {
         "result": str(folder / "result.json"),
