@@ -14,7 +14,13 @@ Group relative policy optimization with TRL and SaLoRA, with a reward function t
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from salora_plugins.integrations.trl import SaLoRAArguments, get_peft_config, read_dataset, train_on_refusals
+from salora_plugins.integrations.trl import (
+    SaLoRAArguments,
+    get_peft_config,
+    read_dataset,
+    say_how_to_evaluate,
+    train_on_refusals,
+)
 
 
 def about_fifty_words(completions: list[list[dict[str, str]]], **columns: object) -> list[float]:
@@ -45,6 +51,7 @@ def main() -> None:
     train_on_refusals(trainer, salora_args, seed=training_args.seed)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    say_how_to_evaluate(trainer, model_args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Otherwise older releases of torch start processes for a compiler that no test uses, wherever it is imported.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Fixtures of modules and sessions run before the one below.
 os.environ["SALORA_CACHE"] = tempfile.mkdtemp(prefix="salora-cache-")
 sys.path.insert(0, str(Path(__file__).parent))

@@ -233,6 +233,10 @@ def _write_workspace(folder: Path) -> dict[str, dict]:
         model.save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     _write_jsonl(folder / REFUSALS, tiny.refusal_rows())
+    targets = ["q_proj", "v_proj"]
+    calibrate(
+        _base(folder), tiny.tokenizer(), safety_data=tiny.refusal_rows(), target_modules=targets, safety_rank=8
+    ).save(folder / "safety.safetensors")
     _write_jsonl(folder / "sums.jsonl", [{"messages": [*row["prompt"], *row["completion"]]} for row in tiny.sum_rows()])
     _write_jsonl(
         folder / "preferences.jsonl",
@@ -499,6 +503,10 @@ def _small(example: Path, folder: Path, rows: dict[str, str]) -> dict:
     (data,) = config["datasets"]
     data.update(path=rows[data["type"]], ds_type="json")
     config["salora"].update(safety_rank=8, safety_data=str(folder / REFUSALS))
+    if "safety_module" in config["salora"]:
+        config["salora"]["safety_module"] = str(folder / "safety.safetensors")
+    if file := config.pop("deepspeed", None):  # which needs a GPU
+        assert (EXAMPLES.parent / file).is_file()
     return config | {
         "base_model": str(folder / "llama"),
         "dataset_prepared_path": str(folder / "prepared"),
@@ -560,6 +568,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
     for example in sorted(EXAMPLES.glob("axolotl-*.yml")):
         config = yaml.safe_load(example.read_text())
         config.update(base_model=str(folder / "llama"), output_dir=str(folder / "example"))
+        if "deepspeed" in config:
+            config["deepspeed"] = str(EXAMPLES.parent / config["deepspeed"])
+            config["salora"]["safety_module"] = str(folder / "safety.safetensors")
         examples[example.name] = _write_yaml(folder / "examples" / example.name, config)
     job = {
         "result": str(folder / "result.json"),

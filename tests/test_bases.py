@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
 
 import pytest
 import torch
 from peft import get_peft_model
 
 import tiny
-from processes import LAUNCHER, run
+from processes import run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, plugins
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
 from salora_plugins.activations.vectors import ExactStatistics, rank_by_need
@@ -701,10 +700,7 @@ dist.destroy_process_group()
 def test_two_ranks_end_with_the_same_bits(tmp_path, unaligned):
     targets = ["q_proj", "k_proj", "up_proj"]
     folder = unaligned(tiny.llama, targets)
-    try:
-        run(LAUNCHER, PROGRAM, tmp_path, folder, ",".join(targets))
-    except subprocess.CalledProcessError as error:
-        pytest.fail(str(error))
+    run_ranks(PROGRAM, tmp_path, str(folder), ",".join(targets))
     common = {
         "safety_rank": 6,
         "input_safety_rank": 4,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
-from processes import LAUNCHER, run, run_alone, run_ranks
+from processes import run, run_alone, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows
 
@@ -181,7 +181,7 @@ dist.destroy_process_group()
 def in_the_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("in_the_run")
     llama().save_pretrained(folder / "base")
-    run(LAUNCHER, IN_THE_RUN, folder, ACCELERATE_USE_CPU="true")
+    run_ranks(IN_THE_RUN, folder)
     return folder
 
 

@@ -129,7 +129,7 @@ def _buffer(tensor: Tensor) -> Tensor:
 
 
 def _communication_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
-    if dist.get_backend() == "gloo" or accelerator is None or not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if dist.get_backend() == "gloo" or accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
