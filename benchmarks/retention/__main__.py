@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from . import comparison
 from .experiment import PUBLISHED, Experiment, Results
@@ -18,7 +19,8 @@ from .methods import METHODS
 from .summary import summarize
 from .tasks import HELDOUT_ROWS, TASKS
 
-NUMBERS = ("num_requests", "num_safety_rows", "batch_size")
+OF_RUN = ("unaligned", "sae", "num_requests", "num_safety_rows", "batch_size")
+"""Options of `run` alone, as the experiment has them."""
 RATES = (1e-3, 2e-3, 4e-3)
 
 
@@ -40,8 +42,8 @@ def main() -> None:
         return
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
-    for_run = {name: getattr(arguments, name, None) for name in ("unaligned", "sae")}
-    for_run |= {name: value for name in NUMBERS if (value := getattr(arguments, name, None)) is not None}
+    given: dict[str, Any] = {name: getattr(arguments, name, None) for name in OF_RUN}
+    for_run = {name: value for name, value in given.items() if value is not None}
     experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks, **for_run)
     measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)
