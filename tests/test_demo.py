@@ -101,7 +101,7 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     for name, row in measured.items():
         assert name in output
-        assert f"{row['task_loss']:.3f}" in output
+        assert f"{row['task_loss']:.4f}" in output
         for key, part in (("refusals", "harmful"), ("over_refusals", "harmless"), ("task_accuracy", "task")):
             proportion = row[key]
             assert 0 < proportion["total"] == len(row["responses"][part]) <= 6

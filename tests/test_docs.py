@@ -123,13 +123,13 @@ def test_commands_and_their_options_exist():
     used = 0
     for page in PAGES:
         text = _text(page).replace("\\\n", " ")
-        for command, rest in re.findall(r"^ *(?:```\w*\n)?(?:\$ )?salora ([a-z]+)(.*)$", text, re.MULTILINE):
+        for command, rest in re.findall(r"^ *(?:```\w*\n)?(?:\$ )?salora ([a-z-]+)(.*)$", text, re.MULTILINE):
             options = {option for parameter in commands[command].params for option in parameter.opts}
             options |= {option for parameter in commands[command].params for option in parameter.secondary_opts}
             given = set(re.findall(r"(?<!\S)--[a-z0-9-]+", rest.partition(" #")[0]))
             assert given <= options, f"{_named(page)}: salora {command}{rest}"
             used += 1
-        for command in re.findall(r"`salora ([a-z]+)", text):
+        for command in re.findall(r"`salora ([a-z][a-z-]*)", text):
             assert command in commands, f"{_named(page)}: salora {command}"
     assert used > 10
 

@@ -55,6 +55,7 @@ EXTRAS = {
     "data": ["datasets"],
     "plot": ["matplotlib"],
     "lm-eval": ["lm_eval"],
+    "sae": ["sae_lens"],
     "trl": ["trl", "datasets"],
     "axolotl": ["axolotl", "click"],
 }

@@ -255,7 +255,7 @@ def test_texts_of_others_are_only_shown(module, tmp_path, text):
     part = card.text[card.text.index(START) + len(START) : card.text.index(END)]
     assert sizes[0] == sizes[1] == sizes[2] and card.text.count(START) == card.text.count(END) == 1
     assert "<" not in part and "\x1b" not in part and "\n# Heading" not in part and "](j" not in part.replace("\\]", "")
-    assert part.count("| Safety module of |") == 1 and part.rstrip().endswith("```")
+    assert part.count("| Safety module of |") == 1 and part.count("\n```") % 2 == 0
     assert card.data.base_model is None and "other" not in card.data.tags
 
 

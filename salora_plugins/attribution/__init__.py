@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .attribute import attribute
+from .attributing import attribute
 
 __all__ = ["attribute"]

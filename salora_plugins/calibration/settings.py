@@ -200,8 +200,10 @@ def statistics_bytes(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -
     """What the statistics of a calibration take beside the weights; the model may be one of the meta device."""
     layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
     outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
-    engine = _engine(model, config, ranks)
-    return sum(engine.bytes_of(d) for d in outputs) + sum(engine.bytes_of(d, "input") for d in inputs)
+    needs = basis_needs().get(config.basis_method, SAFETY_ROWS_ONLY)
+    sets = needs.reads_safety_rows("input" in ranks) + needs.utility_rows
+    engine = _engine(model, config, ranks, needs)
+    return sets * sum([engine.bytes_of(d) for d in outputs] + [engine.bytes_of(d, "input") for d in inputs])
 
 
 def task_settings(model: nn.Module, config: SaLoRAConfig, rows: Any = None) -> TaskSettings:

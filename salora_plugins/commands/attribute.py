@@ -82,7 +82,7 @@ def attribute(
 ) -> None:
     """Remove the directions and the weights that matter for refusals alone, and see what else the model loses."""
     from ..attribution import attribute
-    from ..attribution.attribute import asked_states
+    from ..attribution.attributing import asked_states
     from ..attribution.grid import FAMILIES
     from ..evaluation.judges.named import load_judge
     from ..rows.sources import named_by_a_host

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING
 
 from .version import PACKAGE, package_version
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet  # not at run time: Axolotl imports its plugins in every run
 
 CORE = ("torch", "transformers", "peft")
 TRAINERS = ("trl", "axolotl")
@@ -25,6 +26,9 @@ def declared_range(host: str) -> SpecifierSet:
 
     Empty, which is any release, for a host that it does not name.
     """
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
     try:
         requirements = [Requirement(text) for text in requires(PACKAGE) or ()]
     except PackageNotFoundError:  # a copy of the source on the path, which declares nothing
