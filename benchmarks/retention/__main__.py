@@ -43,7 +43,7 @@ def main() -> None:
     everyday = slice(*map(int, arguments.everyday.split(":")))
     own_tasks = named_files(parser, "--task", getattr(arguments, "task", []), taken=TASKS)
     given: dict[str, Any] = {name: getattr(arguments, name, None) for name in OF_RUN}
-    for_run = {name: value for name, value in given.items() if value is not None}
+    for_run: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     experiment = Experiment(arguments.model, arguments.data, arguments.out, everyday, own_tasks, **for_run)
     measure = {"run": run, "requests": requests, "leak": leak, "positions": positions}[arguments.command]
     measure(parser, arguments, experiment)

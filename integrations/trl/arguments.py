@@ -187,7 +187,8 @@ def say_how_to_evaluate(trainer: Trainer, model_args: ModelConfig) -> None:
         trainer: After `trainer.save_model()`.
         model_args: TRL's model arguments, by which the base model was loaded.
     """
-    if not trainer.is_world_process_zero() or not (Path(trainer.args.output_dir) / ADAPTER_CONFIG_FILE).is_file():
+    folder = Path(trainer.args.output_dir or "")
+    if not trainer.is_world_process_zero() or not (folder / ADAPTER_CONFIG_FILE).is_file():
         return
     revision = model_args.model_revision
     loading = LoadingOptions(

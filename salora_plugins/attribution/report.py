@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class AttributionReport:
         if kind == "refusal":
             columns["over-refused"] = lambda model: _share(model.harmless.judgements[self.judge].refused)
         for task, metric in self._accuracies():
-            columns[task] = lambda model, task=task, metric=metric: f"{model.lm_eval[task][metric]:.3f}"
+            columns[task] = partial(_accuracy, task, metric)
         return columns
 
     def _accuracies(self) -> list[tuple[str, str]]:
@@ -258,6 +258,10 @@ def _draw(axis: Axes, report: AttributionReport, value: Callable[[ModelResult], 
             x, y = zip(*controls, strict=True)
             axis.plot(x, y, "o", color=_COLORS[family], markerfacecolor="none", label="  as many at random")
     axis.plot(*at(report.unchanged), "*", color="#333333", markersize=12, label="unchanged")
+
+
+def _accuracy(task: str, metric: str, model: ModelResult) -> str:
+    return f"{model.lm_eval[task][metric]:.3f}"
 
 
 def _share(value: Proportion | None) -> str:

@@ -140,7 +140,9 @@ class StateLoader:
         if self._found is None or self._found.family != family:
             self._found = None
             rows = self._rows = self._rows or self._read_rows()
-            points = list(dict.fromkeys(state.point for state in self._states.values() if state.family == family))
+            points: list[Any] = list(
+                dict.fromkeys(state.point for state in self._states.values() if state.family == family)
+            )
             with evaluation_mode(self._model):
                 self._found = self._find_ranks(rows, points) if family == "ranks" else self._find(family, rows, points)
         return self._found
