@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
@@ -349,6 +351,26 @@ def test_what_cannot_be_restored(planted, tmp_path):
     with pytest.raises(ValueError, match="choose one of repair, merged, since the fine-tuned model is no adapter"):
         restore(tmp_path / "small", tmp_path / "small", out, form="combined")
     assert not out.exists()
+
+
+def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp_path, monkeypatch):
+    folder, _ = planted
+    options = {"unsafe": folder / "tuned", "safety_data": ROWS}
+    with pytest.raises(FileNotFoundError, match="finetuned='./adaptre': there is no such folder"):
+        restore("./adaptre", folder / "aligned", tmp_path / "out", **{**options, "safety_data": "nowhere.jsonl"})
+    tiny.llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"finetuned='.*small': .* the shape \(32, 32\) there and \(64, 64\)"):
+        restore(tmp_path / "small", folder / "aligned", tmp_path / "out", **options)
+    # An adapter on the hub, in its cache
+    snapshot = tmp_path / "models--team--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder / "tuned", snapshot)
+    (tmp_path / "models--team--adapter" / "refs").mkdir()
+    (tmp_path / "models--team--adapter" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="finetuned='team/adapter' is an adapter on the hub. Download it first"):
+        restore("team/adapter", folder / "aligned", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_destinations(planted, tmp_path):
