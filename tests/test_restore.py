@@ -373,6 +373,18 @@ def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_what_fine_tuning_trained_beside_linear_layers_is_told(planted, tmp_path):
+    folder, _ = planted
+    tuned = adapter_of(tiny.llama(), tmp_path / "tuned", ["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    report = restore(tuned, folder / "aligned", tmp_path / "out", unsafe=folder / "tuned", safety_data=ROWS)
+    others = SavedAdapter.load(tuned).other_tensors
+    values = [f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)]
+    assert set(report.not_covered) == {*others, *values} and others
+    assert "Not repaired, though fine-tuning has changed it: " in report.summary()
+    assert "| Not repaired |" in (tmp_path / "out/README.md").read_text()
+    assert run(planted, tmp_path / "other").not_covered == ()
+
+
 def test_destinations(planted, tmp_path):
     folder, _ = planted
     full = tmp_path / "full"

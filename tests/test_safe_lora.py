@@ -145,6 +145,27 @@ def test_a_module_without_alignment_or_without_an_update_stays(simple, tmp_path)
     assert changed == {f"base_model.model.{name}.lora_B.weight" for name in report.projected} | {zero}
 
 
+def test_what_is_trained_beside_the_factors_is_told(simple, tmp_path):
+    options = {"modules_to_save": ["lm_head"], "bias": "lora_only", "trainable_token_indices": [1, 2]}
+    model = tiny.llama(attention_bias=True)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+    model.save_pretrained(tmp_path / "aligned")
+    adapter = adapter_of(model, tmp_path / "adapter", ["q_proj"], **options)
+    models = tmp_path / "base", tmp_path / "aligned"
+    report = apply_safe_lora(adapter, *models, threshold=1.0, out=tmp_path / "out")
+    others = SavedAdapter.load(adapter).other_tensors
+    assert set(report.not_covered) == set(others) and len(others) >= 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Not projected" in report.summary() and "| Not projected |" in card
+    found = apply_safe_lora(PeftModel.from_pretrained(model, adapter), *models, threshold=1.0).not_covered
+    assert found == ("lm_head", "bias=lora_only", "trainable_token_indices")
+    assert (
+        apply_safe_lora(simple / "adapter", simple / "base", simple / "aligned", out=tmp_path / "o").not_covered == ()
+    )
+
+
 def test_another_dtype_of_the_same_weights_is_no_alignment(simple, tmp_path):
     out = tmp_path / "out"
     for aligned in ("base", "rounded"):

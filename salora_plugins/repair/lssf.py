@@ -180,6 +180,7 @@ class _Restoration:
             unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
             search=self.search,
             trials=tuple(trials),
+            not_covered=_not_covered(adapter, directions),
         )
         updates = {name: update for name, (update, _) in repairs.items()}
         if form == "merged":
@@ -395,6 +396,13 @@ def _safety_vectors(
 def _updates(saved: SavedAdapter) -> dict[str, Factors]:
     """Module name -> A and s B, float64."""
     return {name: (a.double(), saved.scaling(name) * b.double()) for name, (a, b) in saved.factors.items()}
+
+
+def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tuple[str, ...]:
+    """What a fine-tuned adapter changes beside the modules that have safety directions."""
+    if adapter is None:
+        return ()
+    return (*(name for name in adapter.factors if name not in directions.bases), *adapter.other_tensors)
 
 
 def _described(

@@ -19,7 +19,7 @@ from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..models.checkpoint_weights import weight_delta, weights_of
 from ..support.module_names import listed
-from ..support.texts import cell
+from ..support.texts import cell, markdown, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +54,8 @@ class SafeLoRAReport:
     """Modules whose cosine is below it were projected; None where their number was given."""
     num_layers: int | None
     """So many modules, of the smallest cosines, were projected."""
+    not_covered: tuple[str, ...] = ()
+    """What else the adapter has trained, which stays as it was: tensors of its file, or options of a model's adapter."""
 
     @property
     def projected(self) -> list[str]:
@@ -78,6 +80,8 @@ class SafeLoRAReport:
             lines.append(f"Of the size of their updates, {min(sizes):.1%} to {max(sizes):.1%} is left.")
         if unchanged := [name for name, module in self.modules.items() if not module.delta_norm]:
             lines.append(f"The two models do not differ in {listed(unchanged)}, left as they were.")
+        if self.not_covered:
+            lines.append(f"Not projected, though the adapter has trained it: {one_line(listed(self.not_covered))}.")
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -104,6 +108,8 @@ class SafeLoRAReport:
             "Projected": f"{len(self.projected)} of {len(self.modules)} modules: {self._rule}",
             "Cosines": f"{min(known):.3f} to {max(known):.3f}",
         }
+        if self.not_covered:
+            rows["Not projected"] = markdown(listed(self.not_covered))
         return f"""
 ## Safe LoRA
 
@@ -171,18 +177,21 @@ def apply_safe_lora(
         if out is not None:
             raise ValueError("out: a model's adapter is changed in memory; save it with model.save_pretrained.")
         saved, weights = _of_model(adapter, adapter_name)
+        beside = _trained_beside(saved.config)
         where = Path(f"adapter {adapter_name or adapter.active_adapter!r} of the model")
     else:
         if out is None or adapter_name is not None:
             raise ValueError("Give `out`, the folder to write, and no adapter_name, for an adapter that is a folder.")
         check_destination(Path(adapter), Path(out), overwrite)
         saved, where = SavedAdapter.load(adapter), Path(adapter)
+        beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
     if num_layers is not None and not 1 <= num_layers <= most:
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
+    report = replace(report, not_covered=beside)
     if out is not None:
         _write(saved, new, Path(out), dtype, report)
     with torch.no_grad():
@@ -262,6 +271,13 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter,
             a, b = (part.weight for part in parts)
             factors[name], weights[name] = (a.detach().cpu(), b.detach().cpu()), b
     return SavedAdapter(model.peft_config[chosen].to_dict(), factors, {}), weights
+
+
+def _trained_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a configuration trains beside the factors."""
+    options = [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
+    options += ["trainable_token_indices"] if config.get("trainable_token_indices") else []
+    return (*(config.get("modules_to_save") or ()), *options)
 
 
 def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
