@@ -356,7 +356,7 @@ def test_what_cannot_be_restored(planted, tmp_path):
 def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp_path, monkeypatch):
     folder, _ = planted
     options = {"unsafe": folder / "tuned", "safety_data": ROWS}
-    with pytest.raises(FileNotFoundError, match="finetuned='./adaptre': there is no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"finetuned='\./adaptre': there is no such folder"):
         restore("./adaptre", folder / "aligned", tmp_path / "out", **{**options, "safety_data": "nowhere.jsonl"})
     tiny.llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"finetuned='.*small': .* the shape \(32, 32\) there and \(64, 64\)"):
@@ -368,7 +368,7 @@ def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp
     (tmp_path / "models--team--adapter" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="finetuned='team/adapter' is an adapter on the hub. Download it first"):
+    with pytest.raises(ValueError, match=r"finetuned='team/adapter' is an adapter on the hub\. Download it first"):
         restore("team/adapter", folder / "aligned", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

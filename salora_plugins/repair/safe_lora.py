@@ -55,7 +55,7 @@ class SafeLoRAReport:
     num_layers: int | None
     """So many modules, of the smallest cosines, were projected."""
     not_covered: tuple[str, ...] = ()
-    """What else the adapter has trained, which stays as it was: tensors of its file, or options of a model's adapter."""
+    """What else the adapter has trained, which stays: tensors of its file, or options of a model's adapter."""
 
     @property
     def projected(self) -> list[str]:
