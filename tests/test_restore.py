@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -19,8 +20,10 @@ from salora_plugins import SafetyModule, StrengthSearch, audit, calibrate, resto
 from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
 from salora_plugins.models.weights import linear_weight
+from salora_plugins.repair import strength_search
 from salora_plugins.repair.strength import Strength
 from salora_plugins.repair.strength_search import Trial, _chosen
+from salora_plugins.repair.updates import with_updates
 from tiny import relative_difference, token_batch, token_rows
 
 ROWS = token_rows(12)
@@ -302,6 +305,29 @@ def test_the_search_measures_what_is_written(planted, tmp_path):
     assert "0 of 3 refused" in reports[0].summary()
     assert f"| fine-tuned |  | {chosen.refused} of 3 |" in (tmp_path / "0/README.md").read_text()
     json.dumps(reports[0].to_dict())
+
+
+def test_the_search_runs_on_the_accelerator(planted, tmp_path, monkeypatch):
+    inside, losses = [], []
+
+    @contextmanager
+    def moved(model):
+        inside.append(model)
+        yield
+        inside.clear()
+
+    monkeypatch.setattr(strength_search, "on_accelerator", moved)
+    monkeypatch.setattr(strength_search, "response_loss", lambda *_: losses.append(len(inside)) or 1.0)
+    monkeypatch.setattr(strength_search, "generate_responses", lambda model, _, asked, **__: ["No."] * len(asked))
+    task = [{"prompt": "What?", "response": "That."}]
+    run(planted, tmp_path / "out", search=StrengthSearch(task, harmful=["Do harm"], alphas=(1.0,), alpha_1s=(1.0,)))
+    assert losses == [1, 1] and not inside
+
+
+def test_updates_follow_a_model_to_its_device():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    with with_updates(model, {"0": [(torch.ones(1, 6), torch.ones(4, 1))]}):
+        assert model.to("meta")(torch.ones(2, 6, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize(
