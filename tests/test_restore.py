@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_safe_lora import adapter_of
 from transformers import AutoModelForCausalLM
@@ -409,6 +409,30 @@ def test_what_fine_tuning_trained_beside_linear_layers_is_told(planted, tmp_path
     assert "Not repaired, though fine-tuning has changed it: " in report.summary()
     assert "| Not repaired |" in (tmp_path / "out/README.md").read_text()
     assert run(planted, tmp_path / "other").not_covered == ()
+
+
+def test_a_combined_adapter_of_more_modules_keeps_the_options_of_the_fine_tuned_one(planted, tmp_path):
+    folder, _ = planted
+    model = tiny.llama()
+    options = {"trainable_token_indices": [1, 2], "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
+    selections = {"layers_to_transform": [0], "layers_pattern": "layers"}
+    tuned = adapter_of(model, tmp_path / "tuned", ["q_proj"], **options, **selections)
+    tensors = load_file(tuned / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_" not in key]:
+        tensors[key] = tensors[key] + 1
+    save_file(tensors, tuned / "adapter_model.safetensors")
+    unsafe = adapter_of(tiny.llama(), tmp_path / "unsafe", ["q_proj", "v_proj"])
+    restore(tuned, folder / "aligned", tmp_path / "out", unsafe=unsafe, safety_data=ROWS)
+    written, before = SavedAdapter.load(tmp_path / "out"), SavedAdapter.load(tuned)
+    assert len(written.factors) == 4 and len(before.factors) == 1
+    changed = {key for key in before.config if before.config[key] != written.config[key]}
+    assert {"target_modules", *selections} <= changed <= {
+        *("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+        *selections,
+    }
+    state = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out"))
+    for key, value in load_file(tmp_path / "out/adapter_model.safetensors").items():
+        assert torch.equal(state[key], value), key
 
 
 def test_destinations(planted, tmp_path):

@@ -480,7 +480,11 @@ def _as_adapter(
     rank = max(ranks.values())
     others = {name: found for name, found in ranks.items() if found != rank}
     config = {} if adapter is None else dict(adapter.config)
-    if form == "repair" or adapter is None or set(factors) != set(adapter.factors):
+    if form == "combined" and adapter is not None:
+        if set(factors) != set(adapter.factors):
+            selections = "exclude_modules", "layers_to_transform", "layers_pattern"
+            config |= {"target_modules": _targets(model, list(factors)), **dict.fromkeys(selections)}
+    else:
         layers = [base_layer(model.get_submodule(name)) for name in factors]
         known = {key: config[key] for key in ("base_model_name_or_path", "revision", "task_type") if config.get(key)}
         fresh = LoraConfig(
@@ -488,7 +492,6 @@ def _as_adapter(
             inference_mode=True,
             target_modules=_targets(model, list(factors)),
             fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers),
-            modules_to_save=config.get("modules_to_save") if form == "combined" else None,
         )
         named = base_model or getattr(model.config, "_name_or_path", None)
         config = {**fresh.to_dict(), "base_model_name_or_path": named, **known}
