@@ -145,6 +145,18 @@ def test_a_module_without_alignment_or_without_an_update_stays(simple, tmp_path)
     assert changed == {f"base_model.model.{name}.lora_B.weight" for name in report.projected} | {zero}
 
 
+def test_more_layers_than_have_a_cosine(simple, tmp_path):
+    models = simple / "base", simple / "aligned"
+    report = apply_safe_lora(simple / "adapter", *models, num_layers=4, out=tmp_path / "out")
+    assert len(report.projected) == 3  # the models do not differ in q_proj of the second layer
+    assert "3 of 4 modules projected: all that have a cosine, 3 modules and not the 4" in report.summary()
+    untrained = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))  # B = 0
+    untrained.save_pretrained(tmp_path / "zero")
+    with pytest.raises(ValueError, match="no update in the modules where base and aligned differ"):
+        apply_safe_lora(tmp_path / "zero", *models, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_trained_beside_the_factors_is_told(simple, tmp_path):
     options = {"modules_to_save": ["lm_head"], "bias": "lora_only", "trainable_token_indices": [1, 2]}
     model = tiny.llama(attention_bias=True)

@@ -69,7 +69,10 @@ class SafeLoRAReport:
     @property
     def _rule(self) -> str:
         if self.num_layers is not None:
-            return f"the {self.num_layers} modules of the smallest cosines"
+            found = len(self.projected)
+            if found < self.num_layers:
+                return f"all that have a cosine, {found} modules and not the {self.num_layers} that were asked for"
+            return f"the {found} modules of the smallest cosines"
         return f"modules with a cosine under {self.threshold:g}"
 
     def summary(self) -> str:
@@ -163,7 +166,7 @@ def apply_safe_lora(
     Raises:
         FileNotFoundError, FileExistsError: See the message.
         ValueError: Options contradict each other, the adapter is not two plain factors per linear layer, the models
-            have no such layers or other shapes, or do not differ in any of them.
+            have no such layers or other shapes, or do not differ in any of them that the adapter changes.
 
     Example:
 
@@ -229,7 +232,7 @@ def _project(
     The report, and module name -> C B of the modules that are projected.
 
     Raises:
-        ValueError: The models do not differ, or do not fit.
+        ValueError: The models do not differ, or do not fit, or the adapter has no update where they differ.
     """
     before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
     after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
@@ -242,6 +245,11 @@ def _project(
         raise ValueError(
             f"base and aligned have the same weights in all {len(modules)} modules of the adapter, so that nothing "
             "tells where the alignment is. Give the model before its alignment, and the one after it."
+        )
+    if all(module.cosine is None for module in modules.values()):
+        raise ValueError(
+            f"The adapter has no update in the modules where base and aligned differ (B A is zero, of {len(modules)} "
+            "modules in all), so that there is nothing to project. Give an adapter that was trained."
         )
     report = SafeLoRAReport(modules, threshold, num_layers)
     return report, {name: projected[name][1] for name in report.projected}
