@@ -221,7 +221,7 @@ def test_a_planted_direction_is_found(tmp_path):
     with without(model, ["o_proj"], state, planted_rows(model), tmp_path / "again"):
         layer = model.get_submodule(planted.LAYER)
         removed = weight - layer(torch.eye(weight.shape[1])).T
-    assert (direction @ removed).norm() / removed.norm() > 0.99
+    assert (direction @ removed).norm() / removed.norm() > 0.98
     assert (direction @ (weight - removed)).norm() < 0.05 * (direction @ weight).norm()
 
 
