@@ -425,7 +425,8 @@ def test_a_combined_adapter_of_more_modules_keeps_the_options_of_the_fine_tuned_
     restore(tuned, folder / "aligned", tmp_path / "out", unsafe=unsafe, safety_data=ROWS)
     written, before = SavedAdapter.load(tmp_path / "out"), SavedAdapter.load(tuned)
     assert len(written.factors) == 4 and len(before.factors) == 1
-    changed = {key for key in before.config if before.config[key] != written.config[key]}
+    assert all(written.config[key] == value for key, value in options.items())
+    changed = {key for key, value in written.config.items() if before.config[key] != value}
     assert {"target_modules", *selections} <= changed
     assert changed <= {"target_modules", *selections, "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
     state = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out"))

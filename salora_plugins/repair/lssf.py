@@ -482,8 +482,8 @@ def _as_adapter(
     config = {} if adapter is None else dict(adapter.config)
     if form == "combined" and adapter is not None:
         if set(factors) != set(adapter.factors):
-            selections = "exclude_modules", "layers_to_transform", "layers_pattern"
-            config |= {"target_modules": _targets(model, list(factors)), **dict.fromkeys(selections)}
+            config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+            config["target_modules"] = _targets(model, list(factors))
     else:
         layers = [base_layer(model.get_submodule(name)) for name in factors]
         known = {key: config[key] for key in ("base_model_name_or_path", "revision", "task_type") if config.get(key)}
