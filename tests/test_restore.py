@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_safe_lora import adapter_of
 from transformers import AutoModelForCausalLM
@@ -17,8 +20,10 @@ from salora_plugins import SafetyModule, StrengthSearch, audit, calibrate, resto
 from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
 from salora_plugins.models.weights import linear_weight
+from salora_plugins.repair import strength_search
 from salora_plugins.repair.strength import Strength
 from salora_plugins.repair.strength_search import Trial, _chosen
+from salora_plugins.repair.updates import with_updates
 from tiny import relative_difference, token_batch, token_rows
 
 ROWS = token_rows(12)
@@ -302,6 +307,29 @@ def test_the_search_measures_what_is_written(planted, tmp_path):
     json.dumps(reports[0].to_dict())
 
 
+def test_the_search_runs_on_the_accelerator(planted, tmp_path, monkeypatch):
+    inside, losses = [], []
+
+    @contextmanager
+    def moved(model):
+        inside.append(model)
+        yield
+        inside.clear()
+
+    monkeypatch.setattr(strength_search, "on_accelerator", moved)
+    monkeypatch.setattr(strength_search, "response_loss", lambda *_: losses.append(len(inside)) or 1.0)
+    monkeypatch.setattr(strength_search, "generate_responses", lambda model, _, asked, **__: ["No."] * len(asked))
+    task = [{"prompt": "What?", "response": "That."}]
+    run(planted, tmp_path / "out", search=StrengthSearch(task, harmful=["Do harm"], alphas=(1.0,), alpha_1s=(1.0,)))
+    assert losses == [1, 1] and not inside
+
+
+def test_updates_follow_a_model_to_its_device():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    with with_updates(model, {"0": [(torch.ones(1, 6), torch.ones(4, 1))]}):
+        assert model.to("meta")(torch.ones(2, 6, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -349,6 +377,61 @@ def test_what_cannot_be_restored(planted, tmp_path):
     with pytest.raises(ValueError, match="choose one of repair, merged, since the fine-tuned model is no adapter"):
         restore(tmp_path / "small", tmp_path / "small", out, form="combined")
     assert not out.exists()
+
+
+def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp_path, monkeypatch):
+    folder, _ = planted
+    options = {"unsafe": folder / "tuned", "safety_data": ROWS}
+    with pytest.raises(FileNotFoundError, match=r"finetuned='\./adaptre': there is no such folder"):
+        restore("./adaptre", folder / "aligned", tmp_path / "out", **{**options, "safety_data": "nowhere.jsonl"})
+    tiny.llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"finetuned='.*small': .* the shape \(32, 32\) there and \(64, 64\)"):
+        restore(tmp_path / "small", folder / "aligned", tmp_path / "out", **options)
+    # An adapter on the hub, in its cache
+    snapshot = tmp_path / "models--team--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder / "tuned", snapshot)
+    (tmp_path / "models--team--adapter" / "refs").mkdir()
+    (tmp_path / "models--team--adapter" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"finetuned='team/adapter' is an adapter on the hub\. Download it first"):
+        restore("team/adapter", folder / "aligned", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fine_tuning_trained_beside_linear_layers_is_told(planted, tmp_path):
+    folder, _ = planted
+    tuned = adapter_of(tiny.llama(), tmp_path / "tuned", ["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    report = restore(tuned, folder / "aligned", tmp_path / "out", unsafe=folder / "tuned", safety_data=ROWS)
+    others = SavedAdapter.load(tuned).other_tensors
+    values = [f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)]
+    assert set(report.not_covered) == {*others, *values} and others
+    assert "Not repaired, though fine-tuning has changed it: " in report.summary()
+    assert "| Not repaired |" in (tmp_path / "out/README.md").read_text()
+    assert run(planted, tmp_path / "other").not_covered == ()
+
+
+def test_a_combined_adapter_of_more_modules_keeps_the_options_of_the_fine_tuned_one(planted, tmp_path):
+    folder, _ = planted
+    model = tiny.llama()
+    options = {"trainable_token_indices": [1, 2], "lora_dropout": 0.1, "modules_to_save": ["lm_head"]}
+    selections = {"layers_to_transform": [0], "layers_pattern": "layers"}
+    tuned = adapter_of(model, tmp_path / "tuned", ["q_proj"], **options, **selections)
+    tensors = load_file(tuned / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_" not in key]:
+        tensors[key] = tensors[key] + 1
+    save_file(tensors, tuned / "adapter_model.safetensors")
+    unsafe = adapter_of(tiny.llama(), tmp_path / "unsafe", ["q_proj", "v_proj"])
+    restore(tuned, folder / "aligned", tmp_path / "out", unsafe=unsafe, safety_data=ROWS)
+    written, before = SavedAdapter.load(tmp_path / "out"), SavedAdapter.load(tuned)
+    assert len(written.factors) == 4 and len(before.factors) == 1
+    assert all(written.config[key] == value for key, value in options.items())
+    changed = {key for key, value in written.config.items() if before.config[key] != value}
+    assert {"target_modules", *selections} <= changed
+    assert changed <= {"target_modules", *selections, "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    state = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.llama(), tmp_path / "out"))
+    for key, value in load_file(tmp_path / "out/adapter_model.safetensors").items():
+        assert torch.equal(state[key], value), key
 
 
 def test_destinations(planted, tmp_path):

@@ -145,6 +145,39 @@ def test_a_module_without_alignment_or_without_an_update_stays(simple, tmp_path)
     assert changed == {f"base_model.model.{name}.lora_B.weight" for name in report.projected} | {zero}
 
 
+def test_more_layers_than_have_a_cosine(simple, tmp_path):
+    models = simple / "base", simple / "aligned"
+    report = apply_safe_lora(simple / "adapter", *models, num_layers=4, out=tmp_path / "out")
+    assert len(report.projected) == 3  # the models do not differ in q_proj of the second layer
+    assert "3 of 4 modules projected: all that have a cosine, 3 modules and not the 4" in report.summary()
+    untrained = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))  # B = 0
+    untrained.save_pretrained(tmp_path / "zero")
+    with pytest.raises(ValueError, match="no update in the modules where base and aligned differ"):
+        apply_safe_lora(tmp_path / "zero", *models, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_trained_beside_the_factors_is_told(simple, tmp_path):
+    options = {"modules_to_save": ["lm_head"], "bias": "lora_only", "trainable_token_indices": [1, 2]}
+    model = tiny.llama(attention_bias=True)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+    model.save_pretrained(tmp_path / "aligned")
+    adapter = adapter_of(model, tmp_path / "adapter", ["q_proj"], **options)
+    models = tmp_path / "base", tmp_path / "aligned"
+    report = apply_safe_lora(adapter, *models, threshold=1.0, out=tmp_path / "out")
+    others = SavedAdapter.load(adapter).other_tensors
+    assert set(report.not_covered) == set(others) and len(others) >= 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Not projected" in report.summary() and "| Not projected |" in card
+    found = apply_safe_lora(PeftModel.from_pretrained(model, adapter), *models, threshold=1.0).not_covered
+    assert found == ("lm_head", "bias=lora_only", "trainable_token_indices")
+    assert (
+        apply_safe_lora(simple / "adapter", simple / "base", simple / "aligned", out=tmp_path / "o").not_covered == ()
+    )
+
+
 def test_another_dtype_of_the_same_weights_is_no_alignment(simple, tmp_path):
     out = tmp_path / "out"
     for aligned in ("base", "rounded"):

@@ -88,7 +88,7 @@ def without_entries(
             total += weight.numel()
         yield chosen / total
     finally:
-        for weight, columns, values in kept:
+        for weight, columns, values in reversed(kept):  # two layers may share one tensor
             weight.scatter_(1, columns.to(weight.device).long(), values.to(weight.device))
 
 

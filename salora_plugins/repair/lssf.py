@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.fingerprint import check_belongs
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
 from ..safety_module import SafetyModule
+from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
 from .fusion import SafetyVector, at_rank, product_norm
 from .merged_model import check_folder, check_mergeable, write_merged
@@ -144,19 +145,21 @@ class _Restoration:
     def run(self) -> RestoreReport:
         """Compute the repair and write it."""
         self._check_options()
-        adapter = _adapter(self.finetuned)
-        unsafe_adapter = adapter if self.unsafe is None else _adapter(self.unsafe)
+        adapter = _adapter(self.finetuned, "finetuned")
+        unsafe_adapter = adapter if self.unsafe is None else _adapter(self.unsafe, "unsafe")
         form = self._form(adapter)
         self._check_inputs(adapter, unsafe_adapter, form)
 
         model = self.aligned
         if not isinstance(model, PreTrainedModel):
             model = load_model(os.fspath(model), self.loading)
+        self._check_whole_model(adapter, model, ())
         tokenizer, name = self.tokenizer, model.config._name_or_path
         if tokenizer is None and name:
             tokenizer = load_tokenizer(name, self.loading)
         targets = _names(model, adapter, unsafe_adapter) or self.target_modules
         directions = self._directions(model, tokenizer, targets)
+        self._check_whole_model(adapter, model, directions.bases)
         unsafe = os.fspath(self.finetuned if self.unsafe is None else self.unsafe)
         vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
         if adapter is None and (self.search is not None or form == "merged"):
@@ -177,6 +180,7 @@ class _Restoration:
             unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
             search=self.search,
             trials=tuple(trials),
+            not_covered=_not_covered(adapter, directions),
         )
         updates = {name: update for name, (update, _) in repairs.items()}
         if form == "merged":
@@ -231,6 +235,16 @@ class _Restoration:
                 f"{self.finetuned}: has more than two factors per linear layer ({next(iter(adapter.other_tensors))}), "
                 "with which it can neither be merged here nor searched. Write form='combined' at a given strength."
             )
+
+    def _check_whole_model(self, adapter: SavedAdapter | None, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """
+        Of a fine-tuned model that is no adapter, the headers of its files: a repair alone is written without it.
+
+        Raises:
+            FileNotFoundError, ValueError: See `CheckpointWeights`.
+        """
+        if adapter is None:
+            CheckpointWeights(os.fspath(self.finetuned), model, names, option="finetuned")
 
     def _directions(self, model: PreTrainedModel, tokenizer: Any, targets: str | Sequence[str] | None) -> SafetyModule:
         """
@@ -287,14 +301,31 @@ class _Restoration:
         return search_strength(self.search, model, tokenizer, {n: [update] for n, update in own.items()}, repairs)
 
 
-def _adapter(source: Source) -> SavedAdapter | None:
-    """None for what is a model."""
-    folder = Path(source)
+def _adapter(source: Source, option: str) -> SavedAdapter | None:
+    """
+    None for what is a model.
+
+    Raises:
+        ValueError: It is an adapter of the hub, or not two plain factors per linear layer.
+    """
+    folder, name = Path(source), os.fspath(source)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        if not folder.is_dir() and is_model_name(name.partition("@")[0]) and _is_adapter_of_hub(name, option):
+            raise ValueError(
+                f"{option}={name!r} is an adapter on the hub. Download it first (`hf download`), and name its folder."
+            )
         return None
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="restored")
     return saved
+
+
+def _is_adapter_of_hub(name: str, option: str) -> bool:
+    try:
+        hub_file(name, ADAPTER_CONFIG_FILE, option=option)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _names(model: nn.Module, adapter: SavedAdapter | None, unsafe_adapter: SavedAdapter | None) -> list[str]:
@@ -365,6 +396,13 @@ def _safety_vectors(
 def _updates(saved: SavedAdapter) -> dict[str, Factors]:
     """Module name -> A and s B, float64."""
     return {name: (a.double(), saved.scaling(name) * b.double()) for name, (a, b) in saved.factors.items()}
+
+
+def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tuple[str, ...]:
+    """What a fine-tuned adapter changes beside the modules that have safety directions."""
+    if adapter is None:
+        return ()
+    return (*(name for name in adapter.factors if name not in directions.bases), *adapter.other_tensors)
 
 
 def _described(
@@ -442,7 +480,11 @@ def _as_adapter(
     rank = max(ranks.values())
     others = {name: found for name, found in ranks.items() if found != rank}
     config = {} if adapter is None else dict(adapter.config)
-    if form == "repair" or adapter is None or set(factors) != set(adapter.factors):
+    if form == "combined" and adapter is not None:
+        if set(factors) != set(adapter.factors):
+            config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+            config["target_modules"] = _targets(model, list(factors))
+    else:
         layers = [base_layer(model.get_submodule(name)) for name in factors]
         known = {key: config[key] for key in ("base_model_name_or_path", "revision", "task_type") if config.get(key)}
         fresh = LoraConfig(
@@ -450,7 +492,6 @@ def _as_adapter(
             inference_mode=True,
             target_modules=_targets(model, list(factors)),
             fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in layers),
-            modules_to_save=config.get("modules_to_save") if form == "combined" else None,
         )
         named = base_model or getattr(model.config, "_name_or_path", None)
         config = {**fresh.to_dict(), "base_model_name_or_path": named, **known}

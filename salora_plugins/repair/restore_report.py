@@ -10,7 +10,7 @@ from ..adapters.certificate import largest
 from ..adapters.model_card import PACKAGE, TO_LOAD, provenance_rows, table
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
-from ..support.texts import cell
+from ..support.texts import cell, markdown, one_line
 from .strength import Strength, StrengthSearch
 from .strength_search import Trial
 
@@ -61,6 +61,8 @@ class RestoreReport:
     search: StrengthSearch | None = None
     trials: tuple[Trial, ...] = ()
     """What the search has measured: the fine-tuned model first, then every strength."""
+    not_covered: tuple[str, ...] = ()
+    """Modules and tensors of the fine-tuned adapter that the repair leaves as they are: trained biases and the like."""
 
     @property
     def lost_share(self) -> float:
@@ -98,6 +100,8 @@ class RestoreReport:
             )
         if unchanged := [name for name, module in self.modules.items() if not module.rank]:
             lines.append(f"Nothing to repair, since the unsafe counterpart has the safe weights: {listed(unchanged)}.")
+        if self.not_covered:
+            lines.append(f"Not repaired, though fine-tuning has changed it: {one_line(listed(self.not_covered))}.")
         return "\n".join([*self._search_lines(), *lines])
 
     def _search_lines(self) -> list[str]:
@@ -137,6 +141,8 @@ class RestoreReport:
             "Lost by truncation": f"{self.lost_share:.1%}",
             **provenance_rows(safety_module),
         }
+        if self.not_covered:
+            rows["Not repaired"] = markdown(listed(self.not_covered))
         told = "" if self.search is None else f"\n{' '.join(_search_told(self.search))}\n\n{self._trials_table()}\n"
         load = "" if self.form == "merged" else f"\n{TO_LOAD}\n"
         return f"""

@@ -19,7 +19,7 @@ from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..models.checkpoint_weights import weight_delta, weights_of
 from ..support.module_names import listed
-from ..support.texts import cell
+from ..support.texts import cell, markdown, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +54,8 @@ class SafeLoRAReport:
     """Modules whose cosine is below it were projected; None where their number was given."""
     num_layers: int | None
     """So many modules, of the smallest cosines, were projected."""
+    not_covered: tuple[str, ...] = ()
+    """What else the adapter has trained, which stays: tensors of its file, or options of a model's adapter."""
 
     @property
     def projected(self) -> list[str]:
@@ -67,7 +69,10 @@ class SafeLoRAReport:
     @property
     def _rule(self) -> str:
         if self.num_layers is not None:
-            return f"the {self.num_layers} modules of the smallest cosines"
+            found = len(self.projected)
+            if found < self.num_layers:
+                return f"all that have a cosine, {found} modules and not the {self.num_layers} that were asked for"
+            return f"the {found} modules of the smallest cosines"
         return f"modules with a cosine under {self.threshold:g}"
 
     def summary(self) -> str:
@@ -78,6 +83,8 @@ class SafeLoRAReport:
             lines.append(f"Of the size of their updates, {min(sizes):.1%} to {max(sizes):.1%} is left.")
         if unchanged := [name for name, module in self.modules.items() if not module.delta_norm]:
             lines.append(f"The two models do not differ in {listed(unchanged)}, left as they were.")
+        if self.not_covered:
+            lines.append(f"Not projected, though the adapter has trained it: {one_line(listed(self.not_covered))}.")
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -104,6 +111,8 @@ class SafeLoRAReport:
             "Projected": f"{len(self.projected)} of {len(self.modules)} modules: {self._rule}",
             "Cosines": f"{min(known):.3f} to {max(known):.3f}",
         }
+        if self.not_covered:
+            rows["Not projected"] = markdown(listed(self.not_covered))
         return f"""
 ## Safe LoRA
 
@@ -157,7 +166,7 @@ def apply_safe_lora(
     Raises:
         FileNotFoundError, FileExistsError: See the message.
         ValueError: Options contradict each other, the adapter is not two plain factors per linear layer, the models
-            have no such layers or other shapes, or do not differ in any of them.
+            have no such layers or other shapes, or do not differ in any of them that the adapter changes.
 
     Example:
 
@@ -171,18 +180,21 @@ def apply_safe_lora(
         if out is not None:
             raise ValueError("out: a model's adapter is changed in memory; save it with model.save_pretrained.")
         saved, weights = _of_model(adapter, adapter_name)
+        beside = _trained_beside(saved.config)
         where = Path(f"adapter {adapter_name or adapter.active_adapter!r} of the model")
     else:
         if out is None or adapter_name is not None:
             raise ValueError("Give `out`, the folder to write, and no adapter_name, for an adapter that is a folder.")
         check_destination(Path(adapter), Path(out), overwrite)
         saved, where = SavedAdapter.load(adapter), Path(adapter)
+        beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
     if num_layers is not None and not 1 <= num_layers <= most:
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
+    report = replace(report, not_covered=beside)
     if out is not None:
         _write(saved, new, Path(out), dtype, report)
     with torch.no_grad():
@@ -220,7 +232,7 @@ def _project(
     The report, and module name -> C B of the modules that are projected.
 
     Raises:
-        ValueError: The models do not differ, or do not fit.
+        ValueError: The models do not differ, or do not fit, or the adapter has no update where they differ.
     """
     before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
     after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
@@ -233,6 +245,11 @@ def _project(
         raise ValueError(
             f"base and aligned have the same weights in all {len(modules)} modules of the adapter, so that nothing "
             "tells where the alignment is. Give the model before its alignment, and the one after it."
+        )
+    if all(module.cosine is None for module in modules.values()):
+        raise ValueError(
+            f"The adapter has no update in the modules where base and aligned differ (B A is zero, of {len(modules)} "
+            "modules in all), so that there is nothing to project. Give an adapter that was trained."
         )
     report = SafeLoRAReport(modules, threshold, num_layers)
     return report, {name: projected[name][1] for name in report.projected}
@@ -262,6 +279,13 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> tuple[SavedAdapter,
             a, b = (part.weight for part in parts)
             factors[name], weights[name] = (a.detach().cpu(), b.detach().cpu()), b
     return SavedAdapter(model.peft_config[chosen].to_dict(), factors, {}), weights
+
+
+def _trained_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a configuration trains beside the factors."""
+    options = [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
+    options += ["trainable_token_indices"] if config.get("trainable_token_indices") else []
+    return (*(config.get("modules_to_save") or ()), *options)
 
 
 def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:

@@ -14,6 +14,7 @@ from ..evaluation.generation import generate_responses
 from ..evaluation.judges.named import NamedJudge, load_judge
 from ..evaluation.metrics import response_loss
 from ..evaluation.plan import DataOptions
+from ..models.running import on_accelerator
 from .strength import Strength, StrengthSearch
 from .updates import Factors, with_updates
 
@@ -87,9 +88,10 @@ def search_strength(
             raise ValueError(f"judge={search.judge!r} failed: {errors[0]}")
         return Trial(strength, sum(verdict is True for verdict in verdicts), len(requests), loss)
 
-    before = measure(None)
     strengths = tqdm(search.strengths, desc="searching the strength", unit="strength", leave=False)
-    tried = {strength: measure(strength) for strength in strengths}
+    with on_accelerator(model):
+        before = measure(None)
+        tried = {strength: measure(strength) for strength in strengths}
     return _chosen(before, tried, search.max_loss_increase), [before, *tried.values()]
 
 
