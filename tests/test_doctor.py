@@ -56,8 +56,9 @@ def test_a_whole_installation_and_a_whole_model(folder):
     assert "4 linear layers (2 q_proj, 2 v_proj), outputs and inputs" in found["target modules"]["found"]
     assert "the model knows 259" in found["tokenizer"]["found"]
     assert "rows rendered" in found["safety data"]["found"]
-    files = len(list(folder.glob("*.safetensors")))
-    assert files > 1 and found["weights"]["found"].startswith(f"{files} files")
+    files = list(folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in files)
+    assert len(files) > 1 and found["weights"]["found"] == f"{len(files)} files, {stored / 1e6:.1f} MB"
 
 
 def test_options_are_those_of_a_calibration(folder, rows):

@@ -200,7 +200,7 @@ def statistics_bytes(model: nn.Module, config: SaLoRAConfig, ranks: SideRanks) -
     """What the statistics of a calibration take beside the weights; the model may be one of the meta device."""
     layers = {name: base_layer(model.get_submodule(name)) for name in ranks["output"]}
     outputs, inputs = statistics_dimensions(layers, with_inputs="input" in ranks)
-    engine = _engine(model, config, ranks)
+    engine = _engine(model, config, ranks, basis_needs().get(config.basis_method, SAFETY_ROWS_ONLY))
     return sum(engine.bytes_of(d) for d in outputs) + sum(engine.bytes_of(d, "input") for d in inputs)
 
 

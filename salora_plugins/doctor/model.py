@@ -63,11 +63,11 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
         ranks = checked_ranks(model, config)
     except (ValueError, OSError, ImportError) as error:
         return [*found, Finding(AREA, "targets", str(error), "problem")]
-    weights, size = _weights(source, loading)
+    weights, stored = _weights(source, loading)
     found += [_targets(ranks), weights, *_tokenizer(source, model, config, loading)]
-    if size is None or loading.dtype != "auto" or loading.load_in_4bit or loading.load_in_8bit:
-        size = _bytes_of_weights(model, loading)
-    found.append(_memory(size, statistics_bytes(model, config, ranks)))
+    if stored is None or loading.dtype != "auto" or loading.load_in_4bit or loading.load_in_8bit:
+        stored = _bytes_of_weights(model, loading)
+    found.append(_memory(stored, statistics_bytes(model, config, ranks)))
     return found
 
 
@@ -136,8 +136,8 @@ def _weights(source: str, loading: LoadingOptions) -> tuple[Finding, int | None]
         text = f"{len(missing)} of {len(files)} files are missing ({missing[0]})"
         remedy = "Copy the whole folder" if Path(source).is_dir() else f"Fetch them: hf download {source}"
         return Finding(AREA, "weights", text, "problem", remedy), None
-    size = sum(file.stat().st_size for file in files)
-    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size(size)}"), size
+    stored = sum(file.stat().st_size for file in files)
+    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size(stored)}"), stored
 
 
 def _downloaded(source: str, loading: LoadingOptions) -> Path | None:
