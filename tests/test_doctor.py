@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from salora_plugins.cli import create_cli
 from salora_plugins.doctor import examine_installation, installation
 from salora_plugins.doctor import model as of_models
+from salora_plugins.support import memory
 from tiny import llama, tokenizer
 
 
@@ -121,6 +122,22 @@ def test_memory(folder, rows, monkeypatch):
     whole = of_models._bytes_of_weights(llama(), of_models.LoadingOptions())
     assert whole == sum(p.numel() * 4 for p in llama().parameters()) + sum(b.nbytes for b in llama().buffers())
     assert of_models._bytes_of_weights(llama(), of_models.LoadingOptions(load_in_4bit=True)) < 0.6 * whole
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_the_page_cache_of_a_container_counts_as_free(tmp_path, monkeypatch, version):
+    limit, used, statistics = (tmp_path / name for name in ("limit", "used", "statistics"))
+    names = memory._LIMITS[version][3]
+    monkeypatch.setattr(memory, "_LIMITS", ((limit, used, statistics, names),))
+    limit.write_text("1000000\n")
+    used.write_text("900000\n")
+    assert memory.free_memory() == 100_000
+    inactive, active = names
+    statistics.write_text(f"anon 5\n{inactive} 500000\n{active} 200000\nx_{active} 7\n")
+    assert memory.free_memory() == 800_000
+    machine = memory.psutil.virtual_memory().available
+    limit.write_text("max\n")
+    assert memory.free_memory() == pytest.approx(machine, rel=0.5)
 
 
 def test_versions_outside_of_the_declared_ranges(monkeypatch):
