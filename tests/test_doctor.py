@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
+import torch
 from click.testing import CliRunner
 
 from salora_plugins.cli import create_cli
 from salora_plugins.doctor import examine_installation, installation
 from salora_plugins.doctor import model as of_models
+from salora_plugins.models.loading import load_model
 from salora_plugins.support import memory
 from tiny import llama, tokenizer
 
@@ -104,6 +107,40 @@ def test_what_stands_in_the_way_of_a_model(folder, rows, name):
     damage(folder)
     code, found = doctor(folder, "--safety-data", rows)
     assert code == 1 and found[where]["status"] == "problem" and text in found[where]["found"]
+
+
+def in_the_hubs_cache(folder, cache, monkeypatch, left_out):
+    """The folder as the repository team/model, without the files of a pattern."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / "models--team--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns(left_out))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("left_out, what", [("*safetensors*", "the weights"), ("model-*", "of 5 files")])
+def test_weights_that_are_not_in_the_hubs_cache_are_downloaded_where_that_may_be(
+    folder, tmp_path, monkeypatch, left_out, what
+):
+    in_the_hubs_cache(folder, tmp_path / "hub", monkeypatch, left_out)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found, stored = of_models._weights("team/model", of_models.LoadingOptions())
+    assert (found.status, stored) == ("problem", None) and what in found.found and "HF_HUB_OFFLINE" in found.remedy
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    found, stored = of_models._weights("team/model", of_models.LoadingOptions())
+    assert (found.status, stored) == ("ok", None) and f"{what} are still to download" in found.found
+
+
+def test_no_pickle_is_read(folder):
+    state = load_model(str(folder), of_models.LoadingOptions()).state_dict()
+    for file in folder.glob("*safetensors*"):
+        file.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    found, _ = of_models._weights(str(folder), of_models.LoadingOptions())
+    assert found.status == "problem" and "Pickles are not read" in found.remedy
+    with pytest.raises(OSError, match=r"neither model.safetensors nor .*\. Pickles are not read"):
+        load_model(str(folder), of_models.LoadingOptions())
 
 
 def test_no_chat_template_is_a_warning(folder, rows):
