@@ -156,6 +156,11 @@ def test_memory(folder, rows, monkeypatch):
     assert code == 1 and found["memory"]["status"] == "problem" and "0.1 MB on cuda:0" in found["memory"]["found"]
     monkeypatch.setattr(of_models, "free_memory", lambda: 10**9)
     assert doctor(folder, "--safety-data", rows)[1]["memory"]["status"] == "ok"
+    monkeypatch.setattr(of_models, "accelerator_memory", lambda: {"cuda:0": (10**9, 10**9)})
+    monkeypatch.setattr(of_models, "free_memory", lambda: 10**5)
+    found = doctor(folder, "--safety-data", rows)[1]["memory"]
+    assert found["status"] == "warning" and "--device-map auto" in found["remedy"]
+    assert doctor(folder, "--safety-data", rows, "--device-map", "auto")[1]["memory"]["status"] == "ok"
     whole = of_models._bytes_of_weights(llama(), of_models.LoadingOptions())
     assert whole == sum(p.numel() * 4 for p in llama().parameters()) + sum(b.nbytes for b in llama().buffers())
     assert of_models._bytes_of_weights(llama(), of_models.LoadingOptions(load_in_4bit=True)) < 0.6 * whole

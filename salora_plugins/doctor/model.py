@@ -67,7 +67,7 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
     found += [_targets(ranks), weights, *_tokenizer(source, model, config, loading)]
     if stored is None or loading.dtype != "auto" or loading.load_in_4bit or loading.load_in_8bit:
         stored = _bytes_of_weights(model, loading)
-    found.append(_memory(stored, statistics_bytes(model, config, ranks)))
+    found.append(_memory(stored, statistics_bytes(model, config, ranks), loading))
     return found
 
 
@@ -201,13 +201,18 @@ def _tokenizer(source: str, model: nn.Module, config: SaLoRAConfig, loading: Loa
             yield Finding(AREA, "safety data", str(warning.message), "warning")
 
 
-def _memory(weights: int, statistics: int) -> Finding:
+def _memory(weights: int, statistics: int, loading: LoadingOptions) -> Finding:
     """Weights with room for activations, and statistics, beside what there is."""
     needed = ROOM * weights + statistics
-    places = {name: free for name, (free, _) in accelerator_memory().items()} | {"the CPU": free_memory()}
+    of_cpu = free_memory()
+    places = {name: free for name, (free, _) in accelerator_memory().items()} | {"the CPU": of_cpu}
     there = ", ".join(f"{size(free)} on {name}" for name, free in places.items())
     text = f"calibration needs about {size(needed)} ({size(weights)} of weights); free are {there}"
     if any(needed <= free for free in places.values()):
+        through_cpu = loading.device_map is None and not (loading.load_in_4bit or loading.load_in_8bit)
+        if through_cpu and weights > of_cpu:
+            text += "; without a device map the weights are loaded to the CPU first, which has too little"
+            return Finding(AREA, "memory", text, "warning", "Load them to where they fit: --device-map auto")
         return Finding(AREA, "memory", text)
     if needed <= sum(places.values()):
         return Finding(AREA, "memory", text, "warning", "Split it over what there is: --device-map auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
         OSError: There is no such model, or it has no weights in safetensors: pickles are not read.
     """
     options.check()
+    from huggingface_hub.constants import is_offline_mode
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -82,11 +84,10 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
     except SafetensorError as error:
         raise ValueError(f"{source}: the model's weights cannot be read, perhaps cut short ({error}).") from error
     except OSError as error:
-        if SAFE_WEIGHTS_NAME not in str(error):
+        if f"file named {SAFE_WEIGHTS_NAME}" not in str(error) or (is_offline_mode() and not os.path.isdir(source)):
             raise
-        raise OSError(
-            f"{source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. {NO_PICKLES}."
-        ) from error
+        files = f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
+        raise OSError(f"{source} has {files}. {NO_PICKLES}.") from error
 
 
 def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerBase | None:
