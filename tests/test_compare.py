@@ -247,6 +247,29 @@ def test_a_judge_of_harm_and_broken_answers_in_the_verdict(tmp_path):
     assert "2 of its answers are broken text" in broken
 
 
+def test_the_verdict_claims_no_refusals_that_are_gone(tmp_path):
+    answers = {
+        "base": model_answers(7),
+        "broken": model_answers(7, broken=range(REQUESTS)),
+        "unseen": model_answers(0, failed=range(2, REQUESTS)),  # the two that were judged are answered
+        "failed": model_answers(8, failed=range(REQUESTS)),
+    }
+    broken, unseen, failed = verdict(compare([save(tmp_path, answers)]).report)[1:]
+    assert broken.startswith("broken answers no more of these requests than base, but refuses fewer (broken text): it")
+    assert "keeps" not in unseen and unseen.startswith("unseen answers more of these requests than base, by no more")
+    assert failed.startswith("failed cannot be compared with base, as the judge failed: it")
+
+
+def test_the_verdict_where_the_base_model_refuses_nothing_and_has_no_judged_harmless_answers(tmp_path):
+    answers = {"base": model_answers(0), "other": model_answers(0)}
+    report = compare([save(tmp_path, answers)]).report
+    assert verdict(report)[1].startswith("other has no refusals to keep, as base refuses none of these requests: it")
+    first, other = report.models
+    bare = first.model_copy(update={"harmless": first.harmless.model_copy(update={"judgements": {}})})
+    sentence = verdict(report.model_copy(update={"models": [bare, other]}))[1]
+    assert "None" not in sentence and "0 of 8 harmless ones" in sentence
+
+
 def test_the_verdict_stands_first_everywhere(two, tmp_path):
     comparison = compare(two)
     sentences = verdict(comparison.report)

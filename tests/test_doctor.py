@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
+import torch
 from click.testing import CliRunner
 
 from salora_plugins.cli import create_cli
 from salora_plugins.doctor import examine_installation, installation
 from salora_plugins.doctor import model as of_models
+from salora_plugins.models.loading import load_model
+from salora_plugins.support import memory
 from tiny import llama, tokenizer
 
 
@@ -56,8 +60,9 @@ def test_a_whole_installation_and_a_whole_model(folder):
     assert "4 linear layers (2 q_proj, 2 v_proj), outputs and inputs" in found["target modules"]["found"]
     assert "the model knows 259" in found["tokenizer"]["found"]
     assert "rows rendered" in found["safety data"]["found"]
-    files = len(list(folder.glob("*.safetensors")))
-    assert files > 1 and found["weights"]["found"].startswith(f"{files} files")
+    files = list(folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in files)
+    assert len(files) > 1 and found["weights"]["found"] == f"{len(files)} files, {stored / 1e6:.1f} MB"
 
 
 def test_options_are_those_of_a_calibration(folder, rows):
@@ -104,6 +109,40 @@ def test_what_stands_in_the_way_of_a_model(folder, rows, name):
     assert code == 1 and found[where]["status"] == "problem" and text in found[where]["found"]
 
 
+def in_the_hubs_cache(folder, cache, monkeypatch, left_out):
+    """The folder as the repository team/model, without the files of a pattern."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / "models--team--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns(left_out))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("left_out, what", [("*safetensors*", "the weights"), ("model-*", "of 5 files")])
+def test_weights_that_are_not_in_the_hubs_cache_are_downloaded_where_that_may_be(
+    folder, tmp_path, monkeypatch, left_out, what
+):
+    in_the_hubs_cache(folder, tmp_path / "hub", monkeypatch, left_out)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found, stored = of_models._weights("team/model", of_models.LoadingOptions())
+    assert (found.status, stored) == ("problem", None) and what in found.found and "HF_HUB_OFFLINE" in found.remedy
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    found, stored = of_models._weights("team/model", of_models.LoadingOptions())
+    assert (found.status, stored) == ("ok", None) and f"{what} are still to download" in found.found
+
+
+def test_no_pickle_is_read(folder):
+    state = load_model(str(folder), of_models.LoadingOptions()).state_dict()
+    for file in folder.glob("*safetensors*"):
+        file.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    found, _ = of_models._weights(str(folder), of_models.LoadingOptions())
+    assert found.status == "problem" and "Pickles are not read" in found.remedy
+    with pytest.raises(OSError, match=r"neither model.safetensors nor .*\. Pickles are not read"):
+        load_model(str(folder), of_models.LoadingOptions())
+
+
 def test_no_chat_template_is_a_warning(folder, rows):
     (folder / "chat_template.jinja").unlink()
     code, found = doctor(folder, "--safety-data", rows)
@@ -117,9 +156,30 @@ def test_memory(folder, rows, monkeypatch):
     assert code == 1 and found["memory"]["status"] == "problem" and "0.1 MB on cuda:0" in found["memory"]["found"]
     monkeypatch.setattr(of_models, "free_memory", lambda: 10**9)
     assert doctor(folder, "--safety-data", rows)[1]["memory"]["status"] == "ok"
+    monkeypatch.setattr(of_models, "accelerator_memory", lambda: {"cuda:0": (10**9, 10**9)})
+    monkeypatch.setattr(of_models, "free_memory", lambda: 10**5)
+    found = doctor(folder, "--safety-data", rows)[1]["memory"]
+    assert found["status"] == "warning" and "--device-map auto" in found["remedy"]
+    assert doctor(folder, "--safety-data", rows, "--device-map", "auto")[1]["memory"]["status"] == "ok"
     whole = of_models._bytes_of_weights(llama(), of_models.LoadingOptions())
     assert whole == sum(p.numel() * 4 for p in llama().parameters()) + sum(b.nbytes for b in llama().buffers())
     assert of_models._bytes_of_weights(llama(), of_models.LoadingOptions(load_in_4bit=True)) < 0.6 * whole
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_the_page_cache_of_a_container_counts_as_free(tmp_path, monkeypatch, version):
+    limit, used, statistics = (tmp_path / name for name in ("limit", "used", "statistics"))
+    names = memory._LIMITS[version][3]
+    monkeypatch.setattr(memory, "_LIMITS", ((limit, used, statistics, names),))
+    limit.write_text("1000000\n")
+    used.write_text("900000\n")
+    assert memory.free_memory() == 100_000
+    inactive, active = names
+    statistics.write_text(f"anon 5\n{inactive} 500000\n{active} 200000\nx_{active} 7\n")
+    assert memory.free_memory() == 800_000
+    machine = memory.psutil.virtual_memory().available
+    limit.write_text("max\n")
+    assert memory.free_memory() == pytest.approx(machine, rel=0.5)
 
 
 def test_versions_outside_of_the_declared_ranges(monkeypatch):

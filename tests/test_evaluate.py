@@ -28,6 +28,7 @@ from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import word_problems
 from salora_plugins.evaluation import evaluated_models, generate_responses, response_loss
 from salora_plugins.evaluation.assembling import assemble
+from salora_plugins.evaluation.command_line import how_to_evaluate
 from salora_plugins.evaluation.evaluated_models import Loader, find_models
 from salora_plugins.evaluation.first_tokens import KL_TOKENS
 from salora_plugins.evaluation.judges import endpoint as endpoint_judge
@@ -622,3 +623,13 @@ def test_command(finished, sources, tmp_path):
     assert [model.name for model in report.models] == ["base", "zero"]
     found = CliRunner().invoke(create_cli(), [*arguments, "--adapter", f"zero={sources['broken']}"])
     assert found.exit_code == 1 and "names two" in str(found.exception)
+
+
+def test_the_command_for_a_trained_adapter_tells_of_another_chat_template(tmp_path):
+    _, tokenizer = load_demo_model()
+    assert "chat template" not in how_to_evaluate(str(MODEL), tmp_path, LoadingOptions())  # no tokenizer was saved
+    tokenizer.save_pretrained(tmp_path)
+    assert "chat template" not in how_to_evaluate(str(MODEL), tmp_path, LoadingOptions())
+    tokenizer.chat_template += "{# another #}"
+    tokenizer.save_pretrained(tmp_path)
+    assert f"chat template is not that of {tmp_path}" in how_to_evaluate(str(MODEL), tmp_path, LoadingOptions())

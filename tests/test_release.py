@@ -85,7 +85,13 @@ def test_a_release_is_built_from_its_tag_and_published_only_where_that_was_asked
     assert workflow("release.yml")[True] == {"push": {"tags": ["v*"]}}  # YAML's `on`
     assert commands(jobs["build"]) == ["make dist TAG=${{ github.ref_name }}"]
     assert jobs["publish"]["if"] == "vars.PUBLISH == 'true'"
-    assert all(job.get("needs") == "build" for name, job in jobs.items() if name != "build")
+    assert jobs["publish"]["needs"] == "build"
+    # A tag may be of a commit that was never pushed to a branch.
+    assert jobs["build"]["needs"] == "tests" and jobs["tests"]["uses"] == "./.github/workflows/ci.yml"
+    assert "workflow_call" in workflow("ci.yml")[True]
+    # The notes wait for what is published; a job that is skipped would skip them without a condition.
+    assert jobs["notes"]["needs"] == ["build", "publish"]
+    assert "needs.build.result == 'success'" in jobs["notes"]["if"] and "needs.publish.result" in jobs["notes"]["if"]
     # Who may write what is said job by job.
     assert workflow("release.yml")["permissions"] == workflow("ci.yml")["permissions"] == {"contents": "read"}
 

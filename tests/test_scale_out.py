@@ -121,6 +121,7 @@ def test_fsdp2_shards_are_not_saved(sharded, refusal):
 IN_THE_RUN = """
 import os
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -147,12 +148,25 @@ def loaded(shard):
     return model
 
 
+loaded_whole, copies = sharded._loaded_whole, []
+
+
+def loaded_in_a_cycle(*arguments):  # as hooks make one: only a collection frees it
+    whole = loaded_whole(*arguments)
+    whole.itself = [whole]
+    copies.append(weakref.ref(whole))
+    return whole
+
+
 # Sharded: loaded anew by the first rank, once; the second time from the cache.
+sharded._loaded_whole = loaded_in_a_cycle
 for attempt in range(2):
     model = get_peft_model(loaded(True), SaLoRAConfig(**options))
     assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, DTensor)
     model.base_model.safety_module().save(folder / f"sharded-{attempt}-{rank}.safetensors")
 assert len(list((folder / "cache").glob("*.safetensors"))) == 1
+assert bool(copies) == (rank == 0) and all(copy() is None for copy in copies)
+sharded._loaded_whole = loaded_whole
 
 # No room for it.
 free, sharded.free_memory = sharded.free_memory, lambda: 1000

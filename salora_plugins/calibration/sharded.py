@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -80,7 +81,13 @@ def _calibrate_alone(
     tell(logger, "%s: %s is loaded anew, whole, to calibrate on (%s). The others wait.", reason, source, place.text)
     with _outside_of_zero3():
         whole = _loaded_whole(model, source, place.arguments or {})
-    return calibrate_with(whole, config)
+    try:
+        return calibrate_with(whole, config)
+    finally:  # the training is to have the room
+        del whole
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import is_offline_mode
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -20,7 +20,7 @@ from ..calibration.rows import safety_rows
 from ..calibration.settings import checked_ranks, safety_row_settings, statistics_bytes
 from ..config import SaLoRAConfig
 from ..models.embeddings import output_embeddings, vocabulary_size
-from ..models.loading import LoadingOptions, load_tokenizer
+from ..models.loading import NO_PICKLES, LoadingOptions, load_tokenizer
 from ..ranks import SideRanks
 from ..rows.examples import RenderedRequest
 from ..rows.rendering import has_template
@@ -53,7 +53,7 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
         )
     except (OSError, ValueError, KeyError) as error:
         remedy = "Check the name"
-        if os.environ.get("HF_HUB_OFFLINE"):
+        if is_offline_mode():
             remedy += "; HF_HUB_OFFLINE is set, so that nothing is downloaded: unset it"
         return [Finding(AREA, "configuration", f"{source}: {error}", "problem", remedy)]
     found = [_quantization(of_model)]
@@ -63,11 +63,11 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
         ranks = checked_ranks(model, config)
     except (ValueError, OSError, ImportError) as error:
         return [*found, Finding(AREA, "targets", str(error), "problem")]
-    weights, size = _weights(source, loading)
+    weights, stored = _weights(source, loading)
     found += [_targets(ranks), weights, *_tokenizer(source, model, config, loading)]
-    if size is None or loading.dtype != "auto" or loading.load_in_4bit or loading.load_in_8bit:
-        size = _bytes_of_weights(model, loading)
-    found.append(_memory(size, statistics_bytes(model, config, ranks)))
+    if stored is None or loading.dtype != "auto" or loading.load_in_4bit or loading.load_in_8bit:
+        stored = _bytes_of_weights(model, loading)
+    found.append(_memory(stored, statistics_bytes(model, config, ranks), loading))
     return found
 
 
@@ -114,30 +114,35 @@ def _targets(ranks: SideRanks) -> Finding:
 
 
 def _weights(source: str, loading: LoadingOptions) -> tuple[Finding, int | None]:
-    """Whether all files are here, and their bytes, where they are; none is opened but the index."""
-    folder = Path(source)
-    if not folder.is_dir():
-        downloaded = _downloaded(source, loading)
-        if downloaded is None:
-            text = "not on this machine yet; they are downloaded when the model is loaded"
-            return Finding(AREA, "weights", text, "ok", f"Beforehand: hf download {source}"), None
-        folder = downloaded
+    """Whether all files are here or can be downloaded, and their bytes, if they are; none is opened but the index."""
+    folder = Path(source) if Path(source).is_dir() else _downloaded(source, loading)
+    if folder is None:
+        return _still_to_download("the weights", source), None
     index, only = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json_object(index)["weight_map"].values()))]
-    elif only.is_file():
+    if only.is_file():  # which transformers takes first
         files = [only]
+    elif index.is_file():
+        files = [folder / name for name in sorted(set(read_json_object(index)["weight_map"].values()))]
     else:
         text = f"{folder} has neither {only.name} nor {index.name}"
-        remedy = "Save the model with save_pretrained; pickles are not read"
-        return Finding(AREA, "weights", text, "problem", remedy), None
+        return Finding(AREA, "weights", text, "problem", NO_PICKLES), None
     missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing and Path(source).is_dir():
         text = f"{len(missing)} of {len(files)} files are missing ({missing[0]})"
-        remedy = "Copy the whole folder" if Path(source).is_dir() else f"Fetch them: hf download {source}"
-        return Finding(AREA, "weights", text, "problem", remedy), None
-    size = sum(file.stat().st_size for file in files)
-    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size(size)}"), size
+        return Finding(AREA, "weights", text, "problem", "Copy the whole folder"), None
+    if missing:
+        return _still_to_download(f"{len(missing)} of {len(files)} files", source), None
+    stored = sum(file.stat().st_size for file in files)
+    return Finding(AREA, "weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size(stored)}"), stored
+
+
+def _still_to_download(what: str, source: str) -> Finding:
+    """Of a hub repository; nothing comes where the hub is not to be asked."""
+    if is_offline_mode():
+        text = f"{what} are not on this machine, and HF_HUB_OFFLINE is set, so that nothing is downloaded"
+        return Finding(AREA, "weights", text, "problem", f"Unset HF_HUB_OFFLINE, then: hf download {source}")
+    text = f"{what} are still to download, which is done when the model is loaded"
+    return Finding(AREA, "weights", text, "ok", f"Beforehand: hf download {source}")
 
 
 def _downloaded(source: str, loading: LoadingOptions) -> Path | None:
@@ -196,13 +201,18 @@ def _tokenizer(source: str, model: nn.Module, config: SaLoRAConfig, loading: Loa
             yield Finding(AREA, "safety data", str(warning.message), "warning")
 
 
-def _memory(weights: int, statistics: int) -> Finding:
+def _memory(weights: int, statistics: int, loading: LoadingOptions) -> Finding:
     """Weights with room for activations, and statistics, beside what there is."""
     needed = ROOM * weights + statistics
-    places = {name: free for name, (free, _) in accelerator_memory().items()} | {"the CPU": free_memory()}
+    of_cpu = free_memory()
+    places = {name: free for name, (free, _) in accelerator_memory().items()} | {"the CPU": of_cpu}
     there = ", ".join(f"{size(free)} on {name}" for name, free in places.items())
     text = f"calibration needs about {size(needed)} ({size(weights)} of weights); free are {there}"
     if any(needed <= free for free in places.values()):
+        through_cpu = loading.device_map is None and not (loading.load_in_4bit or loading.load_in_8bit)
+        if through_cpu and weights > of_cpu:
+            text += "; without a device map the weights are loaded to the CPU first, which has too little"
+            return Finding(AREA, "memory", text, "warning", "Load them to where they fit: --device-map auto")
         return Finding(AREA, "memory", text)
     if needed <= sum(places.values()):
         return Finding(AREA, "memory", text, "warning", "Split it over what there is: --device-map auto")

@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import torch
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from ..models.loading import LoadingOptions
+from ..models.loading import LoadingOptions, load_tokenizer
+from ..rows.rendering import template_digest
 
 NAME = "trained"
 """What the adapter is called in the report."""
@@ -40,5 +42,20 @@ def how_to_evaluate(base_model: str, adapter: str | os.PathLike, loading: Loadin
         loading = dataclasses.replace(loading, device_map="auto")
     return (
         "\nWhether the refusals are kept, beside the base model's (--task FILE adds the loss on held-out data):"
-        f"\n\n    {evaluation_command(base_model, adapter, loading)}\n"
+        f"\n\n    {evaluation_command(base_model, adapter, loading)}\n{_other_template(base_model, adapter, loading)}"
+    )
+
+
+def _other_template(base_model: str, adapter: str | os.PathLike, loading: LoadingOptions) -> str:
+    """What to know where the tokenizer that was saved with the adapter has another chat template than the base's."""
+    if not (Path(adapter) / TOKENIZER_CONFIG_FILE).is_file():
+        return ""
+    trained_with = load_tokenizer(os.fspath(adapter), loading.without_revision())
+    of_base = load_tokenizer(base_model, loading)
+    if trained_with is None or of_base is None or template_digest(trained_with) == template_digest(of_base):
+        return ""
+    return (
+        f"\nIt renders with the tokenizer of {base_model}, whose chat template is not that of {adapter}:\n"
+        f"the numbers may be others than in use. Give it, instead of {base_model}, a folder with that model and the\n"
+        f"tokenizer of {adapter}.\n"
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+NO_PICKLES = "Pickles are not read, as they can run code: save the model as safetensors (save_pretrained does)"
+"""What is said of a model that has no weights but pickles, such as pytorch_model.bin."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,19 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
 
     Raises:
         ValueError: See `LoadingOptions.check`; or the model's weights cannot be read.
+        OSError: There is no such model, or it has no weights in safetensors: pickles are not read.
     """
     options.check()
+    from huggingface_hub.constants import is_offline_mode
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
     arguments: dict[str, Any] = {
         "dtype": options.dtype,
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
+        "use_safetensors": True,
     }
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
@@ -74,6 +83,11 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(source, **arguments).eval()
     except SafetensorError as error:
         raise ValueError(f"{source}: the model's weights cannot be read, perhaps cut short ({error}).") from error
+    except OSError as error:
+        if f"file named {SAFE_WEIGHTS_NAME}" not in str(error) or (is_offline_mode() and not os.path.isdir(source)):
+            raise
+        files = f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
+        raise OSError(f"{source} has {files}. {NO_PICKLES}.") from error
 
 
 def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerBase | None:
