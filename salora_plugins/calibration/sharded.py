@@ -126,7 +126,12 @@ def _loaded_whole(model: nn.Module, source: str, arguments: dict[str, Any]) -> n
         raise ValueError(f"{type(model).__name__} has no from_pretrained, so that it cannot be loaded anew.")
     of_model: Any = model.config
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    options = {"dtype": dtype, "revision": getattr(of_model, "_commit_hash", None), **arguments}
+    options = {
+        "dtype": dtype,
+        "revision": getattr(of_model, "_commit_hash", None),
+        "use_safetensors": True,
+        **arguments,
+    }
     if (quantization := getattr(of_model, "quantization_config", None)) is not None:
         options["quantization_config"] = quantization
     kind: Any = kinds[0]
