@@ -655,6 +655,22 @@ def test_directions_to_protect_and_to_start_in_are_not_confused(tmp_path):
         get_peft_model(tiny.llama(), SaLoRAConfig(variant="sails", target_modules=["o_proj"], safety_module=protecting))
 
 
+@pytest.mark.parametrize("resumed", ["sails", "protecting"])
+def test_a_checkpoint_of_the_other_kind_changes_no_basis(resumed, tmp_path):
+    sae, _ = planted(tmp_path, tiny.llama(), count=5)
+    configs = {"sails": sails_config(sae), "protecting": sae_config(sae, init="pissa")}
+    get_peft_model(tiny.llama(), configs.pop(resumed)).save_pretrained(tmp_path / "checkpoint")
+    (config,) = configs.values()
+    wrapped = get_peft_model(tiny.llama(), config)
+    layers = [layer for name, layer in wrapped.named_modules() if name.endswith("lora_B.default")]
+    before = [(safe_factor(layer).basis, trained_factor(layer).detach().clone()) for layer in layers]
+    with pytest.raises(ValueError, match=r"checkpoint was saved by a .* training.*Resume with the variant"):
+        wrapped.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+    for layer, (basis, factor) in zip(layers, before, strict=True):
+        assert safe_factor(layer).basis is basis and torch.equal(trained_factor(layer), factor)
+    assert wrapped.base_model.safety_module().protects == (resumed == "sails")
+
+
 def test_trl_arguments_make_the_same_configuration(tmp_path):
     trl = pytest.importorskip("trl")
     from salora_plugins.integrations.trl import SaLoRAArguments, get_peft_config

@@ -76,12 +76,19 @@ def safety_module_of_checkpoint(
         model: The base model.
 
     Raises:
-        ValueError: It belongs to other weights, or (SafetyModuleError) to another model.
+        ValueError: It belongs to other weights, or (SafetyModuleError) to another model, or one of both is of SAILS.
     """
     own = config.safety_module_in_force
     names = list(own.bases)
     check_saved_together(folder)
     saved = SafetyModule.load(folder)
+    if saved.protects != own.protects:
+        of_folder, of_config = ("safety", "SAILS") if saved.protects else ("SAILS", "safety")
+        raise ValueError(
+            f"{folder} was saved by a {of_folder} training, and adapter {adapter_name!r} is of a {of_config} training "
+            f"(variant={config.variant!r}): what one keeps out of, the other starts in. Resume with the variant of the "
+            f"checkpoint, or start anew without it."
+        )
     check_belongs(saved, model, names)
     saved = saved.restricted_to(_all_directions(saved, names))
     if _same_bases(saved, own):
