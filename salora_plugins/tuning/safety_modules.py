@@ -177,11 +177,12 @@ def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
     """
     The ranks to take of a safety module: its own where the configuration asks for none, and on the output side neither
-    did who calibrated it, so that its method chose.
+    did who calibrated it with a method that then chooses, as "salora" does not.
     """
     bases, default = safety_module.input_bases, OPTIONS["safety_rank"].default
     own = {name: safety_module.bases[name].shape[1] for name in names if name in safety_module.bases}
-    chosen = config.safety_rank == safety_module.provenance.get("safety_rank") == default
+    may_choose = safety_module.provenance.get("basis_method") not in (None, OPTIONS["basis_method"].default)
+    chosen = may_choose and config.safety_rank == safety_module.provenance.get("safety_rank") == default
     return config.safety_ranks(
         {name: bases[name].shape[1] if name in bases else 0 for name in names},
         {name: own.get(name, default) for name in names} if chosen else None,
