@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -439,8 +440,10 @@ def test_mappings_of_layers(tmp_path):
     model = tiny.llama()
     sae, directions = planted(tmp_path, model)
     of_layers = {"1": sae}
-    found = calibrate(model, **options_of_calibration(sae_config(of_layers, layers_to_transform=[1])))
-    assert all(overlap(basis, directions[1]) > 1 - 1e-6 for basis in found.bases.values())
+    for mapping in (of_layers, {1: Path(sae)}):
+        found = calibrate(model, **options_of_calibration(sae_config(mapping, layers_to_transform=[1])))
+        assert all(overlap(basis, directions[1]) > 1 - 1e-6 for basis in found.bases.values())
+        assert found.provenance["sae"] == of_layers
     with pytest.raises(CalibrationError, match=r"sae has none for layer 0.*it has some for 1.*layers_to_transform"):
         calibrate(model, **options_of_calibration(sae_config(of_layers)))
 
