@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 import tiny
 from processes import run_ranks
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, plugins
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training, plugins
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
 from salora_plugins.activations.vectors import ExactStatistics, rank_by_need
 from salora_plugins.adapters.model_card import provenance_rows
@@ -481,6 +481,34 @@ def test_salora_trains_in_the_complement_of_a_delta(unaligned, tmp_path):
     rows = provenance_rows(found)
     assert rows["Unaligned model"].startswith("unaligned, fingerprint") and "Safety data" not in rows
     assert SaLoRAConfig.from_pretrained(tmp_path / "adapter").basis_method == "weight-delta"
+
+
+def test_a_given_module_of_another_method_is_refused(tmp_path):
+    common = {"target_modules": ["q_proj"], "safety_rank": 4, "input_safety_rank": 3}
+    rows = {"safety_data": SAFETY, "calibration_cache": False}
+    of_salora = calibrate(tiny.llama(), **rows, **common)
+    actsvd_options = {"basis_method": "actsvd", "utility_rank": 5, "utility_data": UTILITY, "num_utility_samples": 20}
+    of_actsvd = calibrate(tiny.llama(), **rows, **actsvd_options, **common)
+    refused = [
+        (of_salora, actsvd_options, "basis_method='actsvd', but the safety module was computed by 'salora'"),
+        (of_salora, {"utility_rank": 5}, "utility_rank=5, but .* by 'salora' without it. Leave utility_rank unset"),
+        (of_actsvd, {"utility_rank": 6}, "utility_rank=6, but .* by 'actsvd' with 5"),
+        (of_actsvd, {"num_utility_samples": 11}, "num_utility_samples=11, but .* with 12"),
+        (of_actsvd, {"utility_data": "mine.jsonl"}, "utility_data='mine.jsonl', but .* with '<list>'"),
+    ]
+    for given, options, told in refused:
+        with pytest.raises(ValueError, match=told):
+            get_peft_model(tiny.llama(), SaLoRAConfig(safety_module=given, **options, **common))
+    for options in ({}, actsvd_options):
+        config = SaLoRAConfig(r=4, safety_module=of_actsvd, task_type="CAUSAL_LM", **options, **common)
+        model = get_peft_model(tiny.llama(), config)
+        assert model.base_model.safety_module().provenance["basis_method"] == "actsvd"
+    # What is saved has the options of its training, but not the data, and loads with them.
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_for_training(tiny.llama(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].utility_rank == 5
+    again = SaLoRAConfig.from_pretrained(tmp_path / "adapter")
+    get_peft_model(tiny.llama(), again)
 
 
 # --- What a method gets ---

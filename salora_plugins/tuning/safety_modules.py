@@ -123,11 +123,14 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     The safety module that a configuration names.
 
     Raises:
-        ValueError: It was computed from other positions, or with another weight of them, than the options want.
+        ValueError: It was computed from other positions, or with another weight of them, or by another basis method,
+            or other options of that, than the options want.
     """
     given = config.safety_module
     safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
     _check_variant(config, safety_module)
+    if not config.weights_follow:  # a saved adapter is trained on with its own, whatever it was called
+        _check_method(config, safety_module)
     positions = safety_module.provenance.get("safety_positions")
     if config.safety_positions is not None and positions not in (None, config.safety_positions):
         raise ValueError(
@@ -172,6 +175,38 @@ def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
             f"variant={config.variant!r} with the directions that a SAILS adapter starts in, which protect nothing. "
             "Calibrate with basis_method='sae' for a safety module of such directions, or set variant='sails'."
         )
+
+
+def _check_method(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """
+    Raises:
+        ValueError: The options ask for another basis method than the safety module says, or for other options of it.
+    """
+    known = safety_module.provenance
+    method = known.get("basis_method")
+    if method is None:
+        return
+    if config.basis_method not in (OPTIONS["basis_method"].default, method):
+        raise ValueError(
+            f"basis_method={config.basis_method!r}, but the safety module was computed by {method!r}. Leave "
+            "basis_method unset, or calibrate again."
+        )
+    values = config.to_dict()  # data by its name, as in the provenance
+    for name in OF_BASIS_METHODS:
+        value = values[name]
+        if value == OPTIONS[name].default:
+            continue
+        if name == "num_utility_samples":  # the most that are read; how many there were is known
+            found = known.get("utility_samples")
+            agrees = found is not None and found <= value
+        else:
+            found = known.get(name)
+            agrees = found == value
+        if not agrees:
+            raise ValueError(
+                f"{name}={value!r:.80}, but the safety module was computed by {method!r} "
+                f"{'without it' if found is None else f'with {found!r:.80}'}. Leave {name} unset, or calibrate again."
+            )
 
 
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
