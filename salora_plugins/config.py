@@ -71,7 +71,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
             values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
             0.95: as many as capture that share of the energy of the layer's outputs on the safety data. "entropy:0.85":
-            as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038).
+            as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038). With
+            `basis_method="sae"` and `variant="sails"` the default, 32 whether given or not, means as many as have 80 %
+            of the variance of the features' directions, layer by layer; any other number is that number.
         variant (`"two-sided"`, `"paper"` or `"sails"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
+from .options import OPTIONS
 from .ranks import SIDES, Side, of_side
 from .safety_module import SafetyModule, SideBases
 from .support.numbers import percent
@@ -103,15 +104,23 @@ def facts(provenance: Mapping[str, Any]) -> str:
     for side in (side for side in SIDES if side in directions):
         least, most = directions[side]
         text = f"{least}" if least == most else f"{least} to {most}"
-        what_has = "the data has" if provenance.get("basis_method", "salora") == "salora" else "there are"
-        less = f" ({what_has} no more)" if of_side(side, "safety_rank_cut") in provenance else ""
-        parts.append(f"{text} {side} directions{less}")
+        parts.append(f"{text} {side} directions{_why_so_many(provenance, side)}")
     if "modules" in provenance:
         parts.append(f"{provenance['modules']} layers")
     if "tokenizer" in provenance:
         template = "its chat template" if provenance.get("has_chat_template") else "no chat template"
         parts.append(f"tokenizer {provenance['tokenizer']} with {template}")
     return "Safety module: " + one_line(", ".join(parts))
+
+
+def _why_so_many(provenance: Mapping[str, Any], side: Side) -> str:
+    """In parentheses, where the number of directions is not simply the one that was asked for."""
+    method = provenance.get("basis_method", "salora")
+    if method == "sae" and side == "output" and provenance.get("safety_rank") == OPTIONS["safety_rank"].default:
+        return " (the default with sae: a share of the variance, layer by layer)"
+    if of_side(side, "safety_rank_cut") in provenance:
+        return f" ({'the data has' if method == 'salora' else 'there are'} no more)"
+    return ""
 
 
 def leak_line(provenance: Mapping[str, Any]) -> str:

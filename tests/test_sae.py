@@ -25,7 +25,7 @@ from salora_plugins import (
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
-from salora_plugins.inspection import summary
+from salora_plugins.inspection import facts, summary
 from salora_plugins.models.residual import residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
@@ -401,6 +401,12 @@ def test_the_default_rank_is_a_share_of_the_variance(tmp_path):
     )
     for name, basis in found.bases.items():
         assert entropy.bases[name].shape[1] < basis.shape[1] < more.bases[name].shape[1]
+    numbers = sorted(basis.shape[1] for basis in found.bases.values())
+    extent = f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+    assert f"{extent} output directions (the default with sae: a share of the variance" in facts(found.provenance)
+    assert "default with sae" not in facts(more.provenance) and "no more" not in facts(more.provenance)
+    asked = calibrate(model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5, safety_rank=32)))
+    assert all(torch.equal(asked.bases[name], basis) for name, basis in found.bases.items())  # the default, said aloud
     # All that a file has is taken of it, though the default is a number.
     more.save(tmp_path / "more.safetensors")
     wrapped = get_peft_model(
