@@ -71,7 +71,9 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             Number r_s of output directions per layer that the update may not write into (columns of U_C). Higher
             values protect more and leave less room to learn; must be smaller than the layer's output. A float such as
             0.95: as many as capture that share of the energy of the layer's outputs on the safety data. "entropy:0.85":
-            as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038).
+            as many as make up that share of the entropy of its spectrum (LSSF, arXiv 2602.00038). With
+            `basis_method="sae"` and `variant="sails"` the default, 32 whether given or not, means as many as have 80 %
+            of the variance of the features' directions, layer by layer; any other number is that number.
         variant (`"two-sided"`, `"paper"` or `"sails"`, defaults to `"two-sided"`):
             "two-sided": the update may neither write into the directions in which the outputs of refused requests lie,
             nor react to those in which such requests come in. Goes beyond the paper; what it keeps is measured in
@@ -150,13 +152,13 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             `num_safety_samples` of them are read.
         contrastive_positions (`"response"`, `"predicting"`, `"prompt"`, `"header"`, `"all"`, defaults to `"response"`):
             Which positions of the contrastive data count, as `safety_positions` says it.
-        sae (`str` or `dict`, *optional*):
+        sae (`str`, path or `dict`, *optional*):
             The sparse autoencoder of each layer, for `basis_method="sae"`: "RELEASE:ID" of sae-lens or a folder, with
             `{layer}` in the place of the layer's number, or a mapping from the number to such.
         sae_feature_share (`float`, defaults to 0.3):
             Share of the autoencoder's features, those that differ most between safe and unsafe responses, whose
             directions are used.
-        unaligned_model (`str`, *optional*):
+        unaligned_model (`str` or path, *optional*):
             The model before its alignment (a base model, or one that lost its refusals), for
             `basis_method="weight-delta"`: a folder or a repository of the hub ("organization/name@revision"), with
             layers of the same names and shapes. It is read a weight at a time.
@@ -173,6 +175,7 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         register_peft_types()
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
+        self._take_names_of_paths()
         self._resolve_start()
         check_number("r", self.r, 1)
         for option in OPTIONS.values():
@@ -184,6 +187,14 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         self.weights_follow = False  # start factors are not needed, since saved ones are loaded next
         self._warned_about: set[str] = set()
         self.warn_about_weights_outside_the_safety_module()
+
+    def _take_names_of_paths(self) -> None:
+        """Of what a file must hold as a text: paths, and the layers' numbers in a mapping `sae`."""
+        self.unaligned_model = _text_of_path(self.unaligned_model)
+        if isinstance(self.sae, Mapping):
+            self.sae = {str(layer): _text_of_path(source) for layer, source in self.sae.items()}
+        else:
+            self.sae = _text_of_path(self.sae)
 
     def _resolve_start(self) -> None:
         """Choose `init` where it is None, and warn of options that only `init="task"` heeds with another one."""
@@ -445,6 +456,10 @@ def check_form(values: dict[str, Any], file: Path) -> None:
 def _is_default(name: str, value: Any) -> bool:
     default = OPTIONS[name].default
     return value is default or (isinstance(value, (str, int, float)) and value == default)
+
+
+def _text_of_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _name_of(value: Any) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
+from .options import OPTIONS
 from .ranks import SIDES, Side, of_side
 from .safety_module import SafetyModule, SideBases
 from .support.numbers import percent
@@ -40,6 +42,53 @@ def is_without_safety_data(provenance: Mapping[str, Any]) -> bool:
     return "safety_samples" not in provenance and any(name in provenance for name in ("unaligned_model", "sae"))
 
 
+_IN_DATA: dict[Side, str] = {
+    "output": "the layers' outputs on the safety data",
+    "input": "the layers' inputs on the safety data",
+}
+_OF_WEIGHTS: dict[Side, str] = dict.fromkeys(SIDES, "the weights' change by alignment")
+_OF_METHODS: dict[str, tuple[str, Mapping[Side, str]]] = {
+    "salora": ("directions that carried the base model's refusals on the safety data", _IN_DATA),
+    "actsvd": (
+        "directions that carried the base model's refusals on the safety data and that the utility data does not use",
+        _IN_DATA,
+    ),
+    "weight-delta": (
+        "directions in which the base model's weights differ most from the unaligned model's",
+        _OF_WEIGHTS,
+    ),
+    "sae": (
+        "directions of sparse-autoencoder features that tell safe from unsafe responses",
+        {"output": "the decoder directions of the kept features", "input": _IN_DATA["input"]},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class WhatDirections:
+    """What the directions of a safety module are, in words."""
+
+    sentence: str
+    """Behind "the"; of both sides together."""
+    spectra: Mapping[Side, str]
+    """Side -> whose singular values and energy there are."""
+
+
+def what_directions(provenance: Mapping[str, Any]) -> WhatDirections:
+    """By the basis method: only data of refusals gives directions of refusals. What names none is of "salora"."""
+    method = str(provenance.get("basis_method") or "salora")
+    sentence, spectra = _OF_METHODS.get(
+        method,
+        (
+            f"directions that the basis method {method!r} found",
+            dict.fromkeys(SIDES, "what the basis method decomposed"),
+        ),
+    )
+    if method == "sae" and "safety_samples" in provenance:
+        sentence += ", and, on the input side, those in which the safety data comes in"
+    return WhatDirections(sentence, spectra)
+
+
 def facts(provenance: Mapping[str, Any]) -> str:
     """What a calibration found, in one line: requests, positions, directions, layers, tokenizer and template."""
     parts = []
@@ -55,15 +104,23 @@ def facts(provenance: Mapping[str, Any]) -> str:
     for side in (side for side in SIDES if side in directions):
         least, most = directions[side]
         text = f"{least}" if least == most else f"{least} to {most}"
-        what_has = "the data has" if provenance.get("basis_method", "salora") == "salora" else "there are"
-        less = f" ({what_has} no more)" if of_side(side, "safety_rank_cut") in provenance else ""
-        parts.append(f"{text} {side} directions{less}")
+        parts.append(f"{text} {side} directions{_why_so_many(provenance, side)}")
     if "modules" in provenance:
         parts.append(f"{provenance['modules']} layers")
     if "tokenizer" in provenance:
         template = "its chat template" if provenance.get("has_chat_template") else "no chat template"
         parts.append(f"tokenizer {provenance['tokenizer']} with {template}")
     return "Safety module: " + one_line(", ".join(parts))
+
+
+def _why_so_many(provenance: Mapping[str, Any], side: Side) -> str:
+    """In parentheses, where the number of directions is not simply the one that was asked for."""
+    method = provenance.get("basis_method", "salora")
+    if method == "sae" and side == "output" and provenance.get("safety_rank") == OPTIONS["safety_rank"].default:
+        return " (the default with sae: a share of the variance, layer by layer)"
+    if of_side(side, "safety_rank_cut") in provenance:
+        return f" ({'the data has' if method == 'salora' else 'there are'} no more)"
+    return ""
 
 
 def leak_line(provenance: Mapping[str, Any]) -> str:
@@ -150,7 +207,10 @@ def table(safety_module: SafetyModule) -> Table:
     """One row a module."""
     from rich.table import Table
 
-    result = Table(caption="Captured: share of the energy on the safety data. Values: singular values, first and last.")
+    what = what_directions(safety_module.provenance)
+    spectra = dict.fromkeys(what.spectra[side] for side in safety_module.sides)
+    caption = f"Captured: share of the energy of {', '.join(spectra)}."
+    result = Table(caption=f"{caption} Values: singular values, first and last.")
     result.add_column("Module", overflow="fold")
     for side in safety_module.sides:
         result.add_column(f"{side} rank", justify="right")
@@ -180,6 +240,7 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
 
     from matplotlib import colormaps
 
+    what = what_directions(safety_module.provenance)
     rows = figure.subplots(len(safety_module.sides), 2, squeeze=False)
     for (spectrum_axis, share_axis), (side, found) in zip(rows, safety_module.sides.items(), strict=True):
         spectra, shares = found.singular_values, found.captured_energy
@@ -195,11 +256,11 @@ def write_plot(path: Path, safety_module: SafetyModule) -> None:
             known = [(index, shares[name]) for index, name in enumerate(names) if name in shares]
             if known:
                 share_axis.plot(*zip(*known, strict=True), ".-", color=color, label=group)
-        spectrum_axis.set_title(f"Singular values of the layers' {side}s on the safety data", fontsize=10)
+        spectrum_axis.set_title(f"Singular values of {what.spectra[side]}", fontsize=10)
         spectrum_axis.set_xlabel(f"{side} direction")
         spectrum_axis.set_ylabel("relative to the largest")
         spectrum_axis.legend(fontsize=8)
-        share_axis.set_title(f"Share of the energy of the {side}s that the directions capture", fontsize=10)
+        share_axis.set_title(f"Share of their energy that the {side} directions capture", fontsize=10)
         share_axis.set_xlabel("layer, in the model's order")
         share_axis.set_ylim(0, 1.02)
         for axis in (spectrum_axis, share_axis):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ import constructed_saes
 import fresh
 import tiny
 from certificate import largest_share_inside
-from salora_plugins import SafetyModule, calibrate, load_for_training
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
 from salora_plugins.adapters.model_card import START
 from salora_plugins.models.fingerprint import weight_samples
 
@@ -735,6 +736,30 @@ def test_a_saved_adapter_is_trained_further_with_its_safety_module(runs):
     assert _losses(more / "checkpoint-4")[0] < _losses(first / "checkpoint-4")[0]
     assert json.loads((more / "salora_config.json").read_text())["r"] == 4
     assert "lora_r: 2 is ignored" in (folder / "log.txt").read_text()
+
+
+def test_other_options_of_the_basis_method_are_said_to_be_ignored(caplog, monkeypatch):
+    from axolotl.utils.dict import DictDefault
+
+    from salora_plugins.integrations.axolotl.translation import warn_about_differences
+
+    saved = SaLoRAConfig(basis_method="actsvd", utility_rank=5)
+    block = {"basis_method": "weight-delta", "unaligned_model": "org/before", "utility_rank": 5, "utility_data": "mine"}
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    warn_about_differences(DictDefault({"salora": block, "lora_model_dir": "adapter"}), saved)
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(" is ignored")[0] for message in said] == [
+        "salora.basis_method: weight-delta",
+        "salora.unaligned_model: org/before",
+    ]
+
+
+def test_layers_of_autoencoders_are_logged_in_order():
+    """Axolotl writes its config with sorted keys to its log."""
+    from salora_plugins.integrations.axolotl.args import SaLoRAOptions
+
+    block = SaLoRAOptions(sae={20: "release:twenty", "12": "folder"}).model_dump(exclude_none=True)
+    assert json.loads(json.dumps(block, sort_keys=True)) == {"sae": {"12": "folder", "20": "release:twenty"}}
 
 
 def test_axolotls_own_adapter_on_a_saved_one_is_warned_of(runs):

@@ -10,10 +10,11 @@ from peft import get_peft_model
 
 import tiny
 from processes import run_ranks
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, plugins
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, inspection, load_for_training, plugins
 from salora_plugins.activations.statistics import Engine, ModuleStatistics
 from salora_plugins.activations.vectors import ExactStatistics, rank_by_need
 from salora_plugins.adapters.model_card import provenance_rows
+from salora_plugins.adapters.projection import ProjectionReport
 from salora_plugins.bases.actsvd import actsvd, isolated_directions
 from salora_plugins.calibration import CalibrationError, DataError, utility
 from salora_plugins.calibration.contrastive import contrastive_rows
@@ -23,6 +24,7 @@ from salora_plugins.hookspecs import BasisNeeds, hookimpl
 from salora_plugins.inspection import facts, summary
 from salora_plugins.prompts.builtin import everyday_prompts
 from salora_plugins.ranks import RankRule, check_rank, rank_for_entropy
+from salora_plugins.safety_module import SideBases
 from tiny import token_rows
 
 MODELS = {
@@ -481,6 +483,74 @@ def test_salora_trains_in_the_complement_of_a_delta(unaligned, tmp_path):
     rows = provenance_rows(found)
     assert rows["Unaligned model"].startswith("unaligned, fingerprint") and "Safety data" not in rows
     assert SaLoRAConfig.from_pretrained(tmp_path / "adapter").basis_method == "weight-delta"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert (
+        "weights differ most from the unaligned model's. That does not" in card and "refusals on the safety" not in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("provenance", "told", "captured"),
+    [
+        ({}, "the base model's refusals on the safety data,", "the layers' outputs on the safety data, the layers' in"),
+        ({"basis_method": "salora"}, "the base model's refusals on the safety data,", "the layers' outputs on the saf"),
+        ({"basis_method": "actsvd"}, "that the utility data does not use,", "the layers' outputs on the safety data"),
+        ({"basis_method": "weight-delta"}, "from the unaligned model's,", "the weights' change by alignment. V"),
+        (
+            {"basis_method": "sae", "safety_samples": 3},
+            "tell safe from unsafe responses, and, on the input side, those in which the safety data comes in,",
+            "the decoder directions of the kept features, the layers' inputs on the safety data. V",
+        ),
+        ({"basis_method": "[a](b)"}, r"that the basis method '\[a\](b)' found,", "what the basis method decomposed. V"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_the_directions(provenance, told, captured, tmp_path, monkeypatch):
+    """On the card of a projected adapter, under the table and above the plots; a card after a training is above."""
+    of_layer = SideBases({"layer": torch.eye(8)[:, :2]}, {"layer": torch.tensor([2.0, 1.0])}, {"layer": 6.0})
+    found = SafetyModule({"output": of_layer, "input": of_layer}, {"layer": torch.ones(4)}, provenance)
+    report = ProjectionReport(0.5, {"layer": 0.5}, (), {"output": 1e-8, "input": 1e-8})
+    card = " ".join(report.card_section(found, "0" * 64).split())
+    assert told in card
+    assert ("carried the base model's refusals" in card) == (
+        provenance.get("basis_method") in (None, "salora", "actsvd")
+    )
+    assert captured in inspection.table(found).caption
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(inspection, "save_png", lambda path, figure: figures.append(figure))
+    inspection.write_plot(tmp_path / "plot.png", found)
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles[0].removeprefix("Singular values of ") in inspection.table(found).caption
+    assert titles[3] == "Share of their energy that the input directions capture"
+
+
+def test_a_given_module_of_another_method_is_refused(tmp_path):
+    common = {"target_modules": ["q_proj"], "safety_rank": 4, "input_safety_rank": 3}
+    rows = {"safety_data": SAFETY, "calibration_cache": False}
+    of_salora = calibrate(tiny.llama(), **rows, **common)
+    actsvd_options = {"basis_method": "actsvd", "utility_rank": 5, "utility_data": UTILITY, "num_utility_samples": 20}
+    of_actsvd = calibrate(tiny.llama(), **rows, **actsvd_options, **common)
+    refused = [
+        (of_salora, actsvd_options, "basis_method='actsvd', but the safety module was computed by 'salora'"),
+        (of_salora, {"utility_rank": 5}, "utility_rank=5, but .* by 'salora' without it. Leave utility_rank unset"),
+        (of_actsvd, {"utility_rank": 6}, "utility_rank=6, but .* by 'actsvd' with 5"),
+        (of_actsvd, {"num_utility_samples": 11}, "num_utility_samples=11, but .* with 12"),
+        (of_actsvd, {"utility_data": "mine.jsonl"}, "utility_data='mine.jsonl', but .* with '<list>'"),
+    ]
+    for given, options, told in refused:
+        with pytest.raises(ValueError, match=told):
+            get_peft_model(tiny.llama(), SaLoRAConfig(safety_module=given, **options, **common))
+    for options in ({}, actsvd_options):
+        config = SaLoRAConfig(r=4, safety_module=of_actsvd, task_type="CAUSAL_LM", **options, **common)
+        model = get_peft_model(tiny.llama(), config)
+        assert model.base_model.safety_module().provenance["basis_method"] == "actsvd"
+    # What is saved has the options of its training, but not the data, and loads with them.
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_for_training(tiny.llama(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].utility_rank == 5
+    again = SaLoRAConfig.from_pretrained(tmp_path / "adapter")
+    get_peft_model(tiny.llama(), again)
 
 
 # --- What a method gets ---

@@ -107,6 +107,17 @@ def test_configuration_is_read_in_a_process_that_has_made_none(tmp_path):
     assert result.stdout.split()[-1] == "4"
 
 
+def test_paths_are_taken_as_their_names(tmp_path):
+    delta = SaLoRAConfig(basis_method="weight-delta", unaligned_model=tmp_path / "unaligned")
+    assert delta.unaligned_model == str(tmp_path / "unaligned")
+    assert SaLoRAConfig(basis_method="sae", sae=tmp_path).sae == str(tmp_path)
+    of_layers = {12: tmp_path / "twelve", "20": "release:twenty"}
+    config = SaLoRAConfig(basis_method="sae", sae=of_layers)
+    assert config.sae == {"12": str(tmp_path / "twelve"), "20": "release:twenty"}
+    assert json.loads(json.dumps(config.to_dict()["sae"], sort_keys=True)) == config.sae
+    assert list(of_layers) == [12, "20"]  # the caller's stays as it is
+
+
 def test_objects_are_not_written(tmp_path):
     config = SaLoRAConfig(safety_data=[{"prompt": "a", "response": "b"}], tokenizer=object())
     config.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -24,7 +25,7 @@ from salora_plugins import (
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
-from salora_plugins.inspection import summary
+from salora_plugins.inspection import facts, summary
 from salora_plugins.models.residual import residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
@@ -400,6 +401,12 @@ def test_the_default_rank_is_a_share_of_the_variance(tmp_path):
     )
     for name, basis in found.bases.items():
         assert entropy.bases[name].shape[1] < basis.shape[1] < more.bases[name].shape[1]
+    numbers = sorted(basis.shape[1] for basis in found.bases.values())
+    extent = f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
+    assert f"{extent} output directions (the default with sae: a share of the variance" in facts(found.provenance)
+    assert "default with sae" not in facts(more.provenance) and "no more" not in facts(more.provenance)
+    asked = calibrate(model, **options_of_calibration(sae_config(sae, sae_feature_share=0.5, safety_rank=32)))
+    assert all(torch.equal(asked.bases[name], basis) for name, basis in found.bases.items())  # the default, said aloud
     # All that a file has is taken of it, though the default is a number.
     more.save(tmp_path / "more.safetensors")
     wrapped = get_peft_model(
@@ -439,8 +446,10 @@ def test_mappings_of_layers(tmp_path):
     model = tiny.llama()
     sae, directions = planted(tmp_path, model)
     of_layers = {"1": sae}
-    found = calibrate(model, **options_of_calibration(sae_config(of_layers, layers_to_transform=[1])))
-    assert all(overlap(basis, directions[1]) > 1 - 1e-6 for basis in found.bases.values())
+    for mapping in (of_layers, {1: Path(sae)}):
+        found = calibrate(model, **options_of_calibration(sae_config(mapping, layers_to_transform=[1])))
+        assert all(overlap(basis, directions[1]) > 1 - 1e-6 for basis in found.bases.values())
+        assert found.provenance["sae"] == of_layers
     with pytest.raises(CalibrationError, match=r"sae has none for layer 0.*it has some for 1.*layers_to_transform"):
         calibrate(model, **options_of_calibration(sae_config(of_layers)))
 
@@ -653,6 +662,22 @@ def test_directions_to_protect_and_to_start_in_are_not_confused(tmp_path):
     protecting = calibrate(model, **options_of_calibration(sae_config(sae)))
     with pytest.raises(ValueError, match="variant='sails' with a safety module"):
         get_peft_model(tiny.llama(), SaLoRAConfig(variant="sails", target_modules=["o_proj"], safety_module=protecting))
+
+
+@pytest.mark.parametrize("resumed", ["sails", "protecting"])
+def test_a_checkpoint_of_the_other_kind_changes_no_basis(resumed, tmp_path):
+    sae, _ = planted(tmp_path, tiny.llama(), count=5)
+    configs = {"sails": sails_config(sae), "protecting": sae_config(sae, init="pissa")}
+    get_peft_model(tiny.llama(), configs.pop(resumed)).save_pretrained(tmp_path / "checkpoint")
+    (config,) = configs.values()
+    wrapped = get_peft_model(tiny.llama(), config)
+    layers = [layer for name, layer in wrapped.named_modules() if name.endswith("lora_B.default")]
+    before = [(safe_factor(layer).basis, trained_factor(layer).detach().clone()) for layer in layers]
+    with pytest.raises(ValueError, match=r"checkpoint was saved by a .* training.*Resume with the variant"):
+        wrapped.load_adapter(str(tmp_path / "checkpoint"), "default", is_trainable=True)
+    for layer, (basis, factor) in zip(layers, before, strict=True):
+        assert safe_factor(layer).basis is basis and torch.equal(trained_factor(layer), factor)
+    assert wrapped.base_model.safety_module().protects == (resumed == "sails")
 
 
 def test_trl_arguments_make_the_same_configuration(tmp_path):

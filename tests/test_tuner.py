@@ -193,6 +193,17 @@ def test_the_input_side_by_default(tmp_path):
         get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))
 
 
+def test_a_pattern_of_the_calibration_is_no_rank_of_the_training():
+    """The default rank of a training is its own, however many directions single modules of the file have."""
+    targets = {"target_modules": ["q_proj", "down_proj"], "input_safety_rank": 4}
+    given = calibrate(
+        llama(), safety_data=token_rows(12), safety_rank_pattern={"down_proj": 40}, calibration_cache=False, **targets
+    )
+    assert {given.bases[name].shape[1] for name in given.bases if "down_proj" in name} == {40}
+    taken = get_peft_model(llama(), SaLoRAConfig(safety_module=given, **targets)).base_model.safety_module()
+    assert {basis.shape[1] for basis in taken.bases.values()} == {32}
+
+
 def _input_ranks(model) -> set[int]:
     return {model.base_model.safety_module("default").input_safety_rank}
 

@@ -6,7 +6,16 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
@@ -34,7 +43,8 @@ def _kind(option: Option) -> Any:
     if option.several:
         return str | list[str | dict[str, Any]]
     if option.name == "sae":
-        return str | dict[str | int, str]
+        # Axolotl logs its config with sorted keys, and texts and numbers have no order.
+        return str | dict[Annotated[str, BeforeValidator(str)], str]
     if option.type is Any:  # of what it can be in Python, a file has the names only
         return str
     if option.type is int:

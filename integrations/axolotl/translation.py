@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.logging import get_logger
 
+from ...options import OF_BASIS_METHODS
 from .block_checks import options_of_block
 from .checkpoints import checkpoint_to_resume_from
 
@@ -76,7 +77,9 @@ def as_initialized(config: SaLoRAConfig) -> SaLoRAConfig:
 def warn_about_differences(cfg: DictDefault, saved: SaLoRAConfig) -> None:
     """A loaded adapter keeps its own options; say so where the YAML file has others."""
     given = {"lora_r": (cfg.lora_r, saved.r), "lora_alpha": (cfg.lora_alpha, saved.lora_alpha)}
-    for name in ("variant", "safety_rank", "input_safety_rank", "task_rank", "init"):
+    # Not the data: a saved configuration does not have it.
+    of_method = [name for name in OF_BASIS_METHODS if name not in ("utility_data", "contrastive_data")]
+    for name in ("variant", "safety_rank", "input_safety_rank", "task_rank", "init", "basis_method", *of_method):
         given[f"salora.{name}"] = ((cfg.salora or {}).get(name), getattr(saved, name))
     for key, (value, saved_value) in given.items():
         if value is not None and value != saved_value:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..inspection import what_directions
 from ..parametrization import project_out
 from ..ranks import Side
 from ..safety_module import SafetyModule
@@ -83,8 +84,9 @@ class ProjectionReport:
         return f"""
 ## Projected out of the safety directions
 
-A LoRA adapter whose update was projected out of the directions that carried the base model's refusals on the safety
-data, by {PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
+A LoRA adapter whose update was projected out of the
+{markdown(what_directions(safety_module.provenance).sentence)},
+by {PACKAGE} (`salora project`). It was trained without them. That does not promise that no refusal is lost.
 
 {table(rows)}
 

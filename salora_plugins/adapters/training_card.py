@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SaLoRAConfig
+from ..inspection import what_directions
 from ..safety_module import SafetyModule
 from ..support.texts import markdown
 from .certificate import largest_shares, safety_shares
@@ -49,7 +50,7 @@ def write_training_card(
 ## SaLoRA
 
 A LoRA adapter that was trained with {PAPER} by {PACKAGE}: its update of every target layer stays out of the
-directions that carried the base model's refusals on the safety data. That does not promise that no refusal is lost.
+{markdown(what_directions(safety_module.provenance).sentence)}. That does not promise that no refusal is lost.
 
 {table(rows)}
 

@@ -76,12 +76,19 @@ def safety_module_of_checkpoint(
         model: The base model.
 
     Raises:
-        ValueError: It belongs to other weights, or (SafetyModuleError) to another model.
+        ValueError: It belongs to other weights, or (SafetyModuleError) to another model, or one of both is of SAILS.
     """
     own = config.safety_module_in_force
     names = list(own.bases)
     check_saved_together(folder)
     saved = SafetyModule.load(folder)
+    if saved.protects != own.protects:
+        of_folder, of_config = ("safety", "SAILS") if saved.protects else ("SAILS", "safety")
+        raise ValueError(
+            f"{folder} was saved by a {of_folder} training, and adapter {adapter_name!r} is of a {of_config} training "
+            f"(variant={config.variant!r}): what one keeps out of, the other starts in. Resume with the variant of the "
+            f"checkpoint, or start anew without it."
+        )
     check_belongs(saved, model, names)
     saved = saved.restricted_to(_all_directions(saved, names))
     if _same_bases(saved, own):
@@ -116,11 +123,14 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     The safety module that a configuration names.
 
     Raises:
-        ValueError: It was computed from other positions, or with another weight of them, than the options want.
+        ValueError: It was computed from other positions, or with another weight of them, or by another basis method,
+            or other options of that, than the options want.
     """
     given = config.safety_module
     safety_module = given if isinstance(given, SafetyModule) else SafetyModule.load(given)
     _check_variant(config, safety_module)
+    if not config.weights_follow:  # a saved adapter is trained on with its own, whatever it was called
+        _check_method(config, safety_module)
     positions = safety_module.provenance.get("safety_positions")
     if config.safety_positions is not None and positions not in (None, config.safety_positions):
         raise ValueError(
@@ -167,14 +177,47 @@ def _check_variant(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
         )
 
 
+def _check_method(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """
+    Raises:
+        ValueError: The options ask for another basis method than the safety module says, or for other options of it.
+    """
+    known = safety_module.provenance
+    method = known.get("basis_method")
+    if method is None:
+        return
+    if config.basis_method not in (OPTIONS["basis_method"].default, method):
+        raise ValueError(
+            f"basis_method={config.basis_method!r}, but the safety module was computed by {method!r}. Leave "
+            "basis_method unset, or calibrate again."
+        )
+    values = config.to_dict()  # data by its name, as in the provenance
+    for name in OF_BASIS_METHODS:
+        value = values[name]
+        if value == OPTIONS[name].default:
+            continue
+        if name == "num_utility_samples":  # the most that are read; how many there were is known
+            found = known.get("utility_samples")
+            agrees = found is not None and found <= value
+        else:
+            found = known.get(name)
+            agrees = found == value
+        if not agrees:
+            raise ValueError(
+                f"{name}={value!r:.80}, but the safety module was computed by {method!r} "
+                f"{'without it' if found is None else f'with {found!r:.80}'}. Leave {name} unset, or calibrate again."
+            )
+
+
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
     """
     The ranks to take of a safety module: its own where the configuration asks for none, and on the output side neither
-    did who calibrated it, so that its method chose.
+    did who calibrated it with a method that then chooses, as "salora" does not.
     """
     bases, default = safety_module.input_bases, OPTIONS["safety_rank"].default
     own = {name: safety_module.bases[name].shape[1] for name in names if name in safety_module.bases}
-    chosen = config.safety_rank == safety_module.provenance.get("safety_rank") == default
+    may_choose = safety_module.provenance.get("basis_method") not in (None, OPTIONS["basis_method"].default)
+    chosen = may_choose and config.safety_rank == safety_module.provenance.get("safety_rank") == default
     return config.safety_ranks(
         {name: bases[name].shape[1] if name in bases else 0 for name in names},
         {name: own.get(name, default) for name in names} if chosen else None,
