@@ -166,6 +166,16 @@ def test_actsvd_is_the_definition(build, targets):
     assert found.provenance["utility_rank"] == 20 and found.provenance["utility_samples"] == 12
 
 
+def test_training_with_shares_that_actsvd_does_not_keep():
+    """Utility's directions are taken out of those that make up the share; training takes all that are left."""
+    options = {"safety_rank": 0.8, "input_safety_rank": 0.7, "target_modules": ["q_proj"], "calibration_cache": False}
+    config = SaLoRAConfig(basis_method="actsvd", safety_data=SAFETY, utility_data=UTILITY, **options)
+    found = get_peft_model(tiny.llama(), config).peft_config["default"].safety_module_in_force
+    assert all(share < 0.8 for share in found.captured_energy.values())
+    with pytest.raises(ValueError, match=r"safety_rank=0.75, but the safety module's .* capture less"):
+        get_peft_model(tiny.llama(), SaLoRAConfig(safety_module=found, **{**options, "safety_rank": 0.75}))
+
+
 def planted(*directions: tuple[int, float], dimension: int = 16) -> torch.Tensor:
     """Vectors (d, n) along unit vectors: (index, length) each."""
     columns = torch.zeros(dimension, len(directions))
