@@ -370,11 +370,32 @@ def test_only_the_weights_that_are_needed_are_read(unaligned, monkeypatch):
     assert len(found.bases) == 2
 
 
-def test_dtypes_of_the_same_weights_do_not_differ(tmp_path):
-    """A checkpoint in float32 of a model that is loaded in bf16: the delta is zero, and not its rounding."""
-    tiny.llama().save_pretrained(tmp_path)
+DTYPES = pytest.mark.parametrize(
+    ("own", "stored"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+)
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [8, 0.9, "entropy:0.8"])
+def test_dtypes_of_the_same_weights_do_not_differ(rank, own, stored, tmp_path):
+    """The same weights in another dtype: the delta is zero, and not its rounding, however the rank is given."""
+    tiny.llama().to(stored).save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"], "safety_rank": rank}
     with pytest.raises(CalibrationError, match=r"unaligned_model: its weight of .* is that of the model itself"):
-        calibrate(tiny.llama().bfloat16(), unaligned_model=str(tmp_path), target_modules=["q_proj"], **DELTA)
+        calibrate(tiny.llama().to(own), **options)
+
+
+@DTYPES
+def test_a_planted_delta_between_two_dtypes(own, stored, tmp_path):
+    """Of three rows in float32: they are found through the rounding of the other, and nothing beside them."""
+    model = tiny.llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data[[3, 7, 20]] += 0.5 * torch.randn(3, 64, generator=torch.Generator())
+    model.to(stored).save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"]}
+    for basis in calibrate(tiny.llama().to(own), **options).bases.values():
+        assert basis.shape[1] == 3 and basis[[3, 7, 20]].norm() ** 2 == pytest.approx(3, abs=1e-5)
 
 
 def _quantized_checkpoint(folder):

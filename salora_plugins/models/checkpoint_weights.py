@@ -61,8 +61,11 @@ class CheckpointWeights:
                 "same architecture, as a whole and not an adapter."
             )
         self._places = {name: (self._path(files[keys[name]]), keys[name]) for name in self._layers}
-        for name in self._layers:
-            self._check(name)
+        self._dtypes = {name: self._checked_dtype(name) for name in self._layers}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That a layer's weight is stored in."""
+        return self._dtypes[name]
 
     def weight(self, name: str) -> Tensor:
         """(d_out, d_in) of a layer, on the CPU, in the dtype that it is stored in."""
@@ -115,7 +118,7 @@ class CheckpointWeights:
     def _path(self, file: str) -> Path:
         return self._folder / file if self._folder.is_dir() else hub_file(self.source, file, option=self._option)
 
-    def _check(self, name: str) -> None:
+    def _checked_dtype(self, name: str) -> torch.dtype:
         path, key = self._places[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -135,6 +138,7 @@ class CheckpointWeights:
                 f"{self._option}={self.source!r}: the weight of {name!r} has the shape {shape} there and {wanted} in "
                 "this model. It must be a model of the same sizes: the one that this model was aligned from."
             )
+        return _FLOATING[dtype]
 
 
 def _keys_of_modules(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
@@ -239,10 +243,21 @@ def _check_modules(model: nn.Module, names: Iterable[str], told: str) -> None:
         )
 
 
+def coarser_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """That of two floating dtypes which rounds more."""
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def elements_that_differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where two weights of one shape differ by more than the rounding of the one in the coarser dtype: bool."""
+    dtype = coarser_dtype(one.dtype, other.dtype)
+    return one.to(dtype) != other.to(dtype)
+
+
 def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | None:
     """
-    The difference of two models' weights of one layer, (d_out, d_in) float64; None where it is zero, or no more than
-    the rounding of the one that is kept in the coarser dtype.
+    The difference of two models' weights of one layer, (d_out, d_in) float64, zero where it is no more than the
+    rounding of the one that is kept in the coarser dtype; None where all of it is.
 
     Args:
         minuend: The one, in its dtype.
@@ -257,10 +272,10 @@ def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | Non
             f"The weight of {name!r} has the shape {tuple(minuend.shape)} in one model and {tuple(subtrahend.shape)} "
             "in the other. Give two models of the same architecture and size."
         )
-    coarser = max(minuend.dtype, subtrahend.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.equal(minuend.to(coarser), subtrahend.to(coarser)):
+    differs = elements_that_differ(minuend, subtrahend)
+    if not differs.any():
         return None
     delta = minuend.double() - subtrahend.double()
     if not torch.isfinite(delta).all():
         raise ValueError(f"The weight of {name!r} contains NaN or infinity in one of the two models.")
-    return delta
+    return delta.masked_fill_(~differs, 0)
