@@ -710,6 +710,18 @@ def test_the_cache_knows_what_decides(unaligned, tmp_path, monkeypatch):
             folder = unaligned(tiny.llama, ["q_proj"], rank=rank)
         calibrate(tiny.llama(), unaligned_model=folder, **delta_options)
         assert files() == expected
+    # A single element of the other model or of this one, and the same weights in another dtype.
+    other = changed(tiny.llama, ["q_proj"], 2)
+    other.model.layers[1].self_attn.q_proj.weight.data[10, 3] += 0.1
+    own = tiny.llama()
+    own.model.layers[1].self_attn.q_proj.weight.data[10, 3] += 0.1
+    for number, (model, dtype) in enumerate(
+        ((tiny.llama(), torch.float32), (own, torch.float32), (own, torch.float64)), 8
+    ):
+        other.to(dtype).save_pretrained(folder)
+        for _ in range(2):
+            calibrate(model, unaligned_model=folder, **delta_options)
+            assert files() == number
 
 
 PROGRAM = """

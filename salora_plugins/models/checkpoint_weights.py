@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..support.hub import hub_file, is_hub_id, is_model_name
 from ..support.module_names import listed
 from .embeddings import input_embeddings, output_embeddings
-from .fingerprint import spread_samples
+from .fingerprint import weights_digest
 from .weights import base_layer, layer_features, linear_weight
 
 _ONE_FILE = "model.safetensors"
@@ -50,6 +49,7 @@ class CheckpointWeights:
     def __init__(self, source: str, model: nn.Module, names: Iterable[str], *, option: str) -> None:
         self.source = source
         self._option = option
+        self._digest = ""
         self._layers = {name: base_layer(model.get_submodule(name)) for name in names}
         self._folder = Path(source).expanduser()
         files = self._files()
@@ -78,12 +78,10 @@ class CheckpointWeights:
         return weight.T if isinstance(self._layers[name], Conv1D) else weight
 
     def fingerprint(self) -> str:
-        """Hex digest of a few elements of every weight, rounded to bfloat16."""
-        digest = hashlib.sha256()
-        for name in self._layers:
-            digest.update(name.encode())
-            digest.update(spread_samples(self.weight(name)).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        """Hex digest of all these weights; they are read once."""
+        if not self._digest:
+            self._digest = weights_digest((name, self.weight(name)) for name in self._layers)
+        return self._digest
 
     def _files(self) -> dict[str, str]:
         """Key -> name of the file that holds it."""
