@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ def prepare(preparation: Preparation) -> dict[str, FeatureSubspace]:
     autoencoders: dict[str, SparseAutoencoder] = {}
     for name, source in sources.items():
         if source not in autoencoders:
-            autoencoders[source] = load_autoencoder(source)
+            autoencoders[source] = for_model(load_autoencoder(source), preparation.model, writers[name])
         _check_fits(autoencoders[source], preparation.model, writers[name], name)
     pairs = preparation.contrastive_rows()
     places = {source: _place(autoencoders[source], writers[name]) for name, source in sources.items()}
@@ -289,6 +289,31 @@ def _check_fits(autoencoder: SparseAutoencoder, model: nn.Module, writer: Residu
             f"{told} is for activations of {autoencoder.width} numbers, and {name} writes {width}. It was trained on "
             "another model."
         )
+
+
+def for_model(autoencoder: SparseAutoencoder, model: nn.Module, writer: ResidualWriter) -> SparseAutoencoder:
+    """
+    The same; TransformerLens centers the writing weights of models with LayerNorm, which takes the mean out again, and
+    leaves those of others (RMSNorm) as they are.
+
+    Raises:
+        CalibrationError: It was trained on centered weights, and norms stand behind the parts of the model's blocks.
+    """
+    if not autoencoder.of_centered_model:
+        return autoencoder
+    if getattr(getattr(model, "config", None), "do_layer_norm_before", True) is False:
+        raise CalibrationError(
+            f"sae={autoencoder.source!r} was trained with center_writing_weights, which has no meaning for "
+            f"{type(model).__name__}, whose norms stand behind what is written. It was trained on another model."
+        )
+    if any(isinstance(module, nn.LayerNorm) for module in model.get_submodule(writer.block).modules()):
+        return autoencoder
+    logger.warning(
+        "sae=%r was trained with center_writing_weights, which TransformerLens passes over for models without "
+        "LayerNorm, as this one: nothing is centered.",
+        autoencoder.source,
+    )
+    return replace(autoencoder, of_centered_model=False)
 
 
 def _output_features(module: nn.Module) -> int | None:

@@ -27,7 +27,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """Architecture -> its vectors over the features, beside the encoder W_enc, the decoder W_dec and its bias b_dec."""
 
-_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+_ACTIVATIONS = ("relu", "topk")  # of sae-lens before 6, beside the name of the architecture
 _EPSILON = 1e-5
 # Names of a point in the residual stream, by TransformerLens and by Transformers.
 _LENS_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
@@ -70,6 +71,8 @@ class SparseAutoencoder:
     """Of "topk": how many features are active at once."""
     scales_by_decoder: bool = False
     """Of "topk": whether a feature is as large as its decoder row makes it."""
+    of_centered_model: bool = False
+    """Whether it was trained on a model whose writing weights TransformerLens had centered: their mean is 0."""
 
     @property
     def width(self) -> int:
@@ -108,7 +111,11 @@ class SparseAutoencoder:
         Returns:
             (n, d_sae) float32.
         """
-        rows = _normalized(activations.float(), self.normalization)
+        rows = activations.float()
+        if self.of_centered_model:
+            # What is written by centered weights is what is written by the others, less its mean over the width.
+            rows = rows - rows.mean(dim=-1, keepdim=True)
+        rows = _normalized(rows, self.normalization)
         if self.subtracts_bias:
             rows = rows - self.decoder_bias
         before = rows @ self.encoder
@@ -128,7 +135,7 @@ class SparseAutoencoder:
 
 
 def _normalized(rows: Tensor, kind: str) -> Tensor:
-    """What an SAE does to its input first; a factor that training has averaged is in the weights by then."""
+    """What an SAE does to its input first."""
     if kind == "layer_norm":
         rows = rows - rows.mean(dim=-1, keepdim=True)
         return rows / (rows.std(dim=-1, keepdim=True) + _EPSILON)
@@ -210,8 +217,21 @@ def autoencoder_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], sou
     if normalization not in _NORMALIZATIONS:
         raise CalibrationError(
             f"{told}: normalize_activations={normalization!r} is not known here; known are "
-            f"{', '.join(_NORMALIZATIONS)}. sae-lens folds others into the weights at the end of a training."
+            f"{', '.join(_NORMALIZATIONS)}. sae-lens folds others into the weights at the end of a training: give what "
+            "it has saved then, or call fold_activation_norm_scaling_factor(FACTOR) and save_model on this one."
         )
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if activation not in (*_ACTIVATIONS, architecture):
+        raise CalibrationError(
+            f"{told}: activation_fn={activation!r} is not known here; known are {', '.join(_ACTIVATIONS)} and those of "
+            "the architectures. Give an SAE with one of them."
+        )
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in weights and not torch.allclose(weights[name], torch.ones_like(weights[name])):
+            raise CalibrationError(
+                f"{told}: its weights have a {name} that is not 1: features that were finetuned in size, which is "
+                "not supported. Give the SAE as it was before that."
+            )
     parts = {name: weights.get(name) for name in ("W_enc", "W_dec", "b_dec", *ARCHITECTURES[architecture])}
     if missing := [name for name, tensor in parts.items() if tensor is None]:
         raise CalibrationError(
@@ -245,6 +265,7 @@ def autoencoder_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], sou
         normalization=normalization,
         k=k if architecture == "topk" else 0,
         scales_by_decoder=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        of_centered_model=bool((config.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
     )
 
 
