@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import numpy
 import pytest
@@ -465,6 +466,31 @@ def train_a_little(model, steps: int = 3, seed: int = 0) -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_one_chunk_of_autoencoders_is_loaded_at_a_time(tmp_path, monkeypatch):
+    """What does not fit is found before any is; and chunks of one find what all together do."""
+    model, loaded = tiny.llama(), []
+    sae, _ = planted(tmp_path, model)
+    options = options_of_calibration(sae_config(sae))
+    together = calibrate(model, **options)
+
+    def load(source):
+        assert all(reference() is None for reference in loaded)
+        autoencoder = load_autoencoder(source)
+        loaded.append(weakref.ref(autoencoder))
+        return autoencoder
+
+    monkeypatch.setattr("salora_plugins.bases.sae.load_autoencoder", load)
+    monkeypatch.setattr("salora_plugins.bases.sae._BYTES_AT_ONCE", 1)
+    alone = calibrate(model, **options)
+    assert len(loaded) == LAYERS
+    assert all(torch.equal(basis, alone.bases[name]) for name, basis in together.bases.items())
+    kind = {"architecture": "standard", "metadata": {"hook_name": "blocks.0.hook_resid_post"}}
+    saved(tmp_path / "layer_1", kind, weights("standard", WIDTH, 20))
+    with pytest.raises(CalibrationError, match="is for layer 0"):
+        calibrate(model, **options)
+    assert len(loaded) == LAYERS
 
 
 def test_mappings_of_layers(tmp_path):

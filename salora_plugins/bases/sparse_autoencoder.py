@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,6 +45,25 @@ class HookPoint:
 
     kind: str
     """"resid_post": behind the block; "attn_out" and "mlp_out": what its attention or MLP adds to the stream."""
+
+
+@dataclass(frozen=True)
+class AutoencoderOutline:
+    """What an SAE is for, and how large it is, without its weights."""
+
+    source: str
+    """Where it comes from."""
+    hook_name: str
+    """As its configuration names it."""
+    width: int
+    """Length of the activations."""
+    num_features: int
+    """d_sae."""
+
+    @property
+    def hook_point(self) -> HookPoint | None:
+        """See `SparseAutoencoder.hook_point`."""
+        return _hook_point(self.hook_name)
 
 
 @dataclass(frozen=True)
@@ -87,11 +106,7 @@ class SparseAutoencoder:
     @property
     def hook_point(self) -> HookPoint | None:
         """Where it belongs, "resid_pre" as "resid_post" of the block before; None where that is no point of these."""
-        if (found := _LENS_HOOK.fullmatch(self.hook_name)) is not None:
-            layer, kind = int(found[1]), found[2]
-            return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
-        found = _MODULE_HOOK.fullmatch(self.hook_name)
-        return None if found is None else HookPoint(int(found[1]), "resid_post")
+        return _hook_point(self.hook_name)
 
     def to(self, device: torch.device) -> SparseAutoencoder:
         """The same on another device."""
@@ -134,6 +149,14 @@ class SparseAutoencoder:
         return torch.relu(before)
 
 
+def _hook_point(hook_name: str) -> HookPoint | None:
+    if (found := _LENS_HOOK.fullmatch(hook_name)) is not None:
+        layer, kind = int(found[1]), found[2]
+        return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
+    found = _MODULE_HOOK.fullmatch(hook_name)
+    return None if found is None else HookPoint(int(found[1]), "resid_post")
+
+
 def _normalized(rows: Tensor, kind: str) -> Tensor:
     """What an SAE does to its input first."""
     if kind == "layer_norm":
@@ -167,13 +190,43 @@ def load_autoencoder(source: str) -> SparseAutoencoder:
     return _from_release(release, name, source)
 
 
-def _from_folder(folder: Path, source: str) -> SparseAutoencoder:
+def outline_of(source: str) -> AutoencoderOutline:
+    """
+    What an SAE is for; of a folder only its configuration and its shapes are read, while another is loaded and let go.
+
+    Args:
+        source: As for `load_autoencoder`.
+
+    Raises:
+        CalibrationError: There is none, or it cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        whole = load_autoencoder(source)
+        return AutoencoderOutline(source, whole.hook_name, whole.width, whole.num_features)
+    _check_files(folder, source)
+    try:
+        config = _as_written_today(read_json_object(folder / CONFIG_FILE))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            shape = tuple(file.get_slice("W_enc").get_shape()) if "W_enc" in set(file.keys()) else ()
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"sae={source!r}: {folder} cannot be read ({error}).") from error
+    if len(shape) != 2:
+        raise CalibrationError(f"sae={source!r}: its W_enc has the shape {shape}, not (d_in, d_sae).")
+    return AutoencoderOutline(source, str(config.get("hook_name") or ""), *shape)
+
+
+def _check_files(folder: Path, source: str) -> None:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise CalibrationError(
                 f"sae={source!r}: the folder has no {file}. Give one that sae-lens has saved (SAE.save_model), with "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}."
             )
+
+
+def _from_folder(folder: Path, source: str) -> SparseAutoencoder:
+    _check_files(folder, source)
     try:
         return autoencoder_of(read_json_object(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), source)
     except (SafetensorError, OSError) as error:
