@@ -98,6 +98,11 @@ class BasisNeeds:
         of_needs = {"utility_data", "num_utility_samples"} if self.utility_rows else set()
         return frozenset(of_needs | ({"unaligned_model"} if self.unaligned_model else set()) | set(self.options))
 
+    @property
+    def looks_at_modules(self) -> bool:
+        """Whether it may find other directions for modules that share their inputs, and so their statistics."""
+        return self.weights or self.unaligned_model or self.prepare is not None
+
     def reads_safety_rows(self, has_input_side: bool) -> bool:
         """Whether safety data is read and run through the model."""
         return has_input_side if self.safety_rows == "input" else self.safety_rows

@@ -224,6 +224,7 @@ class SafetyModule:
         option = of_side(side, "safety_rank")
         found = self.sides.get(side, SideBases({}))
         asked, asked_by_name = self.provenance.get(option), self.provenance.get(f"{option}_pattern") or {}
+        calibrated_with = (asked, *asked_by_name.values())
         by_need = not isinstance(asked, int | None) or any(
             self.provenance.get(f"{option}_{key}") for key in ("pattern", "cut")
         )
@@ -231,7 +232,7 @@ class SafetyModule:
         for name, wanted in ranks.items():
             available = found.bases[name].shape[1] if name in found.bases else 0
             if rule_of(wanted) is not None:
-                if available and wanted in (asked, *asked_by_name.values()):
+                if available and wanted in calibrated_with:
                     directions[name] = available
                     continue
                 raise SafetyModuleError(
@@ -243,6 +244,8 @@ class SafetyModule:
                 wanted = float(wanted)
                 values, energy = found.singular_values.get(name), found.energies.get(name)
                 needed = None if values is None or not energy else rank_for_share(values, energy, wanted)
+                if needed is None and available and wanted in calibrated_with:
+                    needed = available  # a method that takes directions out of these keeps less of the energy
                 if needed is None:
                     raise SafetyModuleError(
                         f"{option}={wanted}, but the safety module's {available} directions for {name!r} capture less "

@@ -168,6 +168,16 @@ def test_actsvd_is_the_definition(build, targets):
     assert found.provenance["utility_rank"] == 20 and found.provenance["utility_samples"] == 12
 
 
+def test_training_with_shares_that_actsvd_does_not_keep():
+    """Utility's directions are taken out of those that make up the share; training takes all that are left."""
+    options = {"safety_rank": 0.8, "input_safety_rank": 0.7, "target_modules": ["q_proj"], "calibration_cache": False}
+    config = SaLoRAConfig(basis_method="actsvd", safety_data=SAFETY, utility_data=UTILITY, **options)
+    found = get_peft_model(tiny.llama(), config).peft_config["default"].safety_module_in_force
+    assert all(share < 0.8 for share in found.captured_energy.values())
+    with pytest.raises(ValueError, match=r"safety_rank=0.75, but the safety module's .* capture less"):
+        get_peft_model(tiny.llama(), SaLoRAConfig(safety_module=found, **{**options, "safety_rank": 0.75}))
+
+
 def planted(*directions: tuple[int, float], dimension: int = 16) -> torch.Tensor:
     """Vectors (d, n) along unit vectors: (index, length) each."""
     columns = torch.zeros(dimension, len(directions))
@@ -362,11 +372,32 @@ def test_only_the_weights_that_are_needed_are_read(unaligned, monkeypatch):
     assert len(found.bases) == 2
 
 
-def test_dtypes_of_the_same_weights_do_not_differ(tmp_path):
-    """A checkpoint in float32 of a model that is loaded in bf16: the delta is zero, and not its rounding."""
-    tiny.llama().save_pretrained(tmp_path)
+DTYPES = pytest.mark.parametrize(
+    ("own", "stored"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+)
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [8, 0.9, "entropy:0.8"])
+def test_dtypes_of_the_same_weights_do_not_differ(rank, own, stored, tmp_path):
+    """The same weights in another dtype: the delta is zero, and not its rounding, however the rank is given."""
+    tiny.llama().to(stored).save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"], "safety_rank": rank}
     with pytest.raises(CalibrationError, match=r"unaligned_model: its weight of .* is that of the model itself"):
-        calibrate(tiny.llama().bfloat16(), unaligned_model=str(tmp_path), target_modules=["q_proj"], **DELTA)
+        calibrate(tiny.llama().to(own), **options)
+
+
+@DTYPES
+def test_a_planted_delta_between_two_dtypes(own, stored, tmp_path):
+    """Of three rows in float32: they are found through the rounding of the other, and nothing beside them."""
+    model = tiny.llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data[[3, 7, 20]] += 0.5 * torch.randn(3, 64, generator=torch.Generator())
+    model.to(stored).save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"]}
+    for basis in calibrate(tiny.llama().to(own), **options).bases.values():
+        assert basis.shape[1] == 3 and basis[[3, 7, 20]].norm() ** 2 == pytest.approx(3, abs=1e-5)
 
 
 def _quantized_checkpoint(folder):
@@ -749,6 +780,18 @@ def test_the_cache_knows_what_decides(unaligned, tmp_path, monkeypatch):
             folder = unaligned(tiny.llama, ["q_proj"], rank=rank)
         calibrate(tiny.llama(), unaligned_model=folder, **delta_options)
         assert files() == expected
+    # A single element of the other model or of this one, and the same weights in another dtype.
+    other = changed(tiny.llama, ["q_proj"], 2)
+    other.model.layers[1].self_attn.q_proj.weight.data[10, 3] += 0.1
+    own = tiny.llama()
+    own.model.layers[1].self_attn.q_proj.weight.data[10, 3] += 0.1
+    for number, (model, dtype) in enumerate(
+        ((tiny.llama(), torch.float32), (own, torch.float32), (own, torch.float64)), 8
+    ):
+        other.to(dtype).save_pretrained(folder)
+        for _ in range(2):
+            calibrate(model, unaligned_model=folder, **delta_options)
+            assert files() == number
 
 
 PROGRAM = """

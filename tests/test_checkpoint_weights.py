@@ -81,6 +81,10 @@ def test_a_difference_is_more_than_the_rounding_of_one_of_them():
     assert weight_delta(weight.bfloat16(), weight, "layer") is None
     delta = weight_delta(weight + 1, weight.half(), "layer")
     assert delta is not None and delta.dtype == torch.float64 and (delta - 1).abs().max() < 1e-2
+    one_row = weight.bfloat16()
+    one_row[2] += 1
+    delta = weight_delta(one_row, weight, "layer")
+    assert delta is not None and delta.any(dim=1).tolist() == [False, False, True, False]
     with pytest.raises(ValueError, match=r"'layer' has the shape \(4, 6\) in one model and \(6, 4\)"):
         weight_delta(weight, weight.T, "layer")
     with pytest.raises(ValueError, match="NaN or infinity"):

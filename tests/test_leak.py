@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training, plugins
 from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.last_inputs import last_inputs
 from salora_plugins.activations.positions import CountedPositions
@@ -18,6 +18,7 @@ from salora_plugins.activations.statistics import Engine
 from salora_plugins.calibration import CalibrationError
 from salora_plugins.calibration.leak import leak_of
 from salora_plugins.cli import create_cli
+from salora_plugins.hookspecs import BasisNeeds, hookimpl
 from salora_plugins.inspection import leak_line, leak_warning, summary
 from salora_plugins.ranks import rank_of_text
 from salora_plugins.rows.batching import collate
@@ -273,6 +274,32 @@ def test_a_part_with_fewer_directions_says_no_leak():
     assert list(part(first=16, others=8).provenance["leak"]) == names[:1]
     without = part(first=8, others=8).provenance
     assert "leak" not in without and "fewer directions were taken" in without["leak_unknown"]
+
+
+def test_layers_that_share_inputs_leak_as_their_own_directions_do():
+    """q_proj and v_proj have the same inputs; a method that looks at their weights finds other directions."""
+
+    class Plugin:
+        @hookimpl
+        def register_basis_methods(self, register):
+            register("mine", of_weights, BasisNeeds(weights=True))
+
+    def of_weights(statistics, rank, side):
+        if side == "output":
+            return statistics.of(side).top(rank)
+        _, values, directions = torch.linalg.svd(statistics.weight(), full_matrices=False)
+        return directions[:rank].T.contiguous(), values[:rank]
+
+    options = {"target_modules": ["q_proj", "v_proj"], "input_safety_rank": 16}
+    plugin = Plugin()
+    plugins.plugin_manager().register(plugin)
+    try:
+        mine = calibrated(basis_method="mine", **options).provenance["leak"]
+    finally:
+        plugins.plugin_manager().unregister(plugin)
+    usual = calibrated(**options).provenance["leak"]
+    q, v = (f"model.layers.1.self_attn.{name}" for name in ("q_proj", "v_proj"))
+    assert mine[q] != mine[v] and usual[q] == usual[v]
 
 
 def test_ranks_by_leak(caplog, tmp_path):

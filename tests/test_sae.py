@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy
@@ -23,7 +24,14 @@ from salora_plugins import (
     project_adapter,
 )
 from salora_plugins.activations.errors import CalibrationError
-from salora_plugins.bases.sae import FeatureMeans, FeatureSubspace, principal_directions, subspace_size, top_features
+from salora_plugins.bases.sae import (
+    FeatureMeans,
+    FeatureSubspace,
+    for_model,
+    principal_directions,
+    subspace_size,
+    top_features,
+)
 from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
 from salora_plugins.inspection import facts, summary
 from salora_plugins.models.residual import residual_writer
@@ -123,6 +131,11 @@ def test_where_an_autoencoder_belongs(hook_name, expected):
     [
         (config("temporal"), {}, "architecture is 'temporal'"),
         (config("standard", normalize_activations="covariance_whitening"), {}, "covariance_whitening"),
+        (config("standard", normalize_activations="expected_average_only_in"), {}, "fold_activation_norm_scaling"),
+        (config("standard", normalize_activations=True), {}, "fold_activation_norm_scaling"),
+        (config("standard", activation_fn="tanh-relu"), {}, "activation_fn='tanh-relu'"),
+        (config("gated", activation_fn_str="tanh-relu"), {}, "activation_fn='tanh-relu'"),
+        (config("standard", finetuning_scaling_factor=True), {"scaling_factor": torch.full((D_SAE,), 2.0)}, "scaling"),
         (config("standard"), {"b_enc": None}, "lack b_enc"),
         (config("standard"), {"W_dec": torch.zeros(D_IN, D_SAE)}, "W_dec has the shape"),
         (config("standard"), {"b_enc": torch.full((D_SAE,), math.nan)}, "b_enc holds NaN"),
@@ -134,6 +147,26 @@ def test_an_autoencoder_that_is_none_is_refused(kind, parts, told):
     tensors = {name: tensor for name, tensor in {**weights(known), **parts}.items() if tensor is not None}
     with pytest.raises(CalibrationError, match=f"sae='here'.*{told}"):
         autoencoder_of(kind, tensors, "here")
+
+
+def test_an_autoencoder_of_a_model_with_centered_writing_weights():
+    """It gets what these weights would write; models with RMSNorm are not centered."""
+    parts, rows = weights("standard"), torch.randn(9, D_IN, generator=torch.Generator().manual_seed(1)) + 3
+    metadata = {
+        "hook_name": "blocks.1.hook_resid_post",
+        "model_from_pretrained_kwargs": {"center_writing_weights": True},
+    }
+    found = autoencoder_of(
+        config("standard", metadata=metadata), {**parts, "scaling_factor": torch.ones(D_SAE)}, "here"
+    )
+    usual = autoencoder_of(config("standard"), parts, "here")
+    torch.testing.assert_close(found.encode(rows), usual.encode(rows - rows.mean(1, keepdim=True)))
+    for build, name, centered in (
+        (tiny.gpt2, "transformer.h.1.mlp.c_proj", True),
+        (tiny.llama, "model.layers.1.mlp.down_proj", False),
+    ):
+        assert for_model(found, build(), residual_writer(name)).of_centered_model is centered
+    assert for_model(usual, tiny.gpt2(), residual_writer("model.layers.1.mlp.down_proj")) is usual
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path, monkeypatch):
@@ -440,6 +473,31 @@ def train_a_little(model, steps: int = 3, seed: int = 0) -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_one_chunk_of_autoencoders_is_loaded_at_a_time(tmp_path, monkeypatch):
+    """What does not fit is found before any is; and chunks of one find what all together do."""
+    model, loaded = tiny.llama(), []
+    sae, _ = planted(tmp_path, model)
+    options = options_of_calibration(sae_config(sae))
+    together = calibrate(model, **options)
+
+    def load(source):
+        assert all(reference() is None for reference in loaded)
+        autoencoder = load_autoencoder(source)
+        loaded.append(weakref.ref(autoencoder))
+        return autoencoder
+
+    monkeypatch.setattr("salora_plugins.bases.sae.load_autoencoder", load)
+    monkeypatch.setattr("salora_plugins.bases.sae._BYTES_AT_ONCE", 1)
+    alone = calibrate(model, **options)
+    assert len(loaded) == LAYERS
+    assert all(torch.equal(basis, alone.bases[name]) for name, basis in together.bases.items())
+    kind = {"architecture": "standard", "metadata": {"hook_name": "blocks.0.hook_resid_post"}}
+    saved(tmp_path / "layer_1", kind, weights("standard", WIDTH, 20))
+    with pytest.raises(CalibrationError, match="is for layer 0"):
+        calibrate(model, **options)
+    assert len(loaded) == LAYERS
 
 
 def test_mappings_of_layers(tmp_path):

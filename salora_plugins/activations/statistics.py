@@ -53,6 +53,9 @@ class ModuleStatistics:
     weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False, compare=False)
     """Name, as in `BasisNeeds` -> reads that weight; use `weight()` and `unaligned_weight()`."""
 
+    weight_rounding: float = 2.0**-23
+    """Relative precision of their difference: float32's, or where they are kept in two dtypes, the coarser one's."""
+
     def weight(self) -> Tensor:
         """
         W (d_out, d_in) of this module, a float32 copy on its device, dequantized.
@@ -64,7 +67,8 @@ class ModuleStatistics:
 
     def unaligned_weight(self) -> Tensor:
         """
-        W (d_out, d_in) of the same module of `unaligned_model`, float32, on the device of `weight()`.
+        W (d_out, d_in) of the same module of `unaligned_model`, float32, on the device of `weight()`; its elements are
+        those of `weight()` where both are equal in the coarser of the two dtypes that they are kept in.
 
         Raises:
             ValueError: The method did not say that it needs it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..rows.batching import batches
 from ..rows.examples import TokenizedExample
 from ..support.distributed import rank_and_world_size, sum_over_ranks
 from ..support.module_names import advice_to_leave_out, listed
-from .sparse_autoencoder import HookPoint, SparseAutoencoder, load_autoencoder
+from .sparse_autoencoder import AutoencoderOutline, HookPoint, SparseAutoencoder, load_autoencoder, outline_of
 
 logger = logging.getLogger(__name__)
 
@@ -200,15 +200,20 @@ def prepare(preparation: Preparation) -> dict[str, FeatureSubspace]:
         raise CalibrationError(f"sae_feature_share={options['sae_feature_share']!r}: give a share above 0, at most 1.")
     writers = _writers(preparation.names)
     sources = {name: _source_for(options["sae"], writer, name) for name, writer in writers.items()}
-    autoencoders: dict[str, SparseAutoencoder] = {}
+    outlines: dict[str, AutoencoderOutline] = {}
     for name, source in sources.items():
-        if source not in autoencoders:
-            autoencoders[source] = load_autoencoder(source)
-        _check_fits(autoencoders[source], preparation.model, writers[name], name)
+        if source not in outlines:
+            outlines[source] = outline_of(source)
+        _check_fits(outlines[source], preparation.model, writers[name], name)
     pairs = preparation.contrastive_rows()
-    places = {source: _place(autoencoders[source], writers[name]) for name, source in sources.items()}
+    writer_of = {source: writers[name] for name, source in sources.items()}
+    places = {source: _place(outlines[source], writer) for source, writer in writer_of.items()}
     found = {}
-    for sources_together in _chunks(autoencoders):
+    for sources_together in _chunks(outlines):
+        autoencoders = {
+            source: for_model(load_autoencoder(source), preparation.model, writer_of[source])
+            for source in sources_together
+        }
         means = {
             kind: _feature_means(
                 preparation.model,
@@ -221,6 +226,7 @@ def prepare(preparation: Preparation) -> dict[str, FeatureSubspace]:
         }
         for source, safe, unsafe in zip(sources_together, means["safe"], means["unsafe"], strict=True):
             found[source] = _subspace(autoencoders[source], safe, unsafe, options["sae_feature_share"], positions)
+        del autoencoders  # before the next are loaded
     return {name: found[source] for name, source in sources.items()}
 
 
@@ -254,7 +260,7 @@ def _source_for(option: Any, writer: ResidualWriter, name: str) -> str:
     return str(source).replace("{layer}", str(writer.layer))
 
 
-def _check_fits(autoencoder: SparseAutoencoder, model: nn.Module, writer: ResidualWriter, name: str) -> None:
+def _check_fits(autoencoder: AutoencoderOutline, model: nn.Module, writer: ResidualWriter, name: str) -> None:
     told, point = f"sae={autoencoder.source!r}", autoencoder.hook_point
     if point is None:
         raise CalibrationError(
@@ -291,23 +297,48 @@ def _check_fits(autoencoder: SparseAutoencoder, model: nn.Module, writer: Residu
         )
 
 
+def for_model(autoencoder: SparseAutoencoder, model: nn.Module, writer: ResidualWriter) -> SparseAutoencoder:
+    """
+    The same; TransformerLens centers the writing weights of models with LayerNorm, which takes the mean out again, and
+    leaves those of others (RMSNorm) as they are.
+
+    Raises:
+        CalibrationError: It was trained on centered weights, and norms stand behind the parts of the model's blocks.
+    """
+    if not autoencoder.of_centered_model:
+        return autoencoder
+    if getattr(getattr(model, "config", None), "do_layer_norm_before", True) is False:
+        raise CalibrationError(
+            f"sae={autoencoder.source!r} was trained with center_writing_weights, which has no meaning for "
+            f"{type(model).__name__}, whose norms stand behind what is written. It was trained on another model."
+        )
+    if any(isinstance(module, nn.LayerNorm) for module in model.get_submodule(writer.block).modules()):
+        return autoencoder
+    logger.warning(
+        "sae=%r was trained with center_writing_weights, which TransformerLens passes over for models without "
+        "LayerNorm, as this one: nothing is centered.",
+        autoencoder.source,
+    )
+    return replace(autoencoder, of_centered_model=False)
+
+
 def _output_features(module: nn.Module) -> int | None:
     features = getattr(module, "out_features", None) or getattr(module, "nf", None)  # `nf`: GPT-2's Conv1D
     return features if isinstance(features, int) else None
 
 
-def _place(autoencoder: SparseAutoencoder, writer: ResidualWriter) -> str:
+def _place(autoencoder: AutoencoderOutline, writer: ResidualWriter) -> str:
     """Name of the module whose output an SAE encodes."""
     point: HookPoint | None = autoencoder.hook_point
     return writer.block if point is None or point.kind == "resid_post" else writer.part
 
 
-def _chunks(autoencoders: Mapping[str, SparseAutoencoder]) -> Iterator[list[str]]:
-    """SAEs that are held by a device together."""
+def _chunks(autoencoders: Mapping[str, AutoencoderOutline]) -> Iterator[list[str]]:
+    """SAEs that are loaded, and held by a device, together."""
     chunk: list[str] = []
     size = 0
     for source, autoencoder in autoencoders.items():
-        needed = 8 * autoencoder.encoder.numel()
+        needed = 8 * autoencoder.width * autoencoder.num_features
         if chunk and size + needed > _BYTES_AT_ONCE:
             yield chunk
             chunk, size = [], 0

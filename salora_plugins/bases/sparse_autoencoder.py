@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +27,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """Architecture -> its vectors over the features, beside the encoder W_enc, the decoder W_dec and its bias b_dec."""
 
-_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+_ACTIVATIONS = ("relu", "topk")  # of sae-lens before 6, beside the name of the architecture
 _EPSILON = 1e-5
 # Names of a point in the residual stream, by TransformerLens and by Transformers.
 _LENS_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)")
@@ -44,6 +45,25 @@ class HookPoint:
 
     kind: str
     """"resid_post": behind the block; "attn_out" and "mlp_out": what its attention or MLP adds to the stream."""
+
+
+@dataclass(frozen=True)
+class AutoencoderOutline:
+    """What an SAE is for, and how large it is, without its weights."""
+
+    source: str
+    """Where it comes from."""
+    hook_name: str
+    """As its configuration names it."""
+    width: int
+    """Length of the activations."""
+    num_features: int
+    """d_sae."""
+
+    @property
+    def hook_point(self) -> HookPoint | None:
+        """See `SparseAutoencoder.hook_point`."""
+        return _hook_point(self.hook_name)
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,8 @@ class SparseAutoencoder:
     """Of "topk": how many features are active at once."""
     scales_by_decoder: bool = False
     """Of "topk": whether a feature is as large as its decoder row makes it."""
+    of_centered_model: bool = False
+    """Whether it was trained on a model whose writing weights TransformerLens had centered: their mean is 0."""
 
     @property
     def width(self) -> int:
@@ -84,11 +106,7 @@ class SparseAutoencoder:
     @property
     def hook_point(self) -> HookPoint | None:
         """Where it belongs, "resid_pre" as "resid_post" of the block before; None where that is no point of these."""
-        if (found := _LENS_HOOK.fullmatch(self.hook_name)) is not None:
-            layer, kind = int(found[1]), found[2]
-            return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
-        found = _MODULE_HOOK.fullmatch(self.hook_name)
-        return None if found is None else HookPoint(int(found[1]), "resid_post")
+        return _hook_point(self.hook_name)
 
     def to(self, device: torch.device) -> SparseAutoencoder:
         """The same on another device."""
@@ -108,7 +126,11 @@ class SparseAutoencoder:
         Returns:
             (n, d_sae) float32.
         """
-        rows = _normalized(activations.float(), self.normalization)
+        rows = activations.float()
+        if self.of_centered_model:
+            # What is written by centered weights is what is written by the others, less its mean over the width.
+            rows = rows - rows.mean(dim=-1, keepdim=True)
+        rows = _normalized(rows, self.normalization)
         if self.subtracts_bias:
             rows = rows - self.decoder_bias
         before = rows @ self.encoder
@@ -127,8 +149,16 @@ class SparseAutoencoder:
         return torch.relu(before)
 
 
+def _hook_point(hook_name: str) -> HookPoint | None:
+    if (found := _LENS_HOOK.fullmatch(hook_name)) is not None:
+        layer, kind = int(found[1]), found[2]
+        return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
+    found = _MODULE_HOOK.fullmatch(hook_name)
+    return None if found is None else HookPoint(int(found[1]), "resid_post")
+
+
 def _normalized(rows: Tensor, kind: str) -> Tensor:
-    """What an SAE does to its input first; a factor that training has averaged is in the weights by then."""
+    """What an SAE does to its input first."""
     if kind == "layer_norm":
         rows = rows - rows.mean(dim=-1, keepdim=True)
         return rows / (rows.std(dim=-1, keepdim=True) + _EPSILON)
@@ -160,13 +190,43 @@ def load_autoencoder(source: str) -> SparseAutoencoder:
     return _from_release(release, name, source)
 
 
-def _from_folder(folder: Path, source: str) -> SparseAutoencoder:
+def outline_of(source: str) -> AutoencoderOutline:
+    """
+    What an SAE is for; of a folder only its configuration and its shapes are read, while another is loaded and let go.
+
+    Args:
+        source: As for `load_autoencoder`.
+
+    Raises:
+        CalibrationError: There is none, or it cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        whole = load_autoencoder(source)
+        return AutoencoderOutline(source, whole.hook_name, whole.width, whole.num_features)
+    _check_files(folder, source)
+    try:
+        config = _as_written_today(read_json_object(folder / CONFIG_FILE))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            shape = tuple(file.get_slice("W_enc").get_shape()) if "W_enc" in set(file.keys()) else ()
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"sae={source!r}: {folder} cannot be read ({error}).") from error
+    if len(shape) != 2:
+        raise CalibrationError(f"sae={source!r}: its W_enc has the shape {shape}, not (d_in, d_sae).")
+    return AutoencoderOutline(source, str(config.get("hook_name") or ""), *shape)
+
+
+def _check_files(folder: Path, source: str) -> None:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise CalibrationError(
                 f"sae={source!r}: the folder has no {file}. Give one that sae-lens has saved (SAE.save_model), with "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}."
             )
+
+
+def _from_folder(folder: Path, source: str) -> SparseAutoencoder:
+    _check_files(folder, source)
     try:
         return autoencoder_of(read_json_object(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), source)
     except (SafetensorError, OSError) as error:
@@ -210,8 +270,21 @@ def autoencoder_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], sou
     if normalization not in _NORMALIZATIONS:
         raise CalibrationError(
             f"{told}: normalize_activations={normalization!r} is not known here; known are "
-            f"{', '.join(_NORMALIZATIONS)}. sae-lens folds others into the weights at the end of a training."
+            f"{', '.join(_NORMALIZATIONS)}. sae-lens folds others into the weights at the end of a training: give what "
+            "it has saved then, or call fold_activation_norm_scaling_factor(FACTOR) and save_model on this one."
         )
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if activation not in (*_ACTIVATIONS, architecture):
+        raise CalibrationError(
+            f"{told}: activation_fn={activation!r} is not known here; known are {', '.join(_ACTIVATIONS)} and those of "
+            "the architectures. Give an SAE with one of them."
+        )
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in weights and not torch.allclose(weights[name], torch.ones_like(weights[name])):
+            raise CalibrationError(
+                f"{told}: its weights have a {name} that is not 1: features that were finetuned in size, which is "
+                "not supported. Give the SAE as it was before that."
+            )
     parts = {name: weights.get(name) for name in ("W_enc", "W_dec", "b_dec", *ARCHITECTURES[architecture])}
     if missing := [name for name, tensor in parts.items() if tensor is None]:
         raise CalibrationError(
@@ -245,6 +318,7 @@ def autoencoder_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], sou
         normalization=normalization,
         k=k if architecture == "topk" else 0,
         scales_by_decoder=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        of_centered_model=bool((config.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")),
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..activations.errors import CalibrationError
@@ -24,7 +23,7 @@ def weight_delta(statistics: ModuleStatistics, rank: Rank, side: Side) -> tuple[
     Args:
         statistics: Of one layer, with its two weights.
         rank: How many; or the share of the delta's energy or entropy that they are to make up. Where the delta has
-            fewer, for float32 subtraction leaves nothing of the others, all that it has.
+            fewer, for rounding leaves nothing of the others, all that it has.
         side: "output" or "input".
 
     Returns:
@@ -43,14 +42,14 @@ def weight_delta(statistics: ModuleStatistics, rank: Rank, side: Side) -> tuple[
         )
     vectors = ExactStatistics(delta.shape[0 if side == "output" else 1])
     vectors.update(delta.T if side == "output" else delta)
-    # What rounding both weights to float32 can make of a singular value: the norm of a matrix of random errors.
-    noise = torch.finfo(torch.float32).eps * rms * sum(math.sqrt(length) for length in delta.shape)
+    # What rounding the weights can make of a singular value: the norm of a matrix of random errors.
+    noise = statistics.weight_rounding * rms * sum(math.sqrt(length) for length in delta.shape)
     most = min(vectors.dimension - 1, vectors.most_directions)
     if isinstance(rank, int):
         number = vectors.directions(min(rank, most))
     else:
         number, enough = rank_by_need(vectors, share_or_rule(rank))
-        if not enough:
+        if not enough and number and vectors.top(1)[1].item() > noise:
             raise CalibrationError(
                 f"{of_side(side, 'safety_rank')}={rank}: {number} directions, which leave the layer one to train, do "
                 f"not make up that share of the delta of {statistics.name!r}. Lower it, or give a number."

@@ -111,7 +111,6 @@ def compute_bases(
     source: dict[tuple[Side, str], str] = {}
     dimensions: dict[tuple[Side, str], int] = {}
     names = list(statistics)
-    looks_at_modules = needs.weights or needs.unaligned_model or needs.prepare is not None
     call = MethodCall(method, method_name, needs)
     energies: dict[Side, dict[str, float]] = {}
     for side in ranks:
@@ -127,7 +126,7 @@ def compute_bases(
             dimensions[side, name] = vectors.dimension
             may_cut = name in defaults.get(side, ())
             source[side, name] = name
-            if not looks_at_modules:
+            if not needs.looks_at_modules:
                 source[side, name] = shared.setdefault(vectors, {}).setdefault((wanted[name], may_cut), name)
             if source[side, name] == name:
                 computed[side, name] = None

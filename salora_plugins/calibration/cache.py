@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..inference.greedy import end_tokens
-from ..models.fingerprint import check_belongs, model_fingerprint
+from ..models.fingerprint import check_belongs, layer_weights, model_fingerprint, weights_digest
 from ..ranks import of_side
 from ..rows.headers import Headers
 from ..safety_module import SafetyModule
@@ -70,6 +70,8 @@ def calibration_key(model: nn.Module, settings: SafetySettings, rows: SafetyRows
     if settings.method_name != "salora":
         read = {name: settings.options[name] for name in settings.needs.options}
         decides["method"] = [settings.method_name, read, settings.options["num_utility_samples"], sources.facts]
+    if settings.needs.weights:  # all of what the method looks at
+        decides["weights"] = weights_digest(layer_weights(model, settings.names))
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -183,14 +183,14 @@ def _by_module(
     wanted = settings.ranks["input"]
     rank, world_size = rank_and_world_size()
     measured: dict[str, tuple[int, float]] = {}
-    known: dict[tuple[int, Rank], tuple[int, float]] = {}  # layers that share their inputs
+    known: dict[tuple[int, Rank, str], tuple[int, float]] = {}  # layers that share their inputs, and so their bases
     failed = ""
     mine = {name: statistics[name] for index, name in enumerate(settings.names) if index % world_size == rank}
     on_device = {name: entry for name, entry in mine.items() if is_asynchronous(entry.of("input").device)}
     prepare(on_device, {"input": wanted})
     for index, name in enumerate(settings.names):
         if index % world_size == rank and not failed:
-            key = id(inputs[name]), wanted[name]
+            key = id(inputs[name]), wanted[name], name if settings.needs.looks_at_modules else ""
             try:
                 if key not in known:
                     known[key] = _of_module(statistics[name], inputs[name], num_held_out, wanted[name], settings)

@@ -15,8 +15,8 @@ from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
 from ..activations.vectors import ExactStatistics
 from ..hookspecs import Preparation
-from ..models.checkpoint_weights import CheckpointWeights
-from ..models.weights import is_quantized, layer_features, linear_weight
+from ..models.checkpoint_weights import CheckpointWeights, coarser_dtype, elements_that_differ
+from ..models.weights import base_layer, is_quantized, layer_features, linear_weight
 from ..rows.examples import TokenizedExample, data_digest
 from ..support.module_names import listed
 from .contrastive import contrastive_rows
@@ -49,6 +49,7 @@ class Supplies:
 
     utility: dict[str, ModuleStatistics] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, Callable[[], Tensor]]] = field(default_factory=dict)
+    roundings: Mapping[str, float] = field(default_factory=dict)
     prepared: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the provenance."""
@@ -121,8 +122,14 @@ def gather(
                 f"basis_method={settings.method_name!r}: what it prepares must be a mapping of module names, not "
                 f"{type(prepared).__name__}."
             )
-    weights = {name: _readers(model.get_submodule(name), name, sources, settings) for name in settings.names}
-    return Supplies(utility, weights, prepared, {name: value for name, value in facts.items() if value is not None})
+    layers = {name: model.get_submodule(name) for name in settings.names}
+    return Supplies(
+        utility,
+        weights={name: _readers(layer, name, sources, settings) for name, layer in layers.items()},
+        roundings={name: _rounding(layer, name, sources.unaligned) for name, layer in layers.items()},
+        prepared=prepared,
+        facts={name: value for name, value in facts.items() if value is not None},
+    )
 
 
 def with_supplies(
@@ -138,6 +145,7 @@ def with_supplies(
             options=options,
             default_sides=frozenset(side for side, names in settings.default_ranks.items() if name in names),
             weights=supplies.weights.get(name, {}),
+            weight_rounding=supplies.roundings.get(name, entry.weight_rounding),
         )
         for name, entry in statistics.items()
     }
@@ -170,10 +178,19 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _unaligned_weight(module: nn.Module, name: str, checkpoint: CheckpointWeights) -> Tensor:
-    """Rounded as the weight of the model is, so that equal weights are equal, whatever dtype they are stored in."""
+    """The model's own where they differ by no more than the rounding of the one in the coarser dtype."""
     weight = checkpoint.weight(name)
     with linear_weight(module) as own:
-        return weight.to(own.device).to(own.dtype).float().contiguous()
+        weight = weight.to(own.device)
+        return torch.where(elements_that_differ(own, weight), weight.float(), own.float()).contiguous()
+
+
+def _rounding(module: nn.Module, name: str, checkpoint: CheckpointWeights | None) -> float:
+    """See `ModuleStatistics.weight_rounding`."""
+    own = base_layer(module).weight.dtype
+    if checkpoint is None or checkpoint.dtype(name) == own:
+        return torch.finfo(torch.float32).eps
+    return max(torch.finfo(torch.float32).eps, torch.finfo(coarser_dtype(own, checkpoint.dtype(name))).eps)
 
 
 def _pairs(settings: SafetySettings, facts: dict[str, Any]) -> list[tuple[TokenizedExample, TokenizedExample]]:

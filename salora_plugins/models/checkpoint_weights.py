@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..support.hub import hub_file, is_hub_id, is_model_name
 from ..support.module_names import listed
 from .embeddings import input_embeddings, output_embeddings
-from .fingerprint import spread_samples
+from .fingerprint import weights_digest
 from .weights import base_layer, layer_features, linear_weight
 
 _ONE_FILE = "model.safetensors"
@@ -50,6 +49,7 @@ class CheckpointWeights:
     def __init__(self, source: str, model: nn.Module, names: Iterable[str], *, option: str) -> None:
         self.source = source
         self._option = option
+        self._digest = ""
         self._layers = {name: base_layer(model.get_submodule(name)) for name in names}
         self._folder = Path(source).expanduser()
         files = self._files()
@@ -61,8 +61,11 @@ class CheckpointWeights:
                 "same architecture, as a whole and not an adapter."
             )
         self._places = {name: (self._path(files[keys[name]]), keys[name]) for name in self._layers}
-        for name in self._layers:
-            self._check(name)
+        self._dtypes = {name: self._checked_dtype(name) for name in self._layers}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That a layer's weight is stored in."""
+        return self._dtypes[name]
 
     def weight(self, name: str) -> Tensor:
         """(d_out, d_in) of a layer, on the CPU, in the dtype that it is stored in."""
@@ -75,12 +78,10 @@ class CheckpointWeights:
         return weight.T if isinstance(self._layers[name], Conv1D) else weight
 
     def fingerprint(self) -> str:
-        """Hex digest of a few elements of every weight, rounded to bfloat16."""
-        digest = hashlib.sha256()
-        for name in self._layers:
-            digest.update(name.encode())
-            digest.update(spread_samples(self.weight(name)).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        """Hex digest of all these weights; they are read once."""
+        if not self._digest:
+            self._digest = weights_digest((name, self.weight(name)) for name in self._layers)
+        return self._digest
 
     def _files(self) -> dict[str, str]:
         """Key -> name of the file that holds it."""
@@ -115,7 +116,7 @@ class CheckpointWeights:
     def _path(self, file: str) -> Path:
         return self._folder / file if self._folder.is_dir() else hub_file(self.source, file, option=self._option)
 
-    def _check(self, name: str) -> None:
+    def _checked_dtype(self, name: str) -> torch.dtype:
         path, key = self._places[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -135,6 +136,7 @@ class CheckpointWeights:
                 f"{self._option}={self.source!r}: the weight of {name!r} has the shape {shape} there and {wanted} in "
                 "this model. It must be a model of the same sizes: the one that this model was aligned from."
             )
+        return _FLOATING[dtype]
 
 
 def _keys_of_modules(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
@@ -239,10 +241,21 @@ def _check_modules(model: nn.Module, names: Iterable[str], told: str) -> None:
         )
 
 
+def coarser_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """That of two floating dtypes which rounds more."""
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def elements_that_differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where two weights of one shape differ by more than the rounding of the one in the coarser dtype: bool."""
+    dtype = coarser_dtype(one.dtype, other.dtype)
+    return one.to(dtype) != other.to(dtype)
+
+
 def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | None:
     """
-    The difference of two models' weights of one layer, (d_out, d_in) float64; None where it is zero, or no more than
-    the rounding of the one that is kept in the coarser dtype.
+    The difference of two models' weights of one layer, (d_out, d_in) float64, zero where it is no more than the
+    rounding of the one that is kept in the coarser dtype; None where all of it is.
 
     Args:
         minuend: The one, in its dtype.
@@ -257,10 +270,10 @@ def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | Non
             f"The weight of {name!r} has the shape {tuple(minuend.shape)} in one model and {tuple(subtrahend.shape)} "
             "in the other. Give two models of the same architecture and size."
         )
-    coarser = max(minuend.dtype, subtrahend.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.equal(minuend.to(coarser), subtrahend.to(coarser)):
+    differs = elements_that_differ(minuend, subtrahend)
+    if not differs.any():
         return None
     delta = minuend.double() - subtrahend.double()
     if not torch.isfinite(delta).all():
         raise ValueError(f"The weight of {name!r} contains NaN or infinity in one of the two models.")
-    return delta
+    return delta.masked_fill_(~differs, 0)

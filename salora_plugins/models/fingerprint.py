@@ -75,9 +75,20 @@ def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return dict(zip(samples, on_cpu(list(samples.values())), strict=True))
 
 
-def spread_samples(weight: Tensor) -> Tensor:
-    """Evenly spaced elements of a weight (d_out, d_in), (up to 64,) float32, those of `weight_samples`."""
-    return weight[_places(weight)].float()
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of whole weights, with their names, shapes and dtypes; one at a time is on the CPU."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode())
+        digest.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def layer_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight (d_out, d_in) of linear layers, dequantized; each is only valid until the next."""
+    for name in names:
+        with linear_weight(model.get_submodule(name)) as weight:
+            yield name, weight
 
 
 def _places(weight: Tensor) -> tuple[Tensor, Tensor]:
