@@ -469,11 +469,27 @@ def save_of_another_size(folder: Path) -> Path:
 
 def test_requests_that_a_safety_module_was_made_from_are_named(sources, tmp_path):
     options = {**OPTIONS, "num_requests": 4, "max_new_tokens": 2}
+    from salora_plugins import SafetyModule
     from salora_plugins.prompts.builtin import builtin_prompts
 
     rows = builtin_prompts("calibration")
-    with pytest.warns(UserWarning, match="4 of 4 harmful requests stand in 'builtin'"):
-        evaluate(MODEL, {"salora": sources["salora"]}, out=tmp_path / "out", harmful=rows, **options)
+    pairs = tmp_path / "pairs.jsonl"
+    lines = ({"prompt": row["prompt"], "chosen": "No.", "rejected": "Yes."} for row in rows if "prompt" in row)
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = SafetyModule.load(sources["salora"])
+    of_pairs = SafetyModule(found.sides, found.weight_samples, {**found.provenance, "contrastive_data": str(pairs)})
+    with (
+        pytest.warns(UserWarning, match="4 of 4 harmful requests stand in 'builtin'"),
+        pytest.warns(UserWarning, match=r"\d of 4 harmful requests stand in '.*pairs.jsonl'"),
+    ):
+        evaluate(
+            MODEL,
+            {"salora": sources["salora"]},
+            out=tmp_path / "out",
+            harmful=rows,
+            safety_module=of_pairs,
+            **options,
+        )
 
 
 def answer(index: int, coherence: str = "coherent", category: str | None = None, **verdicts) -> Answer:

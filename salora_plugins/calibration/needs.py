@@ -187,7 +187,8 @@ def _unaligned_weight(module: nn.Module, name: str, checkpoint: CheckpointWeight
 
 def _rounding(module: nn.Module, name: str, checkpoint: CheckpointWeights | None) -> float:
     """See `ModuleStatistics.weight_rounding`."""
-    own = base_layer(module).weight.dtype
+    layer: Any = base_layer(module)
+    own: torch.dtype = layer.weight.dtype
     if checkpoint is None or checkpoint.dtype(name) == own:
         return torch.finfo(torch.float32).eps
     return max(torch.finfo(torch.float32).eps, torch.finfo(coarser_dtype(own, checkpoint.dtype(name))).eps)

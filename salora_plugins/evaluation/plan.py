@@ -265,7 +265,10 @@ def _warn_of_calibration_rows(
     sources = {
         source
         for module in loaded
-        for source in module.provenance.get("safety_sources") or [module.provenance.get("safety_data")]
+        for source in (
+            *(module.provenance.get("safety_sources") or [module.provenance.get("safety_data")]),
+            module.provenance.get("contrastive_data"),
+        )
     }
     for source in sorted(source for source in sources if isinstance(source, str)):
         if source != "builtin" and not Path(source).exists():
