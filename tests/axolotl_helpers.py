@@ -39,7 +39,11 @@ def main(job_file: str) -> None:
     importlib.import_module(PLUGIN)
     answers["imported"] = sorted(set(sys.modules) - before)
 
+    environment = dict(os.environ)
     for name, file in job["validate"].items():
+        # A validation leaves variables behind, as a run does; with those of ZeRO 3 every later run would need DeepSpeed.
+        os.environ.clear()
+        os.environ.update(environment)
         try:
             cfg = load_cfg(file)
             host.PluginManager.get_instance().pre_model_load(cfg)
@@ -49,7 +53,6 @@ def main(job_file: str) -> None:
             answers["errors"][name] = str(error)
 
     entry_points = host.entry_points
-    environment = dict(os.environ)
     for name, arguments in job["commands"].items():
         print(f"=== axolotl {' '.join(arguments)}", flush=True)
         # A run leaves variables behind; with those of torch_compile every later one would compile its model.

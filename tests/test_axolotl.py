@@ -570,6 +570,8 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
         config = yaml.safe_load(example.read_text())
         config.update(base_model=str(folder / "llama"), output_dir=str(folder / "example"))
         if "deepspeed" in config:
+            if importlib.util.find_spec("deepspeed") is None:
+                continue  # Axolotl's own validation imports it
             config["deepspeed"] = str(EXAMPLES.parent / config["deepspeed"])
             config["salora"]["safety_module"] = str(folder / SAFETY)
         examples[example.name] = _write_yaml(folder / "examples" / example.name, config)
@@ -971,6 +973,8 @@ def test_the_checkpoint_before_a_half_written_one(runs):
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXAMPLES.glob("axolotl-*.yml"))])
 def test_examples_are_valid(runs, name):
+    if "zero3" in name and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("Axolotl validates it with DeepSpeed, which is not installed")
     assert runs[1]["errors"][name] is None
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...support.files import read_json_object
-
 _NO_FSDP = (
     "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
     "DeepSpeed ZeRO stage 1 or 2."
@@ -142,6 +140,8 @@ def uses_zero3(deepspeed: Any) -> bool:
 def _gathers_when_saving(deepspeed: Any) -> bool:
     """Where the configuration cannot be read here, such as one that accelerate has, it is taken to."""
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+        from ...support.files import read_json_object
+
         deepspeed = read_json_object(Path(deepspeed))
     if not isinstance(deepspeed, Mapping):
         return True
