@@ -41,7 +41,7 @@ def main(job_file: str) -> None:
 
     environment = dict(os.environ)
     for name, file in job["validate"].items():
-        # A validation leaves variables behind, as a run does: with those of ZeRO 3 every later run would need DeepSpeed.
+        # A validation leaves variables behind, as a run does: with those of ZeRO 3 later runs would need DeepSpeed.
         os.environ.clear()
         os.environ.update(environment)
         try:
