@@ -11,8 +11,8 @@ from .errors import DataError, shortened
 from .examples import IGNORED, Example, TokenizedExample
 from .formats import parse_row, token_ids
 from .reading import MAX_ROWS
-from .rendering import Renderer
 from .sources import describe, read_rows, sources_of
+from .tokenizing import Cutter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,25 +102,13 @@ def tokenize_pairs(
         DataError: There is no tokenizer, the chat template refuses a conversation, the model does not know a token, or
             nothing is left.
     """
-    renderer: Renderer | None = None
+    instead = "rows of `prompt_ids`, `chosen_ids` and `rejected_ids`"
+    cutter = Cutter(tokenizer, max_length, option=option, vocabulary=vocabulary, instead=instead)
     tokenized = []
-    for pair in pairs:
-        both = []
-        for example in pair:
-            if isinstance(example, Example):
-                if tokenizer is None:
-                    raise DataError(
-                        f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give "
-                        "rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."
-                    )
-                renderer = renderer or Renderer(tokenizer)
-                name = f"the example of {option} that asks {shortened(example.request)}"
-                ids, num_prompt = renderer.prompt_and_response_ids(example, name)
-                check_token_ids(ids, vocabulary, name.__str__)
-                example = TokenizedExample(tuple(ids), (IGNORED,) * num_prompt + tuple(ids[num_prompt:]))
-            both.append(TokenizedExample(example.input_ids[:max_length], example.labels[:max_length]))
+    for chosen, rejected in pairs:
+        both = cutter.cut(chosen), cutter.cut(rejected)
         if all(example.has_response for example in both):
-            tokenized.append((both[0], both[1]))
+            tokenized.append(both)
     if (lost := len(pairs) - len(tokenized)) > 0:
         found = (
             f"{lost} of {len(pairs)} pairs of {option} have a response without a token within "

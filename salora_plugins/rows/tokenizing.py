@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .batching import check_token_ids
@@ -68,25 +69,17 @@ def render_rows(
             nothing is left.
     """
     rows: list[TokenizedExample | RenderedRequest] = []
-    renderer: Renderer | None = None
+    cutter = Cutter(
+        tokenizer, max_length, option=option, vocabulary=vocabulary, instead="rows of `input_ids` and `labels`"
+    )
     left_out = requests = 0
     for example in examples:
-        if isinstance(example, Example):
-            if tokenizer is None:
-                raise DataError(
-                    f"{option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give rows "
-                    "of `input_ids` and `labels`."
-                )
-            renderer = renderer or Renderer(tokenizer)
-            if example.response is None:
-                prompt_ids = tuple(_prompt_ids(example, renderer))
-                rows.append(RenderedRequest(example.request, prompt_ids, example.source))
-                requests += 1
-                continue
-            name = f"the example of {option} that asks {shortened(example.request)}"
-            example = replace(_tokenized(example, renderer, name), source=example.source)
-            check_token_ids(example.input_ids, vocabulary, name.__str__)
-        cut = TokenizedExample(example.input_ids[:max_length], example.labels[:max_length], example.source)
+        if isinstance(example, Example) and example.response is None:
+            prompt_ids = tuple(_prompt_ids(example, cutter.renderer))
+            rows.append(RenderedRequest(example.request, prompt_ids, example.source))
+            requests += 1
+            continue
+        cut = cutter.cut(example)
         if cut.has_response:
             rows.append(cut)
         else:
@@ -100,6 +93,47 @@ def render_rows(
             raise DataError(f"{found}, so nothing is left. Raise it, or give examples with shorter prompts.")
         warnings.warn(f"{found} and are left out", stacklevel=2)
     return rows
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Tokenizes examples where they are text, all with one renderer, and cuts them."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int
+    _: KW_ONLY
+    option: str
+    """What the user calls this data, for messages."""
+    vocabulary: int | None
+    instead: str
+    """What can be given where there is no tokenizer, for messages."""
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """
+        Raises:
+            DataError: There is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise DataError(
+                f"{self.option} holds text, and there is no tokenizer to tokenize it. Pass `tokenizer=`, or give "
+                f"{self.instead}."
+            )
+        return Renderer(self.tokenizer)
+
+    def cut(self, example: Example | TokenizedExample) -> TokenizedExample:
+        """
+        The first `max_length` tokens of an example with a response, which may lie behind them.
+
+        Raises:
+            DataError: There is no tokenizer, the chat template refuses a conversation, or the model does not know a
+                token.
+        """
+        if isinstance(example, Example):
+            name = f"the example of {self.option} that asks {shortened(example.request)}"
+            example = replace(_tokenized(example, self.renderer, name), source=example.source)
+            check_token_ids(example.input_ids, self.vocabulary, name.__str__)
+        return TokenizedExample(example.input_ids[: self.max_length], example.labels[: self.max_length], example.source)
 
 
 def render_prompts(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
