@@ -54,14 +54,7 @@ def safety_statistics(
     Raises:
         CalibrationError: No position counts; or see `collect_statistics`.
     """
-    statistics = _collected(model, examples, positions, settings, description)
-    if not statistics[settings.names[0]].output.count:
-        raise CalibrationError(
-            f"safety_positions={settings.positions!r}: the safety data has no such position. In tokenized rows, labels "
-            "must be -100 on the tokens of the prompt and the tokens' ids on those of the response; or choose other "
-            "safety_positions."
-        )
-    return statistics
+    return _collected(model, examples, positions, settings, description, "the safety data")
 
 
 def utility_statistics(
@@ -74,14 +67,8 @@ def utility_statistics(
     Raises:
         CalibrationError: No position counts; or see `collect_statistics`.
     """
-    statistics = _collected(model, examples, positions, settings, "gathering utility")
-    if not statistics[settings.names[0]].output.count:
-        raise CalibrationError(
-            f"safety_positions={settings.positions!r}: the utility data (utility_data) has no such position. In "
-            "tokenized rows, labels must be -100 on the tokens of the prompt and the tokens' ids on those of the "
-            "response."
-        )
-    return statistics
+    rows = "the utility data (utility_data)"
+    return _collected(model, examples, positions, settings, "gathering utility", rows)
 
 
 def _collected(
@@ -90,8 +77,10 @@ def _collected(
     positions: CountedPositions,
     settings: SafetySettings,
     description: str,
+    rows: str,
 ) -> dict[str, ModuleStatistics]:
-    return collect_statistics(
+    """`rows` says for messages what the examples are."""
+    statistics = collect_statistics(
         model,
         {name: base_layer(model.get_submodule(name)) for name in settings.names},
         share_of_rank(examples, settings.batch_size),
@@ -100,3 +89,10 @@ def _collected(
         with_inputs="input" in settings.ranks,
         description=description,
     )
+    if not statistics[settings.names[0]].output.count:
+        raise CalibrationError(
+            f"safety_positions={settings.positions!r}: {rows} has no such position. In tokenized rows, labels must be "
+            "-100 on the tokens of the prompt and the tokens' ids on those of the response; or choose other "
+            "safety_positions."
+        )
+    return statistics
