@@ -366,13 +366,9 @@ def _layers(model: nn.Module, config: SaLoRAConfig, states: Sequence[State]) -> 
 
 
 def _check_ranks(model: nn.Module, names: Sequence[str], points: Sequence[RankPoint]) -> None:
+    sizes = {name: layer_features(model.get_submodule(name)) for name in names}
     for point in points:
-        narrow = {
-            name: min(layer_features(model.get_submodule(name)))
-            for name in names
-            if max(point.of_layer(*layer_features(model.get_submodule(name))))
-            >= min(layer_features(model.get_submodule(name)))
-        }
+        narrow = {name: min(size) for name, size in sizes.items() if max(point.of_layer(*size)) >= min(size)}
         if narrow:
             least = min(narrow.values())
             raise ValueError(

@@ -23,6 +23,11 @@ class Entries:
     """(d_out, k) bool: which of them are meant."""
 
 
+def narrow_columns(columns: Tensor, d_in: int) -> Tensor:
+    """Columns of a weight (d_out, d_in) as they are kept: on the CPU, int16 where that does."""
+    return columns.to(torch.int16 if d_in <= torch.iinfo(torch.int16).max else torch.int32).cpu()
+
+
 def safety_alone(safety: Tensor, utility: Tensor, d_in: int) -> Entries:
     """
     S_s(q) - S_u(p) of Wei et al. 2024 (section 3.1), row by row.
@@ -81,8 +86,7 @@ def without_entries(
             weight = _writable_weight(model.get_submodule(name))
             entries = entries_of(name, weight.device)
             values = weight.gather(1, entries.columns)
-            narrow = torch.int16 if weight.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
-            kept.append((weight, entries.columns.to(narrow).cpu(), values.cpu()))
+            kept.append((weight, narrow_columns(entries.columns, weight.shape[1]), values.cpu()))
             weight.scatter_(1, entries.columns, values.masked_fill(entries.chosen, 0))
             chosen += int(entries.chosen.sum())
             total += weight.numel()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.intervals import Proportion
 from ..evaluation.reports.report import EvaluationReport, ModelResult
+from ..support import numbers
 from ..support.files import atomic_write
 from ..support.plotting import new_figure, save_png
 from .grid import FAMILIES, Family, State
@@ -96,8 +97,8 @@ class AttributionReport:
             columns["refused"] = lambda model: _share(model.harmful.judgements[self.judge].refused)
         columns["answered"] = lambda model: _share(model.harmful.judgements[self.judge].answered)
         columns["broken"] = lambda model: f"{sum(model.harmful.incoherent.values())}/{model.harmful.requests}"
-        columns["margin"] = lambda model: f"{model.harmful.refusal_margin.value:.2f}"
-        columns["held-out loss"] = lambda model: "" if model.task is None else f"{model.task.loss:.3f}"
+        columns["margin"] = lambda model: numbers.margin(model.harmful.refusal_margin.value)
+        columns["held-out loss"] = lambda model: "" if model.task is None else numbers.loss(model.task.loss)
         if kind == "refusal":
             columns["over-refused"] = lambda model: _share(model.harmless.judgements[self.judge].refused)
         for task, metric in self._accuracies():
@@ -188,9 +189,8 @@ class AttributionReport:
         if broken := sum(model.harmful.incoherent.values()):
             text += f", {broken} answers are broken"
         if model.task is not None and self.unchanged.task is not None:
-            text += (
-                f", and the held-out loss changes by {model.task.loss - self.unchanged.task.loss:+.3f} nats per token"
-            )
+            change = numbers.change_of_loss(model.task.loss - self.unchanged.task.loss)
+            text += f", and the held-out loss changes by {change} nats per token"
         return text
 
     def markdown(self) -> str:

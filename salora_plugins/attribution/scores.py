@@ -16,11 +16,10 @@ from ..models.running import input_device
 from ..models.weights import base_layer, layer_features, linear_weight
 from ..rows.batching import batches
 from ..rows.examples import IGNORED, TokenizedExample
+from .entries import narrow_columns
 
 SCORES_AT_ONCE = 2 * 2**30
 """Bytes of float32 sums of gradients that are kept at once; more layers than that are done in several passes."""
-
-_NARROW = torch.iinfo(torch.int16).max
 
 
 def count_of(percent: float, d_in: int) -> int:
@@ -41,8 +40,7 @@ def top_columns(scores: Tensor, percent: float) -> Tensor:
         any lower percentage.
     """
     d_in = scores.shape[1]
-    columns = scores.topk(count_of(percent, d_in), dim=1).indices
-    return columns.to(torch.int16 if d_in <= _NARROW else torch.int32).cpu()
+    return narrow_columns(scores.topk(count_of(percent, d_in), dim=1).indices, d_in)
 
 
 def wanda_columns(
