@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tiny
 from salora_plugins.models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight_delta, weights_of
@@ -42,6 +42,17 @@ def test_weights_are_those_of_the_loaded_model(tmp_path, architecture, shard):
     adapted = get_peft_model(build(), LoraConfig(target_modules=targets))
     assert_as_loaded(model, names, LoadedWeights(adapted, names, option="model"))
     assert_as_loaded(model, names, CheckpointWeights(str(folder), adapted.get_base_model(), names, option="model"))
+
+
+def test_of_a_folder_with_shards_and_a_whole_file_those_that_transformers_loads(tmp_path):
+    saved(tiny.llama(seed=1), tmp_path, max_shard_size="50KB")
+    later = tiny.llama(seed=2)
+    save_file(
+        {k: v.contiguous() for k, v in later.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    names = linear_names(later, ["q_proj"])
+    assert_as_loaded(AutoModelForCausalLM.from_pretrained(tmp_path), names, weights_of(tmp_path, names, option="model"))
+    assert_as_loaded(later, names, weights_of(tmp_path, names, option="model"))
 
 
 def test_of_another_dtype(tmp_path):

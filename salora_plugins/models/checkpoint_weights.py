@@ -99,7 +99,7 @@ class CheckpointWeights:
 
     def _index_or_file(self) -> Path:
         if self._folder.is_dir():
-            for name in (_INDEX, _ONE_FILE):
+            for name in (_ONE_FILE, _INDEX):  # the order in which transformers takes them
                 if (self._folder / name).is_file():
                     return self._folder / name
             raise FileNotFoundError(
@@ -109,9 +109,9 @@ class CheckpointWeights:
         if not (is_hub_id(self.source) or is_model_name(self.source)):
             raise FileNotFoundError(f"{self._option}={self.source!r}: there is no such folder. Check the path.")
         try:
-            return hub_file(self.source, _INDEX, option=self._option)
-        except FileNotFoundError:  # a small model has one file
             return hub_file(self.source, _ONE_FILE, option=self._option)
+        except FileNotFoundError:  # a large model has several
+            return hub_file(self.source, _INDEX, option=self._option)
 
     def _path(self, file: str) -> Path:
         return self._folder / file if self._folder.is_dir() else hub_file(self.source, file, option=self._option)
