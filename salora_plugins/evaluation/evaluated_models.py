@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ class EvaluatedModel:
     digest: str
     """Of its content."""
 
-    @property
+    @cached_property
     def has_safety_module(self) -> bool:
         """Whether it is an adapter with a safety module beside it, and not with the directions that SAILS starts in."""
         file = Path(self.folder) / DEFAULT_FILE
