@@ -311,8 +311,12 @@ def by_seeds_table(results: dict[str, Any], label: str) -> str:
 
 def document_tables() -> dict[str, str]:
     """Name -> table of docs/methods/sails.md, from what was published."""
-    results, found = read_json(RESULT), {"captured": "", "kept": "Not measured yet.", "taught": "Not measured yet."}
-    found["captured"] = captured_table(results["captured"])
+    results = read_json(RESULT)
+    found = {
+        "captured": captured_table(results["captured"]),
+        "kept": "Not measured yet.",
+        "taught": "Not measured yet.",
+    }
     for name, label in (("kept", "method"), ("taught", "method, steps")):
         if name in results:
             found[name] = by_seeds_table(results[name], label)
@@ -336,10 +340,9 @@ def main() -> None:
     if args.results is not None:
         measured = {name: args.results / f"{name}.json" for name in PARTS}
         found = {name: read_json(file) for name, file in measured.items() if file.exists()}
-        autoencoder = {
-            which: read_json(args.results / f"sae-{which}" / "measured.json") for which in ("demo", "unsafe")
-        }
-        write_json(RESULT, {**found, "autoencoders": autoencoder})
+        trained = {which: args.results / f"sae-{which}" / "measured.json" for which in ("demo", "unsafe")}
+        autoencoders = {which: read_json(file) for which, file in trained.items() if file.exists()}
+        write_json(RESULT, {**found, "autoencoders": autoencoders})
     tables.write(DOCUMENT, document_tables())
 
 
