@@ -342,6 +342,7 @@ def test_updates_follow_a_model_to_its_device():
         ({"safety_rank": 8}, "safety_rank: the safety directions follow from `entropy`"),
         ({"target_modules": ["q_proj"]}, "target_modules: an adapter is given"),
         ({"search": StrengthSearch("task", alphas=(0.0,))}, "alpha=0.0"),
+        ({"search": StrengthSearch("task"), "alpha": 0.5}, "a search is given"),
         ({"search": StrengthSearch("task", alphas=())}, "alphas and alpha_1s"),
         ({"search": StrengthSearch("task", judge="nobody")}, "nobody"),
     ],

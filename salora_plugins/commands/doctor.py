@@ -8,9 +8,10 @@ import typer
 
 from ..models.loading import LoadingOptions
 from ..options import OPTIONS
-from .calibrate import NOT_OF_CALIBRATION, target_modules_of
+from .calibrate import NOT_OF_CALIBRATION
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
+from .parameters import target_modules_of
 from .printing import print_report
 
 

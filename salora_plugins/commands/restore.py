@@ -13,6 +13,7 @@ from ..options import OPTIONS
 from ..repair.strength import StrengthSearch
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
+from .parameters import target_modules_of
 from .printing import print_report
 from .search_options import takes_search_options
 
@@ -61,7 +62,11 @@ def restore(
         str | None, typer.Option(help="Safety directions that were computed before, instead of a calibration.")
     ] = None,
     target_modules: Annotated[
-        list[str] | None, typer.Option(help="Module name, repeatable, where no adapter is given. [all linear layers]")
+        list[str] | None,
+        typer.Option(
+            help="Where no adapter is given: module name, repeatable or with commas; one regular expression; or "
+            "'all-linear'. [all linear layers]"
+        ),
     ] = None,
     *,
     search: StrengthSearch | None,
@@ -77,10 +82,11 @@ def restore(
     from ..repair.lssf import restore
 
     if search is not None:
-        search = replace(search, seed=options["seed"])
+        search = replace(search, seed=options["seed"], batch_size=options["calibration_batch_size"])
     given = {name: value for name, value in options.items() if value != OPTIONS[name].default}
     if search is not None and safety_module is not None:
-        given.pop("seed", None)  # the sweep's
+        for name in ("seed", "calibration_batch_size"):  # the sweep's
+            given.pop(name, None)
     report = restore(
         finetuned,
         aligned,
@@ -93,7 +99,7 @@ def restore(
         max_rank=max_rank,
         search=search,
         safety_module=safety_module,
-        target_modules=target_modules or None,
+        target_modules=target_modules_of(target_modules),
         dtype=dtype_of_adapter,
         overwrite=overwrite,
         loading=loading,

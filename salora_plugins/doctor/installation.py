@@ -27,7 +27,7 @@ _OPTIONAL = {
     "datasets": ("data sets of the hub, parquet files", f'pip install "{PACKAGE}[data]"'),
     "matplotlib": ("plots and pages", f'pip install "{PACKAGE}[plot]"'),
     "lm-eval": ("salora evaluate --lm-eval", f'pip install "{PACKAGE}[lm-eval]"'),
-    "sae-lens": ("published sparse autoencoders", "pip install sae-lens"),
+    "sae-lens": ("published sparse autoencoders", f'pip install "{PACKAGE}[sae]"'),
     "bitsandbytes": ("base models in 4 and 8 bits", "pip install bitsandbytes"),
     "torchao": ("base models that torchao has quantized", "pip install torchao"),
     "deepspeed": ("ZeRO", "pip install deepspeed"),

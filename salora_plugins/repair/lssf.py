@@ -205,6 +205,8 @@ class _Restoration:
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank={self.max_rank}: give a whole number of at least 1.")
         if self.search is not None:
+            if self.strength != Strength():
+                raise ValueError("alpha, alpha_1: a search is given, which finds them. Give one of the two.")
             self.search.check()
             refusal_judge(self.search)
         given = [*(["entropy"] if self.entropy is not None else []), *self.calibration]
