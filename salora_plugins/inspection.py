@@ -39,7 +39,7 @@ def describe(safety_module: SafetyModule) -> dict[str, Any]:
 
 def is_without_safety_data(provenance: Mapping[str, Any]) -> bool:
     """Whether a method found the directions that reads none."""
-    return "safety_samples" not in provenance and any(name in provenance for name in ("unaligned_model", "sae"))
+    return "basis_method" in provenance and not {"safety_data", "safety_samples"} & provenance.keys()
 
 
 _IN_DATA: dict[Side, str] = {
@@ -184,7 +184,7 @@ def _data_lines(provenance: Mapping[str, Any]) -> list[str]:
     if "unaligned_model" in provenance:
         weights = one_line(str(provenance.get("unaligned_sha256", "unknown"))[:16])
         lines.append(f"Unaligned model: {one_line(provenance['unaligned_model'])} (fingerprint {weights})")
-    if "safety_data" in provenance or not lines:
+    if not is_without_safety_data(provenance):
         data = f"Safety data: {one_line(provenance.get('safety_data', 'unknown'))}"
         data += f", {provenance.get('safety_samples', '?')} examples"
         if "requests" in provenance:
