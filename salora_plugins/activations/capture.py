@@ -51,7 +51,7 @@ def collect_statistics(
     device = input_device(model)
     counted = positions if isinstance(positions, CountedPositions) else CountedPositions(positions)
     tokens = 0
-    with StatisticsCollector(layers, engine, with_inputs=with_inputs) as collector, torch.no_grad(), _full_float32():
+    with StatisticsCollector(layers, engine, with_inputs=with_inputs) as collector, torch.no_grad(), full_float32():
         progress = tqdm(batches, desc=description, unit="batch", leave=False)
         for batch in progress:
             tokens += int(batch["attention_mask"].sum())
@@ -65,7 +65,7 @@ def collect_statistics(
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Float32 products in float32, not in TF32 or bf16, whatever the trainer has set."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.capture import full_float32
 from ..activations.errors import CalibrationError
 from ..activations.positions import position_mask
 from ..activations.statistics import ModuleStatistics
 from ..hookspecs import BasisNeeds, Preparation, RegisterBasisMethod, hookimpl
 from ..models.residual import ResidualWriter, hidden_states, normalizes_outputs, residual_writer
 from ..models.running import cheap_forward_options, input_device
+from ..models.weights import layer_features
 from ..options import Positions
 from ..ranks import Rank, Side, rank_of_spectrum, rule_of
-from ..rows.batching import batches
+from ..rows.batching import share_of_rank
 from ..rows.examples import TokenizedExample
-from ..support.distributed import rank_and_world_size, sum_over_ranks
+from ..support.distributed import sum_over_ranks
+from ..support.linear_algebra import eigh, svd
 from ..support.module_names import advice_to_leave_out, listed
 from .sparse_autoencoder import AutoencoderOutline, HookPoint, SparseAutoencoder, load_autoencoder, outline_of
 
@@ -115,10 +118,10 @@ def principal_directions(directions: Tensor) -> tuple[Tensor, Tensor]:
     rows = directions.double()
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     if rows.shape[0] > rows.shape[1]:
-        squares, basis = torch.linalg.eigh(rows.T @ rows)
+        squares, basis = eigh(rows.T @ rows)
         values, basis = squares.flip(0).clamp(min=0).sqrt(), basis.flip(1)
     else:
-        _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
+        _, values, transposed = svd(rows)
         basis = transposed.T
     kept = int((values > _NEGLIGIBLE * values[0]).sum())
     return torch.linalg.qr(basis[:, :kept]).Q, values[:kept]
@@ -289,8 +292,8 @@ def _check_fits(autoencoder: AutoencoderOutline, model: nn.Module, writer: Resid
             "those of its output only up to the norm's weights.",
             name,
         )
-    width = _output_features(model.get_submodule(name))
-    if width is not None and width != autoencoder.width:
+    width = layer_features(model.get_submodule(name))[1]
+    if width != autoencoder.width:
         raise CalibrationError(
             f"{told} is for activations of {autoencoder.width} numbers, and {name} writes {width}. It was trained on "
             "another model."
@@ -322,11 +325,6 @@ def for_model(autoencoder: SparseAutoencoder, model: nn.Module, writer: Residual
     return replace(autoencoder, of_centered_model=False)
 
 
-def _output_features(module: nn.Module) -> int | None:
-    features = getattr(module, "out_features", None) or getattr(module, "nf", None)  # `nf`: GPT-2's Conv1D
-    return features if isinstance(features, int) else None
-
-
 def _place(autoencoder: AutoencoderOutline, writer: ResidualWriter) -> str:
     """Name of the module whose output an SAE encodes."""
     point: HookPoint | None = autoencoder.hook_point
@@ -356,14 +354,12 @@ def _feature_means(
     batch_size: int,
 ) -> list[tuple[Tensor, int]]:
     """The means of each SAE over the positions of all examples that count, of which every rank runs a share."""
-    rank, world_size = rank_and_world_size()
-    share = examples[rank::world_size]
     means = [FeatureMeans(autoencoder) for autoencoder, _ in placed]
     modules = [model.get_submodule(name) for _, name in placed]
     options, device = cheap_forward_options(model), input_device(model)
-    for batch in batches(share, batch_size, pad_token_id=0) if share else ():
+    for batch in share_of_rank(examples, batch_size):
         mask = position_mask(batch["labels"], positions, batch["attention_mask"])
-        with torch.no_grad(), _encoding(modules, means, mask):
+        with torch.no_grad(), full_float32(), _encoding(modules, means, mask):
             model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), **options)
     return [found.over_ranks() for found in means]
 

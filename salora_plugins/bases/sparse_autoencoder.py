@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,7 @@ class SparseAutoencoder:
     def to(self, device: torch.device) -> SparseAutoencoder:
         """The same on another device."""
         tensors = {name: getattr(self, name).to(device) for name in ("encoder", "decoder", "decoder_bias")}
-        return SparseAutoencoder(
-            **{**vars(self), **tensors, "vectors": {name: vector.to(device) for name, vector in self.vectors.items()}}
-        )
+        return replace(self, **tensors, vectors={name: vector.to(device) for name, vector in self.vectors.items()})
 
     @torch.no_grad()
     def encode(self, activations: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from ..activations.errors import CalibrationError
 from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
 from ..models.weights import base_layer
+from ..rows.batching import share_of_rank
 from ..rows.examples import TokenizedExample
 from ..rows.headers import Headers
-from .rows import share_of_rank
 from .settings import SafetySettings
 
 logger = logging.getLogger(__name__)

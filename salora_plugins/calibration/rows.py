@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from ..activations.errors import CalibrationError
-from ..rows.batching import batches
 from ..rows.examples import IGNORED, Example, RenderedRequest, TokenizedExample, data_digest, select_examples
 from ..rows.reading import MAX_ROWS, load_examples
 from ..rows.rendering import tokenizer_of, trainer_tokenizer
 from ..rows.tokenizing import render_rows, tokenize_examples
-from ..support.distributed import rank_and_world_size
 from .settings import RowSettings
 
 
@@ -81,16 +77,6 @@ def task_rows(settings: RowSettings) -> list[TokenizedExample]:
         option=settings.option,
         vocabulary=settings.vocabulary,
     )
-
-
-def share_of_rank(examples: Sequence[TokenizedExample], batch_size: int) -> list[dict[str, Tensor]]:
-    """The batches of this rank of torch.distributed."""
-    rank, world_size = rank_and_world_size()
-    share = examples[rank::world_size]
-    if not share:  # more ranks than examples: one whose positions do not count, since every rank must run the model
-        share = [TokenizedExample(examples[0].input_ids, (IGNORED,) * len(examples[0].input_ids))]
-    # Padding is masked, so that any id will do.
-    return list(batches(share, batch_size, pad_token_id=0))
 
 
 def _selected(settings: RowSettings, *, allow_missing_response: bool) -> list[Example | TokenizedExample]:

@@ -12,8 +12,9 @@ from ..activations.statistics import ModuleStatistics
 from ..config import SaLoRAConfig
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
 from ..models.weights import base_layer
+from ..rows.batching import share_of_rank
 from ..support.distributed import broadcast
-from .rows import share_of_rank, task_rows
+from .rows import task_rows
 from .settings import task_settings
 
 

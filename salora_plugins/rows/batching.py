@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..support.distributed import rank_and_world_size
 from .errors import DataError
-
-if TYPE_CHECKING:
-    from .examples import TokenizedExample
+from .examples import IGNORED, TokenizedExample
 
 
 def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, Tensor]:
@@ -84,3 +82,13 @@ def check_token_ids(input_ids: Sequence[int], vocabulary: int | None, name: Call
                 f"{name()} has the token id {token} at position {position}{known}. Tokenize with the model's own "
                 "tokenizer; where tokens were added to that, call model.resize_token_embeddings(len(tokenizer)) first."
             )
+
+
+def share_of_rank(examples: Sequence[TokenizedExample], batch_size: int) -> list[dict[str, Tensor]]:
+    """The batches of this rank of torch.distributed."""
+    rank, world_size = rank_and_world_size()
+    share = examples[rank::world_size]
+    if not share:  # more ranks than examples: one whose positions do not count, since every rank must run the model
+        share = [TokenizedExample(examples[0].input_ids, (IGNORED,) * len(examples[0].input_ids))]
+    # Padding is masked, so that any id will do.
+    return list(batches(share, batch_size, pad_token_id=0))
