@@ -48,8 +48,8 @@ def in_use() -> tuple[str, ...]:
 def warn_of_unsupported(*hosts: str) -> None:
     """Warn, once a process, of each installed host outside of its declared range."""
     new = [host for host in hosts if host not in _said and _is_unsupported(host)]
+    _said.update(hosts)
     if new:
-        _said.update(new)
         warnings.warn(_explanation(new), RuntimeWarning, stacklevel=3)
 
 
