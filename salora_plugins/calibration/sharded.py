@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import nn
 
 from ..config import SaLoRAConfig
 from ..models.weights import check_reachable, is_sharded_data_parallel, parameter_bytes, unreachable_weight
-from ..ranks import SideRanks
 from ..safety_module import SafetyModule
 from ..support.distributed import from_first_rank, gather_json
 from ..support.memory import ROOM, free_memory
@@ -28,7 +27,7 @@ from .settings import checked_ranks, statistics_bytes
 logger = logging.getLogger(__name__)
 
 
-def calibrate_wherever(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
+def calibrate_wherever(model: nn.Module, config: SaLoRAConfig, names: Sequence[str]) -> SafetyModule:
     """
     `calibrate_with`; where a process has not all of the target weights, the first one calibrates alone: on its own
     model where that is whole, and otherwise on the same model, loaded anew from where it came from, if it fits. The
@@ -38,13 +37,11 @@ def calibrate_wherever(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
         ValueError: There is nowhere to load it from, it is sharded in another way than by FSDP2 and ZeRO-3, or it does
             not fit; it names what is needed and what is there, and how to calibrate beforehand.
     """
-    ranks = checked_ranks(model, config)
-    names = list(ranks["output"])
     reason = unreachable_weight(model, names)
     reasons = [found for found in gather_json(reason) if found is not None]
     if not reasons:
         return calibrate_with(model, config)
-    content = from_first_rank(lambda: _as_bytes(_calibrate_alone(model, config, ranks, reason, reasons[0])))
+    content = from_first_rank(lambda: _as_bytes(_calibrate_alone(model, config, names, reason, reasons[0])))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "received.safetensors"
         file.write_bytes(content)
@@ -59,19 +56,19 @@ def _as_bytes(safety_module: SafetyModule) -> bytes:
 
 
 def _calibrate_alone(
-    model: nn.Module, config: SaLoRAConfig, ranks: SideRanks, reason: str | None, elsewhere: str
+    model: nn.Module, config: SaLoRAConfig, names: Sequence[str], reason: str | None, elsewhere: str
 ) -> SafetyModule:
     """
     Args:
         model: This process's.
-        config, ranks: What is asked for.
+        config, names: What is asked for, of which target modules.
         reason: Why the model cannot be run here; None: it can.
         elsewhere: Why it cannot in another process.
     """
     if reason is None:
         tell(logger, "%s: the first process calibrates, the others wait.", elsewhere)
         return calibrate_with(model, config)
-    names = list(ranks["output"])
+    ranks = checked_ranks(model, config)
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     if not source or not is_sharded_data_parallel(model):
         check_reachable(model, names)

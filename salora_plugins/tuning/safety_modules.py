@@ -54,7 +54,7 @@ def safety_module_for(model: nn.Module, config: SaLoRAConfig, names: Sequence[st
     elif isinstance(config, AdapterConfig) and _fits(config.safety_module_in_force, model, config, names):
         return config.safety_module_in_force
     else:
-        safety_module = calibrate_wherever(model, config)
+        safety_module = calibrate_wherever(model, config, names)
     ranks = _ranks(config, safety_module, names)
     check_ranks(model, ranks)
     safety_module = safety_module.restricted_to(ranks)
