@@ -74,6 +74,12 @@ def rule_of(rank: object) -> RankRule | None:
     return RankRule(kind, value) if 0 < value < 1 else None
 
 
+def measured_rule(rank: object) -> RankRule | None:
+    """The rule that a rank is, where it is a goal for what is measured (the leak), and no property of the spectrum."""
+    rule = rule_of(rank)
+    return rule if rule is not None and not rule.is_of_spectrum else None
+
+
 def share_or_rule(rank: float | str) -> float | RankRule:
     """
     What a rank that is no number of directions asks for.

@@ -25,7 +25,7 @@ from ..activations.vectors import VectorStatistics, rank_by_need
 from ..inspection import WHAT_HELPS, leak_line, leak_warning
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
-from ..ranks import Rank, RankRule, rule_of, share_or_rule
+from ..ranks import Rank, measured_rule, share_or_rule
 from ..rows.batching import check_token_ids
 from ..rows.errors import DataError
 from ..rows.examples import IGNORED, Example, TokenizedExample, data_digest
@@ -118,7 +118,7 @@ def measure_leak(
         inputs = last_inputs(model, layers, prompts, settings.batch_size)
         found = _by_module(statistics, inputs, len(held_out), settings)
     except CalibrationError as error:
-        if any(_rule(rank) is not None for rank in wanted.values()):
+        if any(measured_rule(rank) is not None for rank in wanted.values()):
             raise
         # All ranks are here. What is calibrated is checked for itself, and does not depend on this.
         logger.warning("The leak is not measured: %s", error)
@@ -126,7 +126,7 @@ def measure_leak(
     _say_what_is_not_reached(found, wanted)
     return Leak(
         by_module={name: float(f"{leak:.4g}") for name, (_, leak) in found.items()},
-        ranks={name: found[name][0] if _rule(rank) is not None else rank for name, rank in wanted.items()},
+        ranks={name: found[name][0] if measured_rule(rank) is not None else rank for name, rank in wanted.items()},
         held_out=len(held_out),
         everyday=named,
     )
@@ -137,7 +137,7 @@ def _unmeasured(reason: str, wanted: Mapping[str, Rank]) -> Leak:
     Raises:
         CalibrationError: A rank is to follow from the leak.
     """
-    if by_rule := next((rank for rank in wanted.values() if _rule(rank) is not None), None):
+    if by_rule := next((rank for rank in wanted.values() if measured_rule(rank) is not None), None):
         raise CalibrationError(
             f"input_safety_rank={by_rule!r}: the leak cannot be measured: {reason}. Give that, or a number."
         )
@@ -205,12 +205,6 @@ def _by_module(
     return {name: whole[name] for name in settings.names}
 
 
-def _rule(rank: Rank) -> RankRule | None:
-    """The rule of the leak that a rank is; other rules follow from the spectrum."""
-    rule = rule_of(rank)
-    return rule if rule is not None and not rule.is_of_spectrum else None
-
-
 def _of_module(
     entry: ModuleStatistics, inputs: Tensor, num_held_out: int, wanted: Rank, settings: SafetySettings
 ) -> tuple[int, float]:
@@ -220,7 +214,7 @@ def _of_module(
         basis = settings.basis_method(entry, number, "input")[0]
         return number, leak_of(basis, task, everyday, harmful)
 
-    vectors, rule = entry.of("input"), _rule(wanted)
+    vectors, rule = entry.of("input"), measured_rule(wanted)
     if rule is None:
         return measured(_number_of_directions(vectors, wanted))
     tried: list[tuple[int, float]] = []
@@ -304,7 +298,7 @@ def say_leak(provenance: Mapping[str, Any]) -> None:
 def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank]) -> None:
     missed: dict[Rank, list[str]] = {}
     for name, rank in wanted.items():
-        if (rule := _rule(rank)) is not None and found[name][1] > rule.value:
+        if (rule := measured_rule(rank)) is not None and found[name][1] > rule.value:
             missed.setdefault(rank, []).append(name)
     for rank, names in missed.items():
         least, most = min(found[name][1] for name in names), max(found[name][1] for name in names)

@@ -76,14 +76,12 @@ def read_sources(model: nn.Module, settings: SafetySettings) -> Sources:
     return Sources(utility, CheckpointWeights(settings.unaligned_model, model, settings.names, option=option))
 
 
-def gather(
-    model: nn.Module, sources: Sources, positions: CountedPositions | None, settings: SafetySettings
-) -> Supplies:
+def gather(model: nn.Module, sources: Sources, positions: CountedPositions, settings: SafetySettings) -> Supplies:
     """
     Args:
         model: The base model in evaluation mode, its adapters disabled.
         sources: What was read.
-        positions: Those that count, of the utility rows as of the safety rows; None without either.
+        positions: Those that count, of the utility rows as of the safety rows.
         settings: Of the calibration.
 
     Raises:
@@ -91,7 +89,7 @@ def gather(
     """
     needs, facts = settings.needs, {name: settings.options[name] for name in settings.needs.options}
     utility: dict[str, ModuleStatistics] = {}
-    if sources.utility is not None and settings.utility_rows is not None and positions is not None:
+    if sources.utility is not None and settings.utility_rows is not None:
         rows = answered_utility_rows(
             model,
             sources.utility,
@@ -126,7 +124,9 @@ def gather(
     return Supplies(
         utility,
         weights={name: _readers(layer, name, sources, settings) for name, layer in layers.items()},
-        roundings={name: _rounding(layer, name, sources.unaligned) for name, layer in layers.items()},
+        roundings={}
+        if sources.unaligned is None
+        else {name: _rounding(layer, name, sources.unaligned) for name, layer in layers.items()},
         prepared=prepared,
         facts={name: value for name, value in facts.items() if value is not None},
     )
@@ -185,11 +185,11 @@ def _unaligned_weight(module: nn.Module, name: str, checkpoint: CheckpointWeight
         return torch.where(elements_that_differ(own, weight), weight.float(), own.float()).contiguous()
 
 
-def _rounding(module: nn.Module, name: str, checkpoint: CheckpointWeights | None) -> float:
+def _rounding(module: nn.Module, name: str, checkpoint: CheckpointWeights) -> float:
     """See `ModuleStatistics.weight_rounding`."""
     layer: Any = base_layer(module)
     own: torch.dtype = layer.weight.dtype
-    if checkpoint is None or checkpoint.dtype(name) == own:
+    if checkpoint.dtype(name) == own:
         return torch.finfo(torch.float32).eps
     return max(torch.finfo(torch.float32).eps, torch.finfo(coarser_dtype(own, checkpoint.dtype(name))).eps)
 

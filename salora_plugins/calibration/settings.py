@@ -20,7 +20,7 @@ from ..models.targets import check_ranks, check_reached_by_text, default_input_r
 from ..models.weights import base_layer, check_reachable, unreachable_weight
 from ..options import OPTIONS, Positions
 from ..plugins import basis_methods, basis_needs
-from ..ranks import Rank, Side, SideRanks, matching_patterns, of_side, rule_of
+from ..ranks import Rank, Side, SideRanks, matching_patterns, measured_rule, of_side, rule_of
 
 SHARE_DIRECTIONS = 256
 """How many directions a sketch must be good for where ranks are shares of the energy, and so not known before."""
@@ -259,16 +259,10 @@ def _default_ranks(config: SaLoRAConfig, ranks: SideRanks) -> dict[Side, set[str
         side: {
             name
             for name, key in matching_patterns(of_names, getattr(config, of_side(side, "safety_rank_pattern"))).items()
-            if (is_default[side] and key is None) or _is_measured(of_names[name])
+            if (is_default[side] and key is None) or measured_rule(of_names[name]) is not None
         }
         for side, of_names in ranks.items()
     }
-
-
-def _is_measured(rank: Rank) -> bool:
-    """Whether a rank follows from a rule that is no property of the spectrum, and is a goal."""
-    rule = rule_of(rank)
-    return rule is not None and not rule.is_of_spectrum
 
 
 def _most_directions(rank: Rank) -> int:
