@@ -10,6 +10,7 @@ from ..adapters.certificate import largest
 from ..adapters.model_card import PACKAGE, TO_LOAD, provenance_rows, table
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
+from ..support.numbers import loss, percent
 from ..support.texts import cell, markdown, one_line
 from .strength import Strength, StrengthSearch
 from .strength_search import Trial
@@ -90,7 +91,7 @@ class RestoreReport:
             f"Unsafe counterpart: {self.unsafe}.",
         ]
         if self.lost_share:
-            lines.append(f"Lost by truncation: {self.lost_share:.1%} of the repairs' norm.")
+            lines.append(f"Lost by truncation: {percent(self.lost_share)} of the repairs' norm.")
         before = [m.share_before for m in repaired.values() if m.share_before is not None]
         after = [m.share_after for m in repaired.values() if m.share_after is not None]
         if before and after:
@@ -121,7 +122,7 @@ class RestoreReport:
             result.add_column(header, justify="right")
         for name, module in self.modules.items():
             shares = ("-" if s is None else f"{s:.2g}" for s in (module.share_before, module.share_after))
-            numbers = f"{module.delta_norm:.3g}", f"{module.kept_share:.1%}", f"{module.repair_norm:.3g}"
+            numbers = f"{module.delta_norm:.3g}", percent(module.kept_share), f"{module.repair_norm:.3g}"
             result.add_row(cell(name), str(module.directions), str(module.rank), *numbers, *shares)
         return result
 
@@ -138,7 +139,7 @@ class RestoreReport:
             "Strength": f"alpha = {self.strength.alpha:g}, alpha_1 = {self.strength.alpha_1:g}",
             "Safety directions": _range([module.directions for module in repaired]),
             "Rank of the repairs": _range([module.rank for module in repaired]),
-            "Lost by truncation": f"{self.lost_share:.1%}",
+            "Lost by truncation": percent(self.lost_share),
             **provenance_rows(safety_module),
         }
         if self.not_covered:
@@ -159,7 +160,8 @@ the safety vectors that lies in the safety directions was added.
         for trial in self.trials:
             strength = trial.strength
             values = ("fine-tuned", "") if strength is None else (f"{strength.alpha:g}", f"{strength.alpha_1:g}")
-            lines.append(f"| {values[0]} | {values[1]} | {trial.refused} of {trial.requests} | {trial.task_loss:.4f} |")
+            measured = f"{trial.refused} of {trial.requests} | {loss(trial.task_loss)}"
+            lines.append(f"| {values[0]} | {values[1]} | {measured} |")
         return "\n".join(lines)
 
 
@@ -173,7 +175,7 @@ def _search_told(search: StrengthSearch) -> list[str]:
 def _trial_told(trial: Trial) -> str:
     strength = trial.strength
     told = "as fine-tuned" if strength is None else f"alpha={strength.alpha:g}, alpha_1={strength.alpha_1:g}"
-    return f"  {told}: {trial.refused} of {trial.requests} refused, task loss {trial.task_loss:.4f}"
+    return f"  {told}: {trial.refused} of {trial.requests} refused, task loss {loss(trial.task_loss)}"
 
 
 def _range(numbers: list[int]) -> str:
