@@ -63,9 +63,15 @@ class AttributionReport:
 
     @property
     def judge(self) -> str:
-        """The judge whose verdicts are shown: the first of refusals, or the first."""
-        kinds = self.evaluation.judges("harmful")
-        return next((name for name, kind in kinds.items() if kind == "refusal"), next(iter(kinds)))
+        """
+        The judge whose verdicts are shown.
+
+        Raises:
+            ValueError: None has seen an answer.
+        """
+        if (found := self.evaluation.shown_judge) is None:
+            raise ValueError(f"{self.evaluation.title}: no judge has seen an answer to a harmful request.")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -161,6 +161,12 @@ class EvaluationReport(_Record):
         """Judge -> what it judges, of those that saw answers to a set, from any model."""
         return {judge: found.kind for model in self.models for judge, found in model.on(of_set).judgements.items()}
 
+    @property
+    def shown_judge(self) -> str | None:
+        """The judge of harmful requests whose verdicts are put into words: the first of refusals, or else the first."""
+        judges = self.judges("harmful")
+        return next((name for name, kind in judges.items() if kind == "refusal"), next(iter(judges), None))
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write `report.json` into a folder, all of it or nothing."""
         atomic_write(Path(folder) / REPORT_FILE, (self.model_dump_json(indent=2) + "\n").encode())
