@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..activations.errors import CalibrationError
-from ..models.running import input_device
-from ..models.weights import base_layer, layer_features, linear_weight
+from ..models.running import hooked, input_device
+from ..models.weights import layer_features, linear_weight
 from ..rows.batching import batches
 from ..rows.examples import IGNORED, TokenizedExample
 from .entries import narrow_columns
@@ -86,7 +86,7 @@ def input_norms(
         total = rows.double().square().sum(0)
         squares[name] = squares[name] + total if name in squares else total
 
-    with _hooks(model, names, lambda layer, name: layer.register_forward_pre_hook(partial(hook, name=name))):
+    with hooked(model, names, lambda layer, name: layer.register_forward_pre_hook(partial(hook, name=name))):
         for batch in _progress(examples, batch_size, f"norms of inputs, {of}"):
             mask = batch["labels"] != IGNORED
             with torch.no_grad():
@@ -146,7 +146,7 @@ def gradient_sums(
         output.register_hook(partial(add, name=name, inputs=inputs.detach()))
         return output
 
-    hooks = _hooks(model, names, lambda layer, name: layer.register_forward_hook(partial(hook, name=name)))
+    hooks = hooked(model, names, lambda layer, name: layer.register_forward_hook(partial(hook, name=name)))
     with hooks, _frozen(model), torch.enable_grad():
         for batch in _progress(examples, batch_size, f"gradients, {of}"):
             mask = batch["labels"] != IGNORED
@@ -202,20 +202,6 @@ def _by_token(tensor: Tensor, mask: Tensor, name: str) -> Tensor:
 def _check_used(names: Sequence[str], used: Mapping[str, Tensor]) -> None:
     if unused := [name for name in names if name not in used]:
         raise CalibrationError(f"target_modules: {unused[0]!r} is not used in any forward pass. Leave it out.")
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module, names: Sequence[str], register: Callable[[nn.Module, str], torch.utils.hooks.RemovableHandle]
-) -> Iterator[None]:
-    handles = []
-    try:
-        for name in names:
-            handles.append(register(base_layer(model.get_submodule(name)), name))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

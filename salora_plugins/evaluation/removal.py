@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..models.weights import base_layer
+from ..models.running import hooked
 from ..parametrization import project_out
 from ..ranks import Side
 
@@ -24,18 +25,14 @@ def without_directions(model: nn.Module, side: Side, directions: Mapping[str, Te
         side: "output": y - Q Q^T (y - b), b being the layer's bias; "input": x - Q Q^T x.
         directions: Module name -> Q (d, k) with orthonormal columns; d is d_out or d_in.
     """
-    handles = []
-    try:
-        for name, basis in directions.items():
-            layer = base_layer(model.get_submodule(name))
-            if side == "output":
-                handles.append(layer.register_forward_hook(_output_hook(_remover(basis))))
-            else:
-                handles.append(layer.register_forward_pre_hook(_input_hook(basis)))
+
+    def register(layer: nn.Module, name: str) -> RemovableHandle:
+        if side == "output":
+            return layer.register_forward_hook(_output_hook(_remover(directions[name])))
+        return layer.register_forward_pre_hook(_input_hook(directions[name]))
+
+    with hooked(model, directions, register):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -47,15 +44,12 @@ def without_parts(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]]) 
         model: The model, quantized or not.
         parts: Module name -> L and R, (d_out, k) each.
     """
-    handles = []
-    try:
-        for name, (read, written) in parts.items():
-            layer = base_layer(model.get_submodule(name))
-            handles.append(layer.register_forward_hook(_output_hook(_part_remover(read, written))))
+
+    def register(layer: nn.Module, name: str) -> RemovableHandle:
+        return layer.register_forward_hook(_output_hook(_part_remover(*parts[name])))
+
+    with hooked(model, parts, register):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _output_hook(remove: Callable[[Tensor], Tensor]) -> Callable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..support.memory import ROOM
 from ..support.numbers import size
 from .embeddings import input_embeddings
+from .weights import base_layer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,28 @@ def input_device(model: nn.Module) -> torch.device:
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, names: Iterable[str], register: Callable[[nn.Module, str], RemovableHandle]
+) -> Iterator[None]:
+    """
+    A model with hooks on some of its layers, which are taken off again whatever happens.
+
+    Args:
+        model: The model.
+        names: Of the layers.
+        register: From a layer, without adapters, and its name to the handle of its hook.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for name in names:
+            handles.append(register(base_layer(model.get_submodule(name)), name))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

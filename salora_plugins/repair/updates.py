@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.weights import base_layer
+from ..models.running import hooked
 
 Factors = tuple[Tensor, Tensor]
 """A (k, d_in) and B (d_out, k) of an update B A, scaling included."""
@@ -24,16 +24,9 @@ def with_updates(model: nn.Module, updates: Mapping[str, Sequence[Factors]]) -> 
         model: The model.
         updates: Module name -> the updates of its weight.
     """
-    handles = []
-    try:
-        for name, factors in updates.items():
-            if factors:
-                layer = base_layer(model.get_submodule(name))
-                handles.append(layer.register_forward_hook(_hook(factors)))
+    changed = [name for name, factors in updates.items() if factors]
+    with hooked(model, changed, lambda layer, name: layer.register_forward_hook(_hook(updates[name]))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook(factors: Sequence[Factors]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
