@@ -312,15 +312,11 @@ def by_seeds_table(results: dict[str, Any], label: str) -> str:
 def document_tables() -> dict[str, str]:
     """Name -> table of docs/methods/sails.md, from what was published."""
     results = read_json(RESULT)
-    found = {
+    return {
         "captured": captured_table(results["captured"]),
-        "kept": "Not measured yet.",
-        "taught": "Not measured yet.",
+        "kept": by_seeds_table(results["kept"], "method"),
+        "taught": by_seeds_table(results["taught"], "method, steps"),
     }
-    for name, label in (("kept", "method"), ("taught", "method, steps")):
-        if name in results:
-            found[name] = by_seeds_table(results[name], label)
-    return found
 
 
 def main() -> None:
@@ -342,7 +338,8 @@ def main() -> None:
         found = {name: read_json(file) for name, file in measured.items() if file.exists()}
         trained = {which: args.results / f"sae-{which}" / "measured.json" for which in ("demo", "unsafe")}
         autoencoders = {which: read_json(file) for which, file in trained.items() if file.exists()}
-        write_json(RESULT, {**found, "autoencoders": autoencoders})
+        published = read_json(RESULT) if RESULT.exists() else {}
+        write_json(RESULT, {**published, **found, "autoencoders": autoencoders})
     tables.write(DOCUMENT, document_tables())
 
 
