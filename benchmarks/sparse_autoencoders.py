@@ -85,6 +85,9 @@ def train(rows: Tensor, hook_name: str, *, features: int, active: int, samples: 
         autoencoder.b_dec.copy_(center)
         autoencoder.W_dec.copy_(starts)
         autoencoder.W_enc.copy_(starts.T)
+        # Features of one kind of data point alike, so that what the active ones give back adds up to too much.
+        back = autoencoder.decode(autoencoder.encode(rows)) - center
+        autoencoder.W_enc.mul_(((rows - center) * back).sum() / back.square().sum())
     batch = 512
     settings = SAETrainerConfig(
         total_training_samples=samples,
