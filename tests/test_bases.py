@@ -400,6 +400,18 @@ def test_a_planted_delta_between_two_dtypes(own, stored, tmp_path):
         assert basis.shape[1] == 3 and basis[[3, 7, 20]].norm() ** 2 == pytest.approx(3, abs=1e-5)
 
 
+def test_a_delta_a_little_above_the_rounding_between_two_dtypes(tmp_path):
+    """Of one direction in all elements, each of them smaller than its rounding."""
+    model = tiny.llama()
+    left, right = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)) / 8
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data += 0.01 * torch.outer(left, right)
+    model.save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"]}
+    for basis in calibrate(tiny.llama().to(torch.bfloat16), **options).bases.values():
+        assert basis.shape[1] == 1 and torch.linalg.norm(left @ basis) > 0.9 * torch.linalg.norm(left)
+
+
 def _quantized_checkpoint(folder):
     from safetensors.torch import load_file, save_file
 

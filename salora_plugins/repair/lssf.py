@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.certificate import norms, product_norm
 from ..adapters.saved import ADAPTER_CONFIG_FILE, SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..calibration import calibrate
@@ -24,7 +25,7 @@ from ..models.weights import base_layer, is_quantized, layer_features
 from ..safety_module import SafetyModule
 from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
-from .fusion import SafetyVector, at_rank, product_norm
+from .fusion import SafetyVector, at_rank
 from .merged_model import check_folder, check_mergeable, write_merged
 from .restore_report import FORMS, Form, ModuleRestoration, RestoreReport
 from .strength import Strength, StrengthSearch
@@ -164,32 +165,27 @@ class _Restoration:
         vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
         if adapter is None and (self.search is not None or form == "merged"):
             model = load_model(os.fspath(self.finetuned), self.loading.without_revision())
-        own = {} if adapter is None else _updates(adapter)
         if form == "merged":
-            check_mergeable(model, {**own, **vectors})
-        strength, trials = self._strength(model, tokenizer, own, vectors)
-
-        repairs = {name: at_rank(vector.repair(strength), self.max_rank) for name, vector in vectors.items()}
+            check_mergeable(model, {**({} if adapter is None else adapter.factors), **vectors})
+        strength, trials = self._strength(model, tokenizer, adapter, vectors)
+        repairs = _Repairs(vectors, strength, self.max_rank)
         report = RestoreReport(
             form=form,
             strength=strength,
-            modules={
-                name: _described(basis, vectors.get(name), repairs.get(name), own.get(name), strength)
-                for name, basis in directions.bases.items()
-            },
+            modules={name: _described(name, directions, repairs, adapter) for name in directions.bases},
             unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
             search=self.search,
             trials=tuple(trials),
             not_covered=_not_covered(adapter, directions),
         )
-        updates = {name: update for name, (update, _) in repairs.items()}
         if form == "merged":
-            parts = {name: [of[name] for of in (own, updates) if name in of] for name in {**own, **updates}}
+            names = {**({} if adapter is None else adapter.factors), **vectors}
+            parts = ((name, _parts(name, adapter, repairs)) for name in names)
             write_merged(model, parts, self.out, tokenizer=tokenizer, section=report.card_section(directions))
         else:
             base_model = os.fspath(self.finetuned) if adapter is None else None
             write_adapter(
-                _as_adapter(model, adapter, updates, form, base_model, self.dtype),
+                _as_adapter(model, adapter, repairs, form, base_model, self.dtype),
                 self.out,
                 card=lambda digest: report.card_section(directions),
                 tags=("lora",),
@@ -290,7 +286,7 @@ class _Restoration:
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        own: Mapping[str, Factors],
+        adapter: SavedAdapter | None,
         vectors: Mapping[str, SafetyVector],
     ) -> tuple[Strength, list[Trial]]:
         """The strength that was asked for, or found by the search, and what that has measured."""
@@ -298,9 +294,25 @@ class _Restoration:
             return self.strength, []
 
         def repairs(strength: Strength) -> dict[str, list[Factors]]:
-            return {name: [at_rank(vector.repair(strength), self.max_rank)[0]] for name, vector in vectors.items()}
+            found = _Repairs(vectors, strength, self.max_rank)
+            return {name: [_as_float32(found.of(name)[0])] for name in vectors}
 
-        return search_strength(self.search, model, tokenizer, {n: [update] for n, update in own.items()}, repairs)
+        own = {} if adapter is None else {name: [_as_float32(_update(adapter, name))] for name in adapter.factors}
+        return search_strength(self.search, model, tokenizer, own, repairs)
+
+
+@dataclass(frozen=True)
+class _Repairs:
+    """What is added, made anew for each layer that is asked for, so that only one layer's float64 factors are there."""
+
+    vectors: Mapping[str, SafetyVector]
+    """Of the modules whose safe and unsafe weights differ."""
+    strength: Strength
+    max_rank: int | None
+
+    def of(self, name: str) -> tuple[Factors, float]:
+        """The repair of a module, float64, and what its truncation to `max_rank` has lost."""
+        return at_rank(self.vectors[name].repair(self.strength), self.max_rank)
 
 
 def _adapter(source: Source, option: str) -> SavedAdapter | None:
@@ -369,9 +381,10 @@ def _safety_vectors(
     """
     found = {}
     if unsafe_adapter is not None:
-        updates = _updates(unsafe_adapter)
         for name, basis in directions.bases.items():
-            vector = SafetyVector.of_adapter(basis, directions.singular_values[name], updates[name])
+            a, b = unsafe_adapter.factors[name]
+            update = a, unsafe_adapter.scaling(name) * b.double()
+            vector = SafetyVector.of_adapter(basis, directions.singular_values[name], update)
             if vector.norm:
                 found[name] = vector
     else:
@@ -395,9 +408,21 @@ def _safety_vectors(
     return found
 
 
-def _updates(saved: SavedAdapter) -> dict[str, Factors]:
-    """Module name -> A and s B, float64."""
-    return {name: (a.double(), saved.scaling(name) * b.double()) for name, (a, b) in saved.factors.items()}
+def _update(saved: SavedAdapter, name: str) -> Factors:
+    """A and s B of a module, float64."""
+    a, b = saved.factors[name]
+    return a.double(), saved.scaling(name) * b.double()
+
+
+def _as_float32(update: Factors) -> Factors:
+    a, b = update
+    return a.float(), b.float()
+
+
+def _parts(name: str, adapter: SavedAdapter | None, repairs: _Repairs) -> list[Factors]:
+    """The updates of a module's aligned weight, or of its fine-tuned one where that is no adapter's, float64."""
+    own = [] if adapter is None or name not in adapter.factors else [_update(adapter, name)]
+    return own + ([repairs.of(name)[0]] if name in repairs.vectors else [])
 
 
 def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tuple[str, ...]:
@@ -408,41 +433,38 @@ def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tupl
 
 
 def _described(
-    basis: Tensor,
-    vector: SafetyVector | None,
-    repair: tuple[Factors, float] | None,
-    own: Factors | None,
-    strength: Strength,
+    name: str, directions: SafetyModule, repairs: _Repairs, adapter: SavedAdapter | None
 ) -> ModuleRestoration:
     """
     Args:
-        basis: U of the module.
-        vector: Its safety vector; None where there is none.
-        repair: What is added, and what truncation has lost of it.
-        own: The fine-tuned adapter's update.
-        strength: Of the repair.
+        name: Of the module.
+        directions: The safety directions.
+        repairs: What is added.
+        adapter: The fine-tuned one.
     """
-    before = None if own is None else _share(own, basis)
-    if vector is None or repair is None:
-        return ModuleRestoration(basis.shape[1], 0, 0.0, 0.0, 0.0, 0.0, before, before)
-    update, lost = repair
+    number = directions.bases[name].shape[1]
+    own = None if adapter is None or name not in adapter.factors else _update(adapter, name)
+    before = None if own is None else _share(own, directions, name)
+    vector = repairs.vectors.get(name)
+    if vector is None:
+        return ModuleRestoration(number, 0, 0.0, 0.0, 0.0, 0.0, before, before)
+    update, lost = repairs.of(name)
     return ModuleRestoration(
-        directions=basis.shape[1],
+        directions=number,
         rank=update[0].shape[0],
         delta_norm=vector.norm,
         kept_share=vector.kept_share,
-        repair_norm=product_norm(*vector.repair(strength)),
+        repair_norm=product_norm(*vector.repair(repairs.strength)),
         lost_share=lost,
         share_before=before,
-        share_after=None if own is None else _share(_sum([own, update]), basis),
+        share_after=None if own is None else _share(_sum([own, update]), directions, name),
     )
 
 
-def _share(update: Factors, basis: Tensor) -> float:
+def _share(update: Factors, directions: SafetyModule, name: str) -> float:
     """||U^T B A||_F / ||B A||_F; 0 where there is no update."""
-    a, b = update
-    norm = product_norm(a, b)
-    return product_norm(a, basis.double().T @ b) / norm if norm else 0.0
+    norm, inside = norms(*update, directions, name)
+    return inside["output"] / norm if norm else 0.0
 
 
 def _sum(updates: Sequence[Factors]) -> Factors:
@@ -456,7 +478,7 @@ def _sum(updates: Sequence[Factors]) -> Factors:
 def _as_adapter(
     model: nn.Module,
     adapter: SavedAdapter | None,
-    repairs: Mapping[str, Factors],
+    repairs: _Repairs,
     form: Form,
     base_model: str | None,
     dtype: str,
@@ -468,15 +490,15 @@ def _as_adapter(
     Args:
         model: Of the same architecture as the one that it goes on.
         adapter: The fine-tuned one.
-        repairs: Module name -> what is added.
+        repairs: What is added.
         form: "repair" or "combined".
         base_model: The fine-tuned model, where it is a whole one.
         dtype: Of the written weights.
     """
-    own = _updates(adapter) if adapter is not None and form == "combined" else {}
+    own = adapter if form == "combined" else None
     factors = {}
-    for name in {**own, **repairs}:
-        a, b = _sum([update[name] for update in (own, repairs) if name in update])
+    for name in {**({} if own is None else own.factors), **repairs.vectors}:
+        a, b = _sum(_parts(name, own, repairs))
         factors[name] = in_dtype(a, dtype, name).contiguous(), in_dtype(b, dtype, name).contiguous()
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     rank = max(ranks.values())

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..adapters.certificate import product_norm
 from ..adapters.model_card import PACKAGE, TO_LOAD, table
 from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DEFAULT_THRESHOLD = 0.5
-
-# Products of float64 rounding errors: an update this much smaller than its factors is none.
-_ZERO = 1e-12
 
 
 @dataclass(frozen=True)
@@ -311,7 +309,7 @@ def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[M
     # <X A, Y A>_F = <X^T Y, A A^T>_F for X and Y of k columns
     gram = a @ a.T
     before, after = (math.sqrt(max(0.0, ((x.T @ x) * gram).sum().item())) for x in (b, new))
-    if before <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
+    if not product_norm(a, b):
         return ModuleAlignment(None, None, norm, False), new
     cosine = ((new.T @ b) * gram).sum().item() / (before * after) if after else 0.0
     return ModuleAlignment(min(1.0, cosine), after / before, norm, False), new
