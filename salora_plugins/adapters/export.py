@@ -167,7 +167,7 @@ def export_adapter(
             lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
             weights are too large for `dtype`.
     """
-    folder, out = Path(adapter), Path(out)
+    folder, out = Path(adapter).expanduser(), Path(out).expanduser()
     _check_options(max_rank, share, dtype)
     check_destination(folder, out, overwrite)
     saved = SavedAdapter.load(folder)

@@ -209,7 +209,7 @@ class AttributionReport:
 
     def save(self, out: str | os.PathLike) -> None:
         """Write the three files; the picture where matplotlib is installed."""
-        folder = Path(out)
+        folder = Path(out).expanduser()
         atomic_write(folder / DATA_FILE, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         atomic_write(folder / PAGE_FILE, self.markdown().encode())
         try:

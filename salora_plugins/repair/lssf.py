@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +22,7 @@ from ..models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight
 from ..models.fingerprint import check_belongs
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
+from ..options import check_number
 from ..safety_module import SafetyModule
 from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
@@ -102,11 +103,15 @@ def restore(
         ValueError: Options contradict each other, the adapter is not two plain factors per linear layer, models and
             adapters do not belong together, or nothing differs between the safe and the unsafe weights.
     """
+    if isinstance(aligned, PeftModel):
+        raise ValueError(
+            "aligned: the model carries an adapter. Give its folder or repository, or load it again without one."
+        )
     return _Restoration(
-        finetuned=finetuned,
+        finetuned=os.path.expanduser(finetuned),
         aligned=aligned,
-        out=Path(out),
-        unsafe=unsafe,
+        out=Path(out).expanduser(),
+        unsafe=None if unsafe is None else os.path.expanduser(unsafe),
         form=form,
         strength=Strength(alpha, alpha_1),
         entropy=entropy,
@@ -126,10 +131,10 @@ def restore(
 class _Restoration:
     """What `restore` is asked for."""
 
-    finetuned: Source
+    finetuned: str
     aligned: Source | PreTrainedModel
     out: Path
-    unsafe: Source | None
+    unsafe: str | None
     form: str | None
     strength: Strength
     entropy: float | None
@@ -161,10 +166,10 @@ class _Restoration:
         targets = _names(model, adapter, unsafe_adapter) or self.target_modules
         directions = self._directions(model, tokenizer, targets)
         self._check_whole_model(adapter, model, directions.bases)
-        unsafe = os.fspath(self.finetuned if self.unsafe is None else self.unsafe)
+        unsafe = self.finetuned if self.unsafe is None else self.unsafe
         vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
         if adapter is None and (self.search is not None or form == "merged"):
-            model = load_model(os.fspath(self.finetuned), self.loading.without_revision())
+            model = load_model(self.finetuned, self.loading.without_revision())
         if form == "merged":
             check_mergeable(model, {**({} if adapter is None else adapter.factors), **vectors})
         strength, trials = self._strength(model, tokenizer, adapter, vectors)
@@ -183,7 +188,7 @@ class _Restoration:
             parts = ((name, _parts(name, adapter, repairs)) for name in names)
             write_merged(model, parts, self.out, tokenizer=tokenizer, section=report.card_section(directions))
         else:
-            base_model = os.fspath(self.finetuned) if adapter is None else None
+            base_model = self.finetuned if adapter is None else None
             write_adapter(
                 _as_adapter(model, adapter, repairs, form, base_model, self.dtype),
                 self.out,
@@ -198,8 +203,8 @@ class _Restoration:
         self.strength.check()
         if self.entropy is not None and not 0 < self.entropy < 1:
             raise ValueError(f"entropy={self.entropy}: give a share between 0 and 1, such as {ENTROPY}.")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank={self.max_rank}: give a whole number of at least 1.")
+        if self.max_rank is not None:
+            check_number("max_rank", self.max_rank, 1)
         if self.search is not None:
             if self.strength != Strength():
                 raise ValueError("alpha, alpha_1: a search is given, which finds them. Give one of the two.")
@@ -242,7 +247,7 @@ class _Restoration:
             FileNotFoundError, ValueError: See `CheckpointWeights`.
         """
         if adapter is None:
-            CheckpointWeights(os.fspath(self.finetuned), model, names, option="finetuned")
+            CheckpointWeights(self.finetuned, model, names, option="finetuned")
 
     def _directions(self, model: PreTrainedModel, tokenizer: Any, targets: str | Sequence[str] | None) -> SafetyModule:
         """
@@ -269,6 +274,11 @@ class _Restoration:
         found = self.safety_module
         if not isinstance(found, SafetyModule):
             found = SafetyModule.load(found)
+        if not found.protects:
+            raise ValueError(
+                "safety_module: these are the directions that a SAILS adapter starts in, and none of refusals. Leave "
+                "it out, or give a safety module."
+            )
         if isinstance(targets, str):
             raise ValueError("target_modules: give names of modules beside a safety_module, or leave it out.")
         names = list(found.bases)
@@ -315,19 +325,24 @@ class _Repairs:
         return at_rank(self.vectors[name].repair(self.strength), self.max_rank)
 
 
-def _adapter(source: Source, option: str) -> SavedAdapter | None:
+def _adapter(source: str, option: str) -> SavedAdapter | None:
     """
     None for what is a model.
 
     Raises:
+        FileNotFoundError: It is neither a folder nor a name of the hub.
         ValueError: It is an adapter of the hub, or not two plain factors per linear layer.
     """
-    folder, name = Path(source), os.fspath(source)
+    folder = Path(source)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        if not folder.is_dir() and is_model_name(name.partition("@")[0]) and _is_adapter_of_hub(name, option):
-            raise ValueError(
-                f"{option}={name!r} is an adapter on the hub. Download it first (`hf download`), and name its folder."
-            )
+        if not folder.is_dir():
+            if not is_model_name(source.partition("@")[0]):
+                raise FileNotFoundError(f"{option}={source!r}: there is no such folder. Check the path.")
+            if _is_adapter_of_hub(source, option):
+                raise ValueError(
+                    f"{option}={source!r} is an adapter on the hub. Download it first (`hf download`), and name its "
+                    "folder."
+                )
         return None
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="restored")

@@ -183,12 +183,13 @@ def apply_safe_lora(
     else:
         if out is None or adapter_name is not None:
             raise ValueError("Give `out`, the folder to write, and no adapter_name, for an adapter that is a folder.")
-        check_destination(Path(adapter), Path(out), overwrite)
-        saved, where = SavedAdapter.load(adapter), Path(adapter)
+        where, out = Path(adapter).expanduser(), Path(out).expanduser()
+        check_destination(where, out, overwrite)
+        saved = SavedAdapter.load(where)
         beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
-    if num_layers is not None and not 1 <= num_layers <= most:
+    if num_layers is not None and num_layers not in range(1, most + 1):
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
@@ -234,10 +235,16 @@ def _project(
     """
     before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
     after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
-    projected = {
-        name: _projected(name, a, b, weight_delta(after.weight(name), before.weight(name), name))
-        for name, (a, b) in saved.factors.items()
-    }
+    projected = {}
+    for name, (a, b) in saved.factors.items():
+        weight = after.weight(name)
+        delta = weight_delta(weight, before.weight(name), name)
+        if weight.shape != (b.shape[0], a.shape[1]):
+            raise ValueError(
+                f"The adapter's update of {name!r} has the shape {(b.shape[0], a.shape[1])}, the models' weight "
+                f"{tuple(weight.shape)}. Give the models that the adapter belongs to."
+            )
+        projected[name] = _projected(a, b, delta)
     modules = _chosen({name: module for name, (module, _) in projected.items()}, threshold, num_layers)
     if not any(module.delta_norm for module in modules.values()):
         raise ValueError(
@@ -286,23 +293,17 @@ def _trained_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(config.get("modules_to_save") or ()), *options)
 
 
-def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
+def _projected(a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
     """
     What is to be known of a module's update, and C B.
 
     Args:
-        name: The module's name.
         a: lora_A, (k, d_in).
         b: lora_B, (d_out, k).
         delta: V, (d_out, d_in); None where the models do not differ.
     """
     if delta is None:
         return ModuleAlignment(None, None, 0.0, False), b
-    if delta.shape != (b.shape[0], a.shape[1]):
-        raise ValueError(
-            f"The adapter's update of {name!r} has the shape {(b.shape[0], a.shape[1])}, the models' weight "
-            f"{tuple(delta.shape)}. Give the models that the adapter belongs to."
-        )
     a, b = a.double(), b.double()
     norm = torch.linalg.norm(delta).item()
     new = delta @ (delta.T @ b) / norm
