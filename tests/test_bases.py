@@ -568,7 +568,8 @@ def test_what_is_said_of_the_directions(provenance, told, captured, tmp_path, mo
     assert titles[3] == "Share of their energy that the input directions capture"
 
 
-def test_a_given_module_of_another_method_is_refused(tmp_path):
+def test_a_given_module_of_another_method_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO")
     common = {"target_modules": ["q_proj"], "safety_rank": 4, "input_safety_rank": 3}
     rows = {"safety_data": SAFETY, "calibration_cache": False}
     of_salora = calibrate(tiny.llama(), **rows, **common)
@@ -588,6 +589,8 @@ def test_a_given_module_of_another_method_is_refused(tmp_path):
         config = SaLoRAConfig(r=4, safety_module=of_actsvd, task_type="CAUSAL_LM", **options, **common)
         model = get_peft_model(tiny.llama(), config)
         assert model.base_model.safety_module().provenance["basis_method"] == "actsvd"
+        assert ("computed by basis_method='actsvd'" in caplog.text) == (not options)
+        caplog.clear()
     # What is saved has the options of its training, but not the data, and loads with them.
     model.save_pretrained(tmp_path / "adapter")
     loaded = load_for_training(tiny.llama(), tmp_path / "adapter")

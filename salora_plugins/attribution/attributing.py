@@ -144,6 +144,11 @@ def attribute(
         ImportError: lm-eval is asked for and not installed.
         ValueError: An option or the model cannot be used, or `out` holds another attribution.
     """
+    families = [families] if isinstance(families, str) else families
+    check_number("batch_size", batch_size, 1)
+    check_number("max_length", max_length, 2)
+    if not judges:
+        raise ValueError("judges: there is none. Name at least one, such as 'keyword'.")
     rows = _RowOptions(
         safety_data, num_safety_samples, utility_data, num_utility_samples, num_held_out, max_length, batch_size, seed
     )
