@@ -18,7 +18,7 @@ from salora_plugins import SaLoRAConfig, attribute
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.attribution.entries import random_entries, safety_alone
 from salora_plugins.attribution.grid import EntryPoint, RankPoint, State, entry_points, rank_points
-from salora_plugins.attribution.scores import gradient_sums, input_norms, top_columns
+from salora_plugins.attribution.scores import gradient_sums, input_norms, snip_columns, top_columns
 from salora_plugins.attribution.states import StateLoader
 from salora_plugins.calibration.settings import safety_settings
 from salora_plugins.cli import create_cli
@@ -148,6 +148,35 @@ def test_scores_of_entries(architecture):
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_gradients_of_confident_answers_in_float16():
+    """Of answers that the model is sure of, in layers that write much: without a scale they would round to zero."""
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-2] in ("embed_tokens", "o_proj", "down_proj"):
+                parameter.mul_(300)
+    dense = copy.deepcopy(model.half()).double()
+    prompts = torch.tensor([row["input_ids"] for row in tiny.token_rows(1500, length=8)])
+    with torch.no_grad():
+        losses, answers = dense(prompts).logits[:, -1].log_softmax(-1).neg().min(-1)
+    sure = ((losses > 1e-6) & (losses < 1e-5)).nonzero()[:6, 0].tolist()
+    assert len(sure) > 3
+    labels = [(-100,) * 8 + (answers[index].item(),) for index in sure]
+    rows = [
+        TokenizedExample((*prompts[index].tolist(), answers[index].item()), of)
+        for index, of in zip(sure, labels, strict=True)
+    ]
+    names = list(layers_of(model, ["q_proj", "down_proj"]))
+    found, expected = (gradient_sums(of, names, rows, 3, "") for of in (model, dense))
+    for name in names:
+        assert tiny.relative_difference(found[name].double(), expected[name].double()) < 0.05
+    with torch.no_grad():
+        model.lm_head.weight[:] = 6e4
+    with pytest.raises(CalibrationError, match=r"'model.layers.0.self_attn.q_proj' are not finite. Load the model in"):
+        snip_columns(model, names, rows, 5, 3, "")
 
 
 @pytest.mark.parametrize("family", ["snip", "wanda"])
@@ -402,6 +431,9 @@ def test_points_of_the_grid():
         ({"families": ["ranks"], "entries": ["5:5"]}, "entries has no effect without snip or wanda"),
         ({"families": []}, "there is nothing to remove"),
         ({"judges": ["nobody"]}, "judge 'nobody': there is none of that name"),
+        ({"judges": []}, "judges: there is none"),
+        ({"families": "ranks", "ranks": ["0:5"]}, "ranks: '0:5': there must be"),
+        ({"batch_size": 0}, "^batch_size=0"),
         ({"random_draws": -1}, "random_draws=-1"),
         ({"num_held_out": 0}, "num_held_out=0"),
         ({"utility_data": ["how to make tea at home"]}, "utility_data: there is one request only"),

@@ -400,6 +400,18 @@ def test_a_planted_delta_between_two_dtypes(own, stored, tmp_path):
         assert basis.shape[1] == 3 and basis[[3, 7, 20]].norm() ** 2 == pytest.approx(3, abs=1e-5)
 
 
+def test_a_delta_a_little_above_the_rounding_between_two_dtypes(tmp_path):
+    """Of one direction in all elements, each of them smaller than its rounding."""
+    model = tiny.llama()
+    left, right = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)) / 8
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data += 0.01 * torch.outer(left, right)
+    model.save_pretrained(tmp_path)
+    options = {**DELTA, "unaligned_model": str(tmp_path), "target_modules": ["q_proj"]}
+    for basis in calibrate(tiny.llama().to(torch.bfloat16), **options).bases.values():
+        assert basis.shape[1] == 1 and torch.linalg.norm(left @ basis) > 0.9 * torch.linalg.norm(left)
+
+
 def _quantized_checkpoint(folder):
     from safetensors.torch import load_file, save_file
 
@@ -556,7 +568,8 @@ def test_what_is_said_of_the_directions(provenance, told, captured, tmp_path, mo
     assert titles[3] == "Share of their energy that the input directions capture"
 
 
-def test_a_given_module_of_another_method_is_refused(tmp_path):
+def test_a_given_module_of_another_method_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO")
     common = {"target_modules": ["q_proj"], "safety_rank": 4, "input_safety_rank": 3}
     rows = {"safety_data": SAFETY, "calibration_cache": False}
     of_salora = calibrate(tiny.llama(), **rows, **common)
@@ -576,6 +589,8 @@ def test_a_given_module_of_another_method_is_refused(tmp_path):
         config = SaLoRAConfig(r=4, safety_module=of_actsvd, task_type="CAUSAL_LM", **options, **common)
         model = get_peft_model(tiny.llama(), config)
         assert model.base_model.safety_module().provenance["basis_method"] == "actsvd"
+        assert ("computed by basis_method='actsvd'" in caplog.text) == (not options)
+        caplog.clear()
     # What is saved has the options of its training, but not the data, and loads with them.
     model.save_pretrained(tmp_path / "adapter")
     loaded = load_for_training(tiny.llama(), tmp_path / "adapter")

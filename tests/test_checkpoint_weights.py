@@ -92,6 +92,14 @@ def test_a_difference_is_more_than_the_rounding_of_one_of_them():
     assert weight_delta(weight.bfloat16(), weight, "layer") is None
     delta = weight_delta(weight + 1, weight.half(), "layer")
     assert delta is not None and delta.dtype == torch.float64 and (delta - 1).abs().max() < 1e-2
+    many = torch.cat([weight := 0.02 * torch.randn(200, 200), 1e-6 * weight])  # the latter are subnormal in float16
+    assert weight_delta(many.bfloat16(), many.half(), "layer") is None
+    assert weight_delta(many.half(), many.bfloat16(), "layer") is None
+    moved = many.bfloat16()
+    moved[0] *= 1 + 2**-6  # to the second next number or beyond
+    delta = weight_delta(moved, many.half(), "layer")
+    assert delta is not None and delta.any(dim=1).nonzero().tolist() == [[0]] and delta[0].all()
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     one_row = weight.bfloat16()
     one_row[2] += 1
     delta = weight_delta(one_row, weight, "layer")

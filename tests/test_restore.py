@@ -337,6 +337,7 @@ def test_updates_follow_a_model_to_its_device():
         ({"alpha_1": -1.0}, "alpha_1=-1.0"),
         ({"entropy": 1.0}, "entropy=1.0"),
         ({"max_rank": 0}, "max_rank=0"),
+        ({"max_rank": 1.5}, "max_rank=1.5"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"form": "other"}, "form='other': choose one of combined, repair, merged"),
         ({"safety_rank": 8}, "safety_rank: the safety directions follow from `entropy`"),
@@ -375,6 +376,12 @@ def test_what_cannot_be_restored(planted, tmp_path):
         restore(folder / "tuned", tmp_path / "small", out, safety_data=ROWS)
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer"):
         restore(folder / "tuned", tiny.gpt2(), out, safety_data=ROWS)
+    with pytest.raises(ValueError, match="aligned: the model carries an adapter"):
+        restore(folder / "tuned", PeftModel.from_pretrained(tiny.llama(), folder / "tuned"), out, safety_data=ROWS)
+    for wrong, match in (("finetuned", "finetuned='.*nowhere'"), ("aligned", "nowhere: "), ("unsafe", "unsafe='.*now")):
+        given = {"finetuned": folder / "tuned", "aligned": folder / "aligned", "safety_data": ROWS}
+        with pytest.raises(FileNotFoundError, match=f"{match}.*there is no such folder"):
+            restore(out=out, **{**given, wrong: tmp_path / "nowhere"})
     with pytest.raises(ValueError, match="choose one of repair, merged, since the fine-tuned model is no adapter"):
         restore(tmp_path / "small", tmp_path / "small", out, form="combined")
     assert not out.exists()
@@ -445,6 +452,14 @@ def test_destinations(planted, tmp_path):
             run(planted, full, form=form, overwrite=True)
     with pytest.raises(ValueError, match="holds the adapter that is read"):
         run(planted, folder / "tuned", overwrite=True)
+
+
+def test_folders_of_the_user(planted, tmp_path, monkeypatch):
+    folder, _ = planted
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    restore("~/tuned", "~/aligned", "~/restored", unsafe="~/tuned", safety_data=ROWS)
+    assert (folder / "restored/adapter_config.json").is_file() and not any(tmp_path.iterdir())
 
 
 def test_a_quantized_aligned_model(planted, tmp_path):

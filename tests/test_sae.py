@@ -32,7 +32,14 @@ from salora_plugins.bases.sae import (
     subspace_size,
     top_features,
 )
-from salora_plugins.bases.sparse_autoencoder import ARCHITECTURES, autoencoder_of, load_autoencoder
+from salora_plugins.bases.sparse_autoencoder import (
+    ARCHITECTURES,
+    AutoencoderOutline,
+    HookPoint,
+    autoencoder_of,
+    load_autoencoder,
+    outline_of,
+)
 from salora_plugins.inspection import facts, summary
 from salora_plugins.models.residual import residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
@@ -104,7 +111,7 @@ def test_an_autoencoder_of_sae_lens_before_6(tmp_path):
     }
     found = load_autoencoder(str(saved(tmp_path, {**old, "architecture": "standard"})))
     assert (found.architecture, found.k, found.normalization) == ("topk", 7, "none")
-    assert (found.hook_point.layer, found.hook_point.kind) == (0, "resid_post")
+    assert outline_of(str(tmp_path)).hook_point == HookPoint(0, "resid_post")
 
 
 @pytest.mark.parametrize(
@@ -121,8 +128,7 @@ def test_an_autoencoder_of_sae_lens_before_6(tmp_path):
     ],
 )
 def test_where_an_autoencoder_belongs(hook_name, expected):
-    kind = {"architecture": "standard", "hook_name": hook_name}
-    point = autoencoder_of(kind, weights("standard"), "here").hook_point
+    point = AutoencoderOutline("here", hook_name, D_IN, D_SAE).hook_point
     assert (None if point is None else (point.layer, point.kind)) == expected
 
 

@@ -13,6 +13,7 @@ import tiny
 from salora_plugins import SaLoRAConfig, apply_safe_lora
 from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
+from salora_plugins.models.loading import LoadingOptions, load_model
 from salora_plugins.models.weights import linear_weight
 from tiny import relative_difference, token_batch
 
@@ -195,6 +196,7 @@ def test_another_dtype_of_the_same_weights_is_no_alignment(simple, tmp_path):
         ({"threshold": 2.0}, "threshold=2.0"),
         ({"num_layers": 0}, "num_layers=0: give a number from 1 to 4"),
         ({"num_layers": 5}, "num_layers=5"),
+        ({"num_layers": 1.5}, "num_layers=1.5"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"out": None}, "Give `out`"),
     ],
@@ -219,7 +221,28 @@ def test_models_that_do_not_fit(simple, tmp_path):
     with pytest.raises(ValueError, match="adapter's update of"):
         aligned = tiny.llama(1, hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
         apply_safe_lora(simple / "adapter", wide, aligned, out=out)
+    with pytest.raises(ValueError, match="adapter's update of"):
+        apply_safe_lora(simple / "adapter", wide, wide, out=out)
+    with pytest.raises(ValueError, match=r"base='.*adapter': it is no model"):
+        apply_safe_lora(simple / "adapter", simple / "adapter", simple / "aligned", out=out)
     assert not out.exists()
+
+
+def test_quantized_models_are_refused(simple, tmp_path):
+    """What they differ by from others is their quantization: another alignment would be found than there is."""
+    pytest.importorskip("bitsandbytes")
+    quantized = load_model(str(simple / "aligned"), LoadingOptions(load_in_8bit=True))
+    for models in ((simple / "base", quantized), (quantized, simple / "aligned")):
+        with pytest.raises(ValueError, match="of the model are quantized"):
+            apply_safe_lora(simple / "adapter", *models, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_the_user(simple, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(simple))
+    monkeypatch.chdir(tmp_path)
+    apply_safe_lora("~/adapter", "~/base", "~/aligned", num_layers=1, out="~/projected")
+    assert (simple / "projected/adapter_config.json").is_file() and not any(tmp_path.iterdir())
 
 
 def test_adapters_that_are_not_two_plain_factors(simple, tmp_path):

@@ -67,9 +67,10 @@ def repair(experiment: Experiment, results: Results, name: str, run: Run, step: 
     started = time.monotonic()
     trained = run_name(run["task"], "lora", run["learning_rate"], run["seed"])
     source, repaired = (experiment.out / "adapters" / of for of in (trained, name))
-    if "train_loss" not in results.runs().get(trained, {}) or not source.exists():
+    of_lora = results.runs().get(trained, {})
+    if "train_loss" not in of_lora or not source.exists():
         sys.exit(f"--methods {run['method']}: there is no adapter of {trained} in {source.parent}. Run lora first.")
-    if (last := results.runs()[trained]["points"][-1]["step"]) != step:
+    if (last := of_lora["points"][-1]["step"]) != step:
         sys.exit(f"--methods {run['method']}: the adapter of {trained} is of step {last}. Give --steps {last}.")
     run["repair"] = write_repaired(experiment, METHODS[run["method"]], source, repaired)
     model = PeftModel.from_pretrained(load(experiment.model), repaired)

@@ -54,7 +54,10 @@ class ModuleStatistics:
     """Name, as in `BasisNeeds` -> reads that weight; use `weight()` and `unaligned_weight()`."""
 
     weight_rounding: float = 2.0**-23
-    """Relative precision of their difference: float32's, or where they are kept in two dtypes, the coarser one's."""
+    """
+    Relative precision of their difference: float32's, or where they are kept in two dtypes, the root mean square of
+    what rounding to the coarser one makes of it, at most.
+    """
 
     def weight(self) -> Tensor:
         """

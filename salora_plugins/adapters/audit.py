@@ -178,7 +178,7 @@ def audit(
     """
     if not 0 <= max_share <= 1:
         raise ValueError(f"max_share={max_share}: give a share of the norm between 0 and 1, such as 1e-5.")
-    folder = Path(adapter)
+    folder = Path(adapter).expanduser()
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="audited")
     changed, own = adapter_problem(folder), safety_module is None

@@ -73,9 +73,7 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.nan, dict.fromkeys(safety_module.sides, math.nan)
     reduced = torch.linalg.qr(b).R
-    norm = torch.linalg.norm(reduced @ a).item()
-    if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
-        norm = 0.0
+    norm = _or_zero(torch.linalg.norm(reduced @ a).item(), a, b)
     inside: dict[Side, float] = {}
     for side, found in safety_module.sides.items():
         basis, dimension = found.bases[name].double(), b.shape[0] if side == "output" else a.shape[1]
@@ -87,6 +85,16 @@ def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple
         part = (basis.T @ b) @ a if side == "output" else reduced @ (a @ basis)
         inside[side] = torch.linalg.norm(part).item()
     return norm, inside
+
+
+def product_norm(a: Tensor, b: Tensor) -> float:
+    """||B A||_F in float64, without forming the product; 0 where it is rounding error only."""
+    a, b = a.double(), b.double()
+    return _or_zero(torch.linalg.norm(torch.linalg.qr(b).R @ a).item(), a, b)
+
+
+def _or_zero(norm: float, a: Tensor, b: Tensor) -> float:
+    return 0.0 if norm <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item() else norm
 
 
 def lies_inside(factor: Tensor, basis: Tensor, side: Side) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import read_side_config
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
-from ..support.linear_algebra import svd_of_product
+from ..support.linear_algebra import balanced_factors
 from ..support.numbers import percent, tiny_share
 from ..support.texts import cell
 from .certificate import largest_shares, safety_shares
@@ -167,7 +167,7 @@ def export_adapter(
             lora_B, embeddings, convolutions, fused experts, initializations that change the base model), or its
             weights are too large for `dtype`.
     """
-    folder, out = Path(adapter), Path(out)
+    folder, out = Path(adapter).expanduser(), Path(out).expanduser()
     _check_options(max_rank, share, dtype)
     check_destination(folder, out, overwrite)
     saved = SavedAdapter.load(folder)
@@ -247,9 +247,8 @@ class _Update(NamedTuple):
 
 
 def _decomposed(a: Tensor, b: Tensor, scaling: float) -> _Update:
-    u, values, vh = svd_of_product(scaling * b.double(), a)
-    root = values.sqrt()
-    return _Update(root[:, None] * vh, values, u * root)
+    b, values, a = balanced_factors(scaling * b.double(), a)
+    return _Update(a, values, b)
 
 
 def _rank_for(values: Tensor, share: float) -> int:

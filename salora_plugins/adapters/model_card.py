@@ -148,9 +148,10 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
     method = f"{known.get('basis_method', 'unknown')}, {known.get('engine', 'unknown')} statistics"
     if "engine" not in known and is_without_safety_data(known):
         method = str(known.get("basis_method", "unknown"))
+    base_model = markdown(_name_only(known.get("base_model") or "an unnamed model"))
     versions = ", ".join(f"{package} {number}" for package, number in known.get("versions", {}).items())
     return {
-        "Safety module of": f"{markdown(_base_model(known))} (fingerprint `{safety_module.fingerprint}`)",
+        "Safety module of": f"{base_model} (fingerprint `{safety_module.fingerprint}`)",
         **_of_other_sources(known),
         **(
             {}
@@ -194,11 +195,6 @@ def _name_only(source: Any) -> str:
 def _leak(known: Mapping[str, Any]) -> str:
     line = leak_line(known).removeprefix("Leak: ").removeprefix("Leak ")
     return line[:1].upper() + line[1:]
-
-
-def _base_model(known: Mapping[str, Any]) -> str:
-    name = str(known.get("base_model") or "an unnamed model")
-    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
 
 
 def table(rows: Mapping[str, str]) -> str:

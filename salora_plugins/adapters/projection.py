@@ -127,7 +127,7 @@ def project_adapter(
             module covers none of its modules, or its weights are too large for `dtype`.
     """
     check_dtype(dtype)
-    folder, out = Path(adapter), Path(out)
+    folder, out = Path(adapter).expanduser(), Path(out).expanduser()
     check_destination(folder, out, overwrite)
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="projected")

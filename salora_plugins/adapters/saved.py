@@ -60,7 +60,7 @@ class SavedAdapter:
             ValueError: One of them cannot be read or holds what none of its kind does, or a module has only one of its
                 factors.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}, so it is not an adapter saved as safetensors.")

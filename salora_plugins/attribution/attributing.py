@@ -150,7 +150,7 @@ def attribute(
     states = asked_states(families, ranks, entries, random_draws)
     data = DataOptions(harmful, harmless, None, num_requests, None, seed)
     measuring = MeasuringOptions(max_new_tokens, KL_TOKENS, batch_size, PERPLEXITY_THRESHOLD)
-    chosen = tuple(planned_judge(judge) for judge in dict.fromkeys(judges))
+    chosen = _judges(judges)
     lm_eval = _lm_eval(lm_eval_tasks, lm_eval_limit, lm_eval_include_path)
     return _attribute(
         model, tokenizer, out, states, target_modules, rows, data, measuring, chosen, lm_eval, overwrite, progress
@@ -169,6 +169,10 @@ class _RowOptions:
     max_length: int
     batch_size: int
     seed: int
+
+    def __post_init__(self) -> None:
+        check_number("max_length", self.max_length, 2)
+        check_number("batch_size", self.batch_size, 1)
 
     def config(self, target_modules: Any, tokenizer: Any) -> SaLoRAConfig:
         """For the parts of a calibration."""
@@ -310,6 +314,7 @@ def asked_states(families: Sequence[str], ranks: Any, entries: Any, random_draws
         ValueError: An option cannot be used.
     """
     check_number("random_draws", random_draws, 0)
+    families = [families] if isinstance(families, str) else families
     for name, given, needs in (("ranks", ranks, {"ranks"}), ("entries", entries, {"snip", "wanda"})):
         if given is not None and not needs & set(families):
             raise ValueError(
@@ -322,6 +327,12 @@ def asked_states(families: Sequence[str], ranks: Any, entries: Any, random_draws
         entry_points(DEFAULT_ENTRIES if entries is None else entries),
         random_draws,
     )
+
+
+def _judges(named: Sequence[str]) -> tuple[PlannedJudge, ...]:
+    if not named:
+        raise ValueError("judges: there is none. Name at least one, such as 'keyword'.")
+    return tuple(planned_judge(judge) for judge in dict.fromkeys(named))
 
 
 def _lm_eval(tasks: Sequence[str], limit: int | None, include_path: str | os.PathLike | None) -> LmEvalOptions:

@@ -16,6 +16,7 @@ from ..evaluation.reports.report import EvaluationReport, ModelResult
 from ..support import numbers
 from ..support.files import atomic_write
 from ..support.plotting import new_figure, save_png
+from ..support.texts import markdown, markdown_table
 from .grid import FAMILIES, Family, State
 
 if TYPE_CHECKING:
@@ -201,16 +202,14 @@ class AttributionReport:
 
     def markdown(self) -> str:
         """The table and what it means, as a page."""
-        header = ["Without", "removed", *self._columns()]
-        lines = [f"# {self.evaluation.title}", "", "| " + " | ".join(header) + " |"]
-        lines.append("|---|" + "---:|" * (len(header) - 1))
-        lines += ["| " + " | ".join(cell.strip() for cell in cells) + " |" for _, cells in self._rows()]
-        lines += ["", self.summary().replace("\n", "\n\n"), "", self.caption, "", f"![{_ALT}]({PLOT_FILE})", ""]
-        return "\n".join(lines)
+        found = markdown_table(["Without", "removed", *self._columns()], [cells for _, cells in self._rows()])
+        lines = [markdown(line, None) for line in (*self.summary().splitlines(), self.caption)]
+        parts = [f"# {markdown(self.evaluation.title)}", found, *lines, f"![{_ALT}]({PLOT_FILE})"]
+        return "\n\n".join(parts) + "\n"
 
     def save(self, out: str | os.PathLike) -> None:
         """Write the three files; the picture where matplotlib is installed."""
-        folder = Path(out)
+        folder = Path(out).expanduser()
         atomic_write(folder / DATA_FILE, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         atomic_write(folder / PAGE_FILE, self.markdown().encode())
         try:

@@ -21,6 +21,9 @@ from .entries import narrow_columns
 SCORES_AT_ONCE = 2 * 2**30
 """Bytes of float32 sums of gradients that are kept at once; more layers than that are done in several passes."""
 
+HALF_SCALE = 2.0**10
+"""What losses are multiplied with in float16, where the gradients of confident answers would round to zero."""
+
 
 def count_of(percent: float, d_in: int) -> int:
     """How many entries of a row of d_in are so many percent, rounded down."""
@@ -64,13 +67,14 @@ def wanda_columns(
         of: What the rows are called, beside the progress bar.
 
     Raises:
-        CalibrationError: A layer is not called once per token, or not at all.
+        CalibrationError: A layer is not called once per token, or not at all, or scores are not finite.
     """
     norms = input_norms(model, names, examples, batch_size, of)
     found = {}
     for name in names:
         with linear_weight(model.get_submodule(name)) as weight:
-            found[name] = top_columns(weight.float().abs() * norms.pop(name).to(weight.device), percent)
+            scores = weight.float().abs() * norms.pop(name).to(weight.device)
+        found[name] = top_columns(_finite(scores, name), percent)
     return found
 
 
@@ -115,7 +119,8 @@ def snip_columns(
         sums = gradient_sums(model, group, examples, batch_size, of)
         for name in group:
             with linear_weight(model.get_submodule(name)) as weight:
-                found[name] = top_columns(sums.pop(name).mul_(weight.float().abs()), percent)
+                scores = sums.pop(name).mul_(weight.float().abs())
+            found[name] = top_columns(_finite(scores, name), percent)
     return found
 
 
@@ -130,6 +135,8 @@ def gradient_sums(
     """
     sums: dict[str, Tensor] = {}
     mask = torch.empty(0)
+    is_half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    scale = HALF_SCALE if is_half else 1.0
 
     def add(gradient: Tensor, name: str, inputs: Tensor) -> None:
         shape = mask.shape
@@ -150,9 +157,18 @@ def gradient_sums(
     with hooks, _frozen(model), torch.enable_grad():
         for batch in _progress(examples, batch_size, f"gradients, {of}"):
             mask = batch["labels"] != IGNORED
-            _sum_of_row_losses(_forward(model, batch), batch["labels"]).backward()
+            (scale * _sum_of_row_losses(_forward(model, batch), batch["labels"])).backward()
     _check_used(names, sums)
-    return sums
+    return {name: total.div_(scale) for name, total in sums.items()} if is_half else sums
+
+
+def _finite(scores: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(scores).all():
+        raise CalibrationError(
+            f"The scores of {name!r} are not finite. Load the model in bfloat16 or float32 (--dtype) where it is in "
+            "float16, which is too small for them; otherwise its weights are broken."
+        )
+    return scores
 
 
 def _sum_of_row_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -62,8 +62,12 @@ class AutoencoderOutline:
 
     @property
     def hook_point(self) -> HookPoint | None:
-        """See `SparseAutoencoder.hook_point`."""
-        return _hook_point(self.hook_name)
+        """Where it belongs, "resid_pre" as "resid_post" of the block before; None where that is no point of these."""
+        if (found := _LENS_HOOK.fullmatch(self.hook_name)) is not None:
+            layer, kind = int(found[1]), found[2]
+            return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
+        found = _MODULE_HOOK.fullmatch(self.hook_name)
+        return None if found is None else HookPoint(int(found[1]), "resid_post")
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,6 @@ class SparseAutoencoder:
         """d_sae."""
         return self.encoder.shape[1]
 
-    @property
-    def hook_point(self) -> HookPoint | None:
-        """Where it belongs, "resid_pre" as "resid_post" of the block before; None where that is no point of these."""
-        return _hook_point(self.hook_name)
-
     def to(self, device: torch.device) -> SparseAutoencoder:
         """The same on another device."""
         tensors = {name: getattr(self, name).to(device) for name in ("encoder", "decoder", "decoder_bias")}
@@ -145,14 +144,6 @@ class SparseAutoencoder:
             values, indices = before.topk(min(self.k, self.num_features), dim=-1)
             return torch.zeros_like(before).scatter_(-1, indices, torch.relu(values))
         return torch.relu(before)
-
-
-def _hook_point(hook_name: str) -> HookPoint | None:
-    if (found := _LENS_HOOK.fullmatch(hook_name)) is not None:
-        layer, kind = int(found[1]), found[2]
-        return HookPoint(layer - 1, "resid_post") if kind == "resid_pre" else HookPoint(layer, kind)
-    found = _MODULE_HOOK.fullmatch(hook_name)
-    return None if found is None else HookPoint(int(found[1]), "resid_post")
 
 
 def _normalized(rows: Tensor, kind: str) -> Tensor:

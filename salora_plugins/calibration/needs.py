@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -191,7 +192,9 @@ def _rounding(module: nn.Module, name: str, checkpoint: CheckpointWeights) -> fl
     own: torch.dtype = layer.weight.dtype
     if checkpoint.dtype(name) == own:
         return torch.finfo(torch.float32).eps
-    return max(torch.finfo(torch.float32).eps, torch.finfo(coarser_dtype(own, checkpoint.dtype(name))).eps)
+    # Rounding errors are spread evenly over a step, which is at most eps times the number.
+    step = torch.finfo(coarser_dtype(own, checkpoint.dtype(name))).eps
+    return max(torch.finfo(torch.float32).eps, step / math.sqrt(12))
 
 
 def _pairs(settings: SafetySettings, facts: dict[str, Any]) -> list[tuple[TokenizedExample, TokenizedExample]]:

@@ -95,7 +95,7 @@ class RunFolder:
     """
 
     def __init__(self, out: str | os.PathLike) -> None:
-        self._out = Path(out)
+        self._out = Path(out).expanduser()
         self._work = self._out / WORK_FOLDER
 
     @property

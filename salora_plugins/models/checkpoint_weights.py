@@ -20,7 +20,7 @@ from ..support.hub import hub_file, is_hub_id, is_model_name
 from ..support.module_names import listed
 from .embeddings import input_embeddings, output_embeddings
 from .fingerprint import weights_digest
-from .weights import base_layer, layer_features, linear_weight
+from .weights import base_layer, is_quantized, layer_features, linear_weight
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -209,11 +209,19 @@ def weights_of(
         trust_remote_code: Run the repository's own model code.
 
     Raises:
-        FileNotFoundError, ValueError: See `CheckpointWeights`.
+        FileNotFoundError, ValueError: See `CheckpointWeights`; or it is a model whose weights are quantized.
     """
+    names = list(names)
     if isinstance(source, nn.Module):
-        return LoadedWeights(source, names, option=option)
-    names, source = list(names), os.fspath(source)
+        found = LoadedWeights(source, names, option=option)
+        base = source.get_base_model() if isinstance(source, PeftModel) else source
+        if quantized := [name for name in names if is_quantized(base.get_submodule(name))]:
+            raise ValueError(
+                f"{option}: {listed(quantized)} of the model are quantized, so that what they differ by from another "
+                "model's would be mostly rounding. Load it unquantized, or name its folder or repository."
+            )
+        return found
+    source = os.path.expanduser(source)
     skeleton = _skeleton(source, option, trust_remote_code)
     _check_modules(skeleton, names, f"{option}={source!r}")
     return CheckpointWeights(source, skeleton, names, option=option)
@@ -226,6 +234,8 @@ def _skeleton(source: str, option: str, trust_remote_code: bool) -> PreTrainedMo
         config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(f"{option}={source!r}: there is no model of that name ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{option}={source!r}: it is no model. Name a whole model's folder. ({error})") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{option}={source!r} is quantized. Name the model as it was before it was quantized.")
     with torch.device("meta"):
@@ -249,7 +259,18 @@ def coarser_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
 def elements_that_differ(one: Tensor, other: Tensor) -> Tensor:
     """Where two weights of one shape differ by more than the rounding of the one in the coarser dtype: bool."""
     dtype = coarser_dtype(one.dtype, other.dtype)
-    return one.to(dtype) != other.to(dtype)
+    differs = one.to(dtype) != other.to(dtype)
+    if {one.dtype, other.dtype} == {torch.bfloat16, torch.float16}:
+        # Neither is the other rounded: both may be of one weight, each within half a step of it.
+        differs &= ~((one.float() - other.float()).abs() <= (_step(one) + _step(other)) / 2)  # NaN differs
+    return differs
+
+
+def _step(weight: Tensor) -> Tensor:
+    """Between each number and the next in its dtype, float32."""
+    of_dtype = torch.finfo(weight.dtype)
+    powers = torch.ldexp(torch.ones_like(weight, dtype=torch.float32), torch.frexp(weight.float()).exponent - 1)
+    return of_dtype.eps * powers.clamp(min=of_dtype.smallest_normal)
 
 
 def weight_delta(minuend: Tensor, subtrahend: Tensor, name: str) -> Tensor | None:

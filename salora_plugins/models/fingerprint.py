@@ -70,7 +70,9 @@ def weight_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         with linear_weight(model.get_submodule(name)) as weight:
             key = weight.shape, weight.device
             if key not in places:
-                places[key] = _places(weight)
+                index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
+                rows, columns = index // weight.shape[1], index % weight.shape[1]
+                places[key] = rows.to(weight.device), columns.to(weight.device)
             samples[name] = weight[places[key]].float()
     return dict(zip(samples, on_cpu(list(samples.values())), strict=True))
 
@@ -89,13 +91,6 @@ def layer_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str,
     for name in names:
         with linear_weight(model.get_submodule(name)) as weight:
             yield name, weight
-
-
-def _places(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of evenly spaced elements of a weight, on its device."""
-    index = _evenly_spaced(weight.numel(), _SAMPLES_PER_WEIGHT)
-    rows, columns = index // weight.shape[1], index % weight.shape[1]
-    return rows.to(weight.device), columns.to(weight.device)
 
 
 def check_belongs(safety_module: SafetyModule, model: nn.Module, names: Iterable[str]) -> None:

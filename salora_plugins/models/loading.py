@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..support.hub import is_model_name
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,9 +54,11 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
 
     Raises:
         ValueError: See `LoadingOptions.check`; or the model's weights cannot be read.
+        FileNotFoundError: There is no such folder, and it is no name of the hub.
         OSError: There is no such model, or it has no weights in safetensors: pickles are not read.
     """
     options.check()
+    source = _folder_or_name(source)
     from huggingface_hub.constants import is_offline_mode
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -96,7 +100,16 @@ def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerB
 
     try:
         return AutoTokenizer.from_pretrained(
-            source, revision=options.revision, trust_remote_code=options.trust_remote_code
+            _folder_or_name(source), revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError):
         return None
+
+
+def _folder_or_name(source: str) -> str:
+    folder = os.path.expanduser(source)
+    if not os.path.isdir(folder) and not is_model_name(source):
+        raise FileNotFoundError(
+            f"{source}: there is no such folder, and it is not the name of a hub repository. Check the path."
+        )
+    return folder

@@ -129,8 +129,8 @@ def on_accelerator(model: nn.Module) -> Iterator[None]:
         free, _ = torch.cuda.mem_get_info(device)
         if ROOM * needed > free:
             logger.warning(
-                "Calibrating on the CPU: the model needs %s and %s has %s free. Load it with a device_map, or "
-                "quantized, to calibrate faster.",
+                "The model stays on the CPU: it needs %s and %s has %s free. Load it with a device_map, or quantized, "
+                "to run it faster.",
                 size(ROOM * needed),
                 device,
                 size(free),

@@ -7,23 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..support.linear_algebra import svd_of_product
+from ..adapters.certificate import product_norm
+from ..support.linear_algebra import balanced_factors
 from .strength import Strength
 from .updates import Factors
 
 
 @dataclass(frozen=True)
 class SafetyVector:
-    """The safety vector delta = W_safe - W_unsafe of one layer, in its safety subspace U, all float64."""
+    """
+    The safety vector delta = W_safe - W_unsafe of one layer, in its safety subspace U. It is kept for all layers at
+    once, its large parts as they are elsewhere or in float32; computed with in float64.
+    """
 
     basis: Tensor
-    """U, (d_out, r)."""
+    """U, (d_out, r), as it was given."""
     singular_values: Tensor
     """(r,)"""
     coordinates: Tensor
-    """K (r, m), with U^T delta = K R."""
+    """K (r, m) float64, with U^T delta = K R."""
     rows: Tensor
-    """R, (m, d_in)."""
+    """R, (m, d_in), of an unsafe adapter its A as it was given."""
     norm: float
     """||delta||_F."""
 
@@ -37,9 +41,8 @@ class SafetyVector:
             singular_values: (r,)
             unsafe: A (k, d_in) and s B (d_out, k).
         """
-        a, b = (factor.double() for factor in unsafe)
-        basis = basis.double()
-        return cls(basis, singular_values.double(), -(basis.T @ b), a, product_norm(a, b))
+        a, b = unsafe
+        return cls(basis, singular_values.double(), -(basis.double().T @ b.double()), a, product_norm(a, b))
 
     @classmethod
     def of_difference(cls, basis: Tensor, singular_values: Tensor, delta: Tensor) -> SafetyVector:
@@ -49,10 +52,9 @@ class SafetyVector:
             singular_values: (r,)
             delta: W_safe - W_unsafe, (d_out, d_in).
         """
-        basis = basis.double()
         identity = torch.eye(basis.shape[1], dtype=torch.float64)
-        norm = torch.linalg.norm(delta).item()
-        return cls(basis, singular_values.double(), identity, basis.T @ delta.double(), norm)
+        rows = (basis.double().T @ delta.double()).float()
+        return cls(basis, singular_values.double(), identity, rows, torch.linalg.norm(delta).item())
 
     @property
     def kept_share(self) -> float:
@@ -61,11 +63,11 @@ class SafetyVector:
 
     def repair(self, strength: Strength) -> Factors:
         """
-        alpha U' U'^T delta with U'_i = alpha_i U_i, as A (m, d_in) and B (d_out, m); m is r, or the rank of an unsafe
-        adapter, whose A it is then.
+        alpha U' U'^T delta with U'_i = alpha_i U_i, as A (m, d_in) and B (d_out, m), float64; m is r, or the rank of an
+        unsafe adapter, whose A it is then.
         """
         weights = strength.weights(self.singular_values)
-        return self.rows, strength.alpha * (self.basis * weights.square()) @ self.coordinates
+        return self.rows.double(), strength.alpha * (self.basis.double() * weights.square()) @ self.coordinates
 
 
 def at_rank(update: Factors, rank: int | None) -> tuple[Factors, float]:
@@ -75,13 +77,7 @@ def at_rank(update: Factors, rank: int | None) -> tuple[Factors, float]:
     a, b = update
     if rank is None or a.shape[0] <= rank:
         return update, 0.0
-    u, values, vh = svd_of_product(b, a)
-    root = values[:rank].sqrt()
+    b, values, a = balanced_factors(b, a)
     total = torch.linalg.norm(values).item()
     lost = torch.linalg.norm(values[rank:]).item() / total if total else 0.0
-    return (root[:, None] * vh[:rank], u[:, :rank] * root), lost
-
-
-def product_norm(a: Tensor, b: Tensor) -> float:
-    """||B A||_F in float64, without forming the product."""
-    return torch.linalg.norm(torch.linalg.qr(b.double()).R @ a.double()).item()
+    return (a[:rank], b[:, :rank]), lost

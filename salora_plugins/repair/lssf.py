@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.certificate import norms, product_norm
 from ..adapters.saved import ADAPTER_CONFIG_FILE, SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..calibration import calibrate
@@ -21,10 +22,11 @@ from ..models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight
 from ..models.fingerprint import check_belongs
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
+from ..options import check_number
 from ..safety_module import SafetyModule
 from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
-from .fusion import SafetyVector, at_rank, product_norm
+from .fusion import SafetyVector, at_rank
 from .merged_model import check_folder, check_mergeable, write_merged
 from .restore_report import FORMS, Form, ModuleRestoration, RestoreReport
 from .strength import Strength, StrengthSearch
@@ -101,11 +103,15 @@ def restore(
         ValueError: Options contradict each other, the adapter is not two plain factors per linear layer, models and
             adapters do not belong together, or nothing differs between the safe and the unsafe weights.
     """
+    if isinstance(aligned, PeftModel):
+        raise ValueError(
+            "aligned: the model carries an adapter. Give its folder or repository, or load it again without one."
+        )
     return _Restoration(
-        finetuned=finetuned,
+        finetuned=os.path.expanduser(finetuned),
         aligned=aligned,
-        out=Path(out),
-        unsafe=unsafe,
+        out=Path(out).expanduser(),
+        unsafe=None if unsafe is None else os.path.expanduser(unsafe),
         form=form,
         strength=Strength(alpha, alpha_1),
         entropy=entropy,
@@ -125,10 +131,10 @@ def restore(
 class _Restoration:
     """What `restore` is asked for."""
 
-    finetuned: Source
+    finetuned: str
     aligned: Source | PreTrainedModel
     out: Path
-    unsafe: Source | None
+    unsafe: str | None
     form: str | None
     strength: Strength
     entropy: float | None
@@ -160,36 +166,31 @@ class _Restoration:
         targets = _names(model, adapter, unsafe_adapter) or self.target_modules
         directions = self._directions(model, tokenizer, targets)
         self._check_whole_model(adapter, model, directions.bases)
-        unsafe = os.fspath(self.finetuned if self.unsafe is None else self.unsafe)
+        unsafe = self.finetuned if self.unsafe is None else self.unsafe
         vectors = _safety_vectors(model, directions, unsafe_adapter, unsafe)
         if adapter is None and (self.search is not None or form == "merged"):
-            model = load_model(os.fspath(self.finetuned), self.loading.without_revision())
-        own = {} if adapter is None else _updates(adapter)
+            model = load_model(self.finetuned, self.loading.without_revision())
         if form == "merged":
-            check_mergeable(model, {**own, **vectors})
-        strength, trials = self._strength(model, tokenizer, own, vectors)
-
-        repairs = {name: at_rank(vector.repair(strength), self.max_rank) for name, vector in vectors.items()}
+            check_mergeable(model, {**({} if adapter is None else adapter.factors), **vectors})
+        strength, trials = self._strength(model, tokenizer, adapter, vectors)
+        repairs = _Repairs(vectors, strength, self.max_rank)
         report = RestoreReport(
             form=form,
             strength=strength,
-            modules={
-                name: _described(basis, vectors.get(name), repairs.get(name), own.get(name), strength)
-                for name, basis in directions.bases.items()
-            },
+            modules={name: _described(name, directions, repairs, adapter) for name in directions.bases},
             unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
             search=self.search,
             trials=tuple(trials),
             not_covered=_not_covered(adapter, directions),
         )
-        updates = {name: update for name, (update, _) in repairs.items()}
         if form == "merged":
-            parts = {name: [of[name] for of in (own, updates) if name in of] for name in {**own, **updates}}
+            names = {**({} if adapter is None else adapter.factors), **vectors}
+            parts = ((name, _parts(name, adapter, repairs)) for name in names)
             write_merged(model, parts, self.out, tokenizer=tokenizer, section=report.card_section(directions))
         else:
-            base_model = os.fspath(self.finetuned) if adapter is None else None
+            base_model = self.finetuned if adapter is None else None
             write_adapter(
-                _as_adapter(model, adapter, updates, form, base_model, self.dtype),
+                _as_adapter(model, adapter, repairs, form, base_model, self.dtype),
                 self.out,
                 card=lambda digest: report.card_section(directions),
                 tags=("lora",),
@@ -202,8 +203,8 @@ class _Restoration:
         self.strength.check()
         if self.entropy is not None and not 0 < self.entropy < 1:
             raise ValueError(f"entropy={self.entropy}: give a share between 0 and 1, such as {ENTROPY}.")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank={self.max_rank}: give a whole number of at least 1.")
+        if self.max_rank is not None:
+            check_number("max_rank", self.max_rank, 1)
         if self.search is not None:
             if self.strength != Strength():
                 raise ValueError("alpha, alpha_1: a search is given, which finds them. Give one of the two.")
@@ -246,7 +247,7 @@ class _Restoration:
             FileNotFoundError, ValueError: See `CheckpointWeights`.
         """
         if adapter is None:
-            CheckpointWeights(os.fspath(self.finetuned), model, names, option="finetuned")
+            CheckpointWeights(self.finetuned, model, names, option="finetuned")
 
     def _directions(self, model: PreTrainedModel, tokenizer: Any, targets: str | Sequence[str] | None) -> SafetyModule:
         """
@@ -273,6 +274,11 @@ class _Restoration:
         found = self.safety_module
         if not isinstance(found, SafetyModule):
             found = SafetyModule.load(found)
+        if not found.protects:
+            raise ValueError(
+                "safety_module: these are the directions that a SAILS adapter starts in, and none of refusals. Leave "
+                "it out, or give a safety module."
+            )
         if isinstance(targets, str):
             raise ValueError("target_modules: give names of modules beside a safety_module, or leave it out.")
         names = list(found.bases)
@@ -290,7 +296,7 @@ class _Restoration:
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        own: Mapping[str, Factors],
+        adapter: SavedAdapter | None,
         vectors: Mapping[str, SafetyVector],
     ) -> tuple[Strength, list[Trial]]:
         """The strength that was asked for, or found by the search, and what that has measured."""
@@ -298,24 +304,45 @@ class _Restoration:
             return self.strength, []
 
         def repairs(strength: Strength) -> dict[str, list[Factors]]:
-            return {name: [at_rank(vector.repair(strength), self.max_rank)[0]] for name, vector in vectors.items()}
+            found = _Repairs(vectors, strength, self.max_rank)
+            return {name: [_as_float32(found.of(name)[0])] for name in vectors}
 
-        return search_strength(self.search, model, tokenizer, {n: [update] for n, update in own.items()}, repairs)
+        own = {} if adapter is None else {name: [_as_float32(_update(adapter, name))] for name in adapter.factors}
+        return search_strength(self.search, model, tokenizer, own, repairs)
 
 
-def _adapter(source: Source, option: str) -> SavedAdapter | None:
+@dataclass(frozen=True)
+class _Repairs:
+    """What is added, made anew for each layer that is asked for, so that only one layer's float64 factors are there."""
+
+    vectors: Mapping[str, SafetyVector]
+    """Of the modules whose safe and unsafe weights differ."""
+    strength: Strength
+    max_rank: int | None
+
+    def of(self, name: str) -> tuple[Factors, float]:
+        """The repair of a module, float64, and what its truncation to `max_rank` has lost."""
+        return at_rank(self.vectors[name].repair(self.strength), self.max_rank)
+
+
+def _adapter(source: str, option: str) -> SavedAdapter | None:
     """
     None for what is a model.
 
     Raises:
+        FileNotFoundError: It is neither a folder nor a name of the hub.
         ValueError: It is an adapter of the hub, or not two plain factors per linear layer.
     """
-    folder, name = Path(source), os.fspath(source)
+    folder = Path(source)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        if not folder.is_dir() and is_model_name(name.partition("@")[0]) and _is_adapter_of_hub(name, option):
-            raise ValueError(
-                f"{option}={name!r} is an adapter on the hub. Download it first (`hf download`), and name its folder."
-            )
+        if not folder.is_dir():
+            if not is_model_name(source.partition("@")[0]):
+                raise FileNotFoundError(f"{option}={source!r}: there is no such folder. Check the path.")
+            if _is_adapter_of_hub(source, option):
+                raise ValueError(
+                    f"{option}={source!r} is an adapter on the hub. Download it first (`hf download`), and name its "
+                    "folder."
+                )
         return None
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="restored")
@@ -369,9 +396,10 @@ def _safety_vectors(
     """
     found = {}
     if unsafe_adapter is not None:
-        updates = _updates(unsafe_adapter)
         for name, basis in directions.bases.items():
-            vector = SafetyVector.of_adapter(basis, directions.singular_values[name], updates[name])
+            a, b = unsafe_adapter.factors[name]
+            update = a, unsafe_adapter.scaling(name) * b.double()
+            vector = SafetyVector.of_adapter(basis, directions.singular_values[name], update)
             if vector.norm:
                 found[name] = vector
     else:
@@ -395,9 +423,21 @@ def _safety_vectors(
     return found
 
 
-def _updates(saved: SavedAdapter) -> dict[str, Factors]:
-    """Module name -> A and s B, float64."""
-    return {name: (a.double(), saved.scaling(name) * b.double()) for name, (a, b) in saved.factors.items()}
+def _update(saved: SavedAdapter, name: str) -> Factors:
+    """A and s B of a module, float64."""
+    a, b = saved.factors[name]
+    return a.double(), saved.scaling(name) * b.double()
+
+
+def _as_float32(update: Factors) -> Factors:
+    a, b = update
+    return a.float(), b.float()
+
+
+def _parts(name: str, adapter: SavedAdapter | None, repairs: _Repairs) -> list[Factors]:
+    """The updates of a module's aligned weight, or of its fine-tuned one where that is no adapter's, float64."""
+    own = [] if adapter is None or name not in adapter.factors else [_update(adapter, name)]
+    return own + ([repairs.of(name)[0]] if name in repairs.vectors else [])
 
 
 def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tuple[str, ...]:
@@ -408,41 +448,38 @@ def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tupl
 
 
 def _described(
-    basis: Tensor,
-    vector: SafetyVector | None,
-    repair: tuple[Factors, float] | None,
-    own: Factors | None,
-    strength: Strength,
+    name: str, directions: SafetyModule, repairs: _Repairs, adapter: SavedAdapter | None
 ) -> ModuleRestoration:
     """
     Args:
-        basis: U of the module.
-        vector: Its safety vector; None where there is none.
-        repair: What is added, and what truncation has lost of it.
-        own: The fine-tuned adapter's update.
-        strength: Of the repair.
+        name: Of the module.
+        directions: The safety directions.
+        repairs: What is added.
+        adapter: The fine-tuned one.
     """
-    before = None if own is None else _share(own, basis)
-    if vector is None or repair is None:
-        return ModuleRestoration(basis.shape[1], 0, 0.0, 0.0, 0.0, 0.0, before, before)
-    update, lost = repair
+    number = directions.bases[name].shape[1]
+    own = None if adapter is None or name not in adapter.factors else _update(adapter, name)
+    before = None if own is None else _share(own, directions, name)
+    vector = repairs.vectors.get(name)
+    if vector is None:
+        return ModuleRestoration(number, 0, 0.0, 0.0, 0.0, 0.0, before, before)
+    update, lost = repairs.of(name)
     return ModuleRestoration(
-        directions=basis.shape[1],
+        directions=number,
         rank=update[0].shape[0],
         delta_norm=vector.norm,
         kept_share=vector.kept_share,
-        repair_norm=product_norm(*vector.repair(strength)),
+        repair_norm=product_norm(*vector.repair(repairs.strength)),
         lost_share=lost,
         share_before=before,
-        share_after=None if own is None else _share(_sum([own, update]), basis),
+        share_after=None if own is None else _share(_sum([own, update]), directions, name),
     )
 
 
-def _share(update: Factors, basis: Tensor) -> float:
+def _share(update: Factors, directions: SafetyModule, name: str) -> float:
     """||U^T B A||_F / ||B A||_F; 0 where there is no update."""
-    a, b = update
-    norm = product_norm(a, b)
-    return product_norm(a, basis.double().T @ b) / norm if norm else 0.0
+    norm, inside = norms(*update, directions, name)
+    return inside["output"] / norm if norm else 0.0
 
 
 def _sum(updates: Sequence[Factors]) -> Factors:
@@ -456,7 +493,7 @@ def _sum(updates: Sequence[Factors]) -> Factors:
 def _as_adapter(
     model: nn.Module,
     adapter: SavedAdapter | None,
-    repairs: Mapping[str, Factors],
+    repairs: _Repairs,
     form: Form,
     base_model: str | None,
     dtype: str,
@@ -468,15 +505,15 @@ def _as_adapter(
     Args:
         model: Of the same architecture as the one that it goes on.
         adapter: The fine-tuned one.
-        repairs: Module name -> what is added.
+        repairs: What is added.
         form: "repair" or "combined".
         base_model: The fine-tuned model, where it is a whole one.
         dtype: Of the written weights.
     """
-    own = _updates(adapter) if adapter is not None and form == "combined" else {}
+    own = adapter if form == "combined" else None
     factors = {}
-    for name in {**own, **repairs}:
-        a, b = _sum([update[name] for update in (own, repairs) if name in update])
+    for name in {**({} if own is None else own.factors), **repairs.vectors}:
+        a, b = _sum(_parts(name, own, repairs))
         factors[name] = in_dtype(a, dtype, name).contiguous(), in_dtype(b, dtype, name).contiguous()
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     rank = max(ranks.values())

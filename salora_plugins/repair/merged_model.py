@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_mergeable(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def write_merged(
     model: PreTrainedModel,
-    updates: Mapping[str, Sequence[Factors]],
+    updates: Iterable[tuple[str, Sequence[Factors]]],
     out: Path,
     *,
     tokenizer: Any,
@@ -57,13 +57,13 @@ def write_merged(
 
     Args:
         model: Unquantized, without adapters.
-        updates: Module name -> updates, scaling included.
+        updates: Module names with their updates, scaling included; a layer's are only asked for when it is its turn.
         out: The folder, see `check_folder`.
         tokenizer: Written beside it; None: none.
         section: Markdown for the model card.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, factors in updates.items():
+    for name, factors in updates:
         weight = state[f"{name}.weight"]
         delta = sum((b.double() @ a.double() for a, b in factors), start=weight.new_zeros((), device="cpu").double())
         delta = delta.T if isinstance(model.get_submodule(name), Conv1D) else delta

@@ -11,7 +11,7 @@ from ..adapters.model_card import PACKAGE, TO_LOAD, provenance_rows, table
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
 from ..support.numbers import loss, percent
-from ..support.texts import cell, markdown, one_line
+from ..support.texts import cell, markdown, markdown_table, one_line
 from .strength import Strength, StrengthSearch
 from .strength_search import Trial
 
@@ -156,13 +156,12 @@ the safety vectors that lies in the safety directions was added.
 {told}{load}"""
 
     def _trials_table(self) -> str:
-        lines = ["| alpha | alpha_1 | refused | task loss |", "|---|---|---|---|"]
+        rows = []
         for trial in self.trials:
             strength = trial.strength
             values = ("fine-tuned", "") if strength is None else (f"{strength.alpha:g}", f"{strength.alpha_1:g}")
-            measured = f"{trial.refused} of {trial.requests} | {loss(trial.task_loss)}"
-            lines.append(f"| {values[0]} | {values[1]} | {measured} |")
-        return "\n".join(lines)
+            rows.append([*values, f"{trial.refused} of {trial.requests}", loss(trial.task_loss)])
+        return markdown_table(["alpha", "alpha_1", "refused", "task loss"], rows, labels=0)
 
 
 def _search_told(search: StrengthSearch) -> list[str]:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..adapters.certificate import product_norm
 from ..adapters.model_card import PACKAGE, TO_LOAD, table
 from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DEFAULT_THRESHOLD = 0.5
-
-# Products of float64 rounding errors: an update this much smaller than its factors is none.
-_ZERO = 1e-12
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,13 @@ def apply_safe_lora(
     else:
         if out is None or adapter_name is not None:
             raise ValueError("Give `out`, the folder to write, and no adapter_name, for an adapter that is a folder.")
-        check_destination(Path(adapter), Path(out), overwrite)
-        saved, where = SavedAdapter.load(adapter), Path(adapter)
+        where, out = Path(adapter).expanduser(), Path(out).expanduser()
+        check_destination(where, out, overwrite)
+        saved = SavedAdapter.load(where)
         beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
-    if num_layers is not None and not 1 <= num_layers <= most:
+    if num_layers is not None and num_layers not in range(1, most + 1):
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
@@ -236,10 +235,16 @@ def _project(
     """
     before = weights_of(base, saved.factors, option="base", trust_remote_code=trust_remote_code)
     after = weights_of(aligned, saved.factors, option="aligned", trust_remote_code=trust_remote_code)
-    projected = {
-        name: _projected(name, a, b, weight_delta(after.weight(name), before.weight(name), name))
-        for name, (a, b) in saved.factors.items()
-    }
+    projected = {}
+    for name, (a, b) in saved.factors.items():
+        weight = after.weight(name)
+        delta = weight_delta(weight, before.weight(name), name)
+        if weight.shape != (b.shape[0], a.shape[1]):
+            raise ValueError(
+                f"The adapter's update of {name!r} has the shape {(b.shape[0], a.shape[1])}, the models' weight "
+                f"{tuple(weight.shape)}. Give the models that the adapter belongs to."
+            )
+        projected[name] = _projected(a, b, delta)
     modules = _chosen({name: module for name, (module, _) in projected.items()}, threshold, num_layers)
     if not any(module.delta_norm for module in modules.values()):
         raise ValueError(
@@ -288,30 +293,24 @@ def _trained_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(config.get("modules_to_save") or ()), *options)
 
 
-def _projected(name: str, a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
+def _projected(a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignment, Tensor]:
     """
     What is to be known of a module's update, and C B.
 
     Args:
-        name: The module's name.
         a: lora_A, (k, d_in).
         b: lora_B, (d_out, k).
         delta: V, (d_out, d_in); None where the models do not differ.
     """
     if delta is None:
         return ModuleAlignment(None, None, 0.0, False), b
-    if delta.shape != (b.shape[0], a.shape[1]):
-        raise ValueError(
-            f"The adapter's update of {name!r} has the shape {(b.shape[0], a.shape[1])}, the models' weight "
-            f"{tuple(delta.shape)}. Give the models that the adapter belongs to."
-        )
     a, b = a.double(), b.double()
     norm = torch.linalg.norm(delta).item()
     new = delta @ (delta.T @ b) / norm
     # <X A, Y A>_F = <X^T Y, A A^T>_F for X and Y of k columns
     gram = a @ a.T
     before, after = (math.sqrt(max(0.0, ((x.T @ x) * gram).sum().item())) for x in (b, new))
-    if before <= _ZERO * (torch.linalg.norm(a) * torch.linalg.norm(b)).item():
+    if not product_norm(a, b):
         return ModuleAlignment(None, None, norm, False), new
     cosine = ((new.T @ b) * gram).sum().item() / (before * after) if after else 0.0
     return ModuleAlignment(min(1.0, cosine), after / before, norm, False), new

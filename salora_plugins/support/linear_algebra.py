@@ -183,6 +183,19 @@ def svd_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q_left @ u, s, vh @ q_right.T
 
 
+def balanced_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    `svd_of_product` with the roots of the singular values in both factors, of which the first k columns and rows are
+    the best approximation of rank k.
+
+    Returns:
+        U sqrt(S) (m, p), S (p,), descending, and sqrt(S) V^T (p, n), float64.
+    """
+    u, values, vh = svd_of_product(left, right)
+    root = values.sqrt()
+    return u * root, values, root[:, None] * vh
+
+
 def top_eigenpairs(
     multiply: Callable[[Tensor], Tensor], dimension: int, rank: int, *, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,20 @@ def markdown_code(value: Any) -> str:
     """A digest or the like in Markdown, set as code where it is nothing but letters and digits."""
     text = one_line(value)
     return f"`{text}`" if text.isascii() and text.isalnum() else markdown(text)
+
+
+def markdown_table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], *, labels: int = 1) -> str:
+    """
+    A table in Markdown, whose texts are none.
+
+    Args:
+        columns: Titles.
+        rows: Cells.
+        labels: The first columns, which hold words; the others hold numbers, and stand to the right.
+    """
+    lines = [" | ".join(map(markdown, row)) for row in (columns, *rows)]
+    lines.insert(1, " | ".join(["---"] * labels + ["---:"] * (len(columns) - labels)))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _escape(character: str) -> str:

@@ -20,6 +20,7 @@ from ..models.weights import has_placeholders
 from ..options import OF_BASIS_METHODS, OPTIONS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
+from ..support.notices import tell
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,8 @@ def _check_method(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
             f"basis_method={config.basis_method!r}, but the safety module was computed by {method!r}. Leave "
             "basis_method unset, or calibrate again."
         )
+    if config.basis_method != method:  # left out, or the default on purpose, which are the same here
+        tell(logger, "The safety module was computed by basis_method=%r: training goes on with its directions.", method)
     values = config.to_dict()  # data by its name, as in the provenance
     for name in OF_BASIS_METHODS:
         value = values[name]

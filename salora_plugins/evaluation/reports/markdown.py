@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ...support.files import atomic_write
-from ...support.texts import markdown
+from ...support.texts import markdown, markdown_table
 from .comparison import Comparison
 from .tables import Section, sections
 from .verdict import verdict
@@ -27,7 +27,5 @@ def write_markdown(path: str | os.PathLike, comparison: Comparison) -> None:
 
 
 def _table(section: Section) -> str:
-    rows = [section.columns, tuple(["---"] * section.labels + ["---:"] * (len(section.columns) - section.labels))]
-    lines = [f"| {' | '.join(cell if cell.startswith('---') else markdown(cell) for cell in row)} |" for row in rows]
-    lines += [f"| {' | '.join(map(markdown, row))} |" for row in section.rows]
-    return "\n".join([f"## {markdown(section.title)}", "", *lines, "", markdown(section.note, None)])
+    found = markdown_table(section.columns, section.rows, labels=section.labels)
+    return "\n".join([f"## {markdown(section.title)}", "", found, "", markdown(section.note, None)])
