@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -44,7 +43,7 @@ class ModuleStatistics:
     prepared: Any = None
     """What the method's `prepare` returned for this module."""
 
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Name -> value of the options that the method reads."""
 
     default_sides: Set[Side] = frozenset()

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..activations.errors import CalibrationError
+from ..models.loading import find_tokenizer
 from ..rows.examples import IGNORED, Example, RenderedRequest, TokenizedExample, data_digest, select_examples
 from ..rows.reading import MAX_ROWS, load_examples
 from ..rows.rendering import tokenizer_of, trainer_tokenizer
@@ -132,12 +133,10 @@ def _check_renders_alike(given: Any, trainers: Any) -> None:
 
 
 def _own_tokenizer(settings: RowSettings) -> Any:
-    from transformers import AutoTokenizer
-
     try:
         if not settings.base_model:
             raise ValueError("the model has no name or path")
-        return AutoTokenizer.from_pretrained(settings.base_model)
+        return find_tokenizer(settings.base_model)
     except Exception as error:
         raise CalibrationError(
             f"{settings.option} holds text, and no tokenizer was found for the model ({error}). Pass "

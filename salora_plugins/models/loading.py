@@ -96,14 +96,29 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
 
 def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerBase | None:
     """None where the model has none; data that needs one says so."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(
-            _folder_or_name(source), revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        source = _folder_or_name(source)
+        return find_tokenizer(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError):
         return None
+
+
+def find_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """
+    Args:
+        source: Folder or hub repository of a model.
+        **options: Of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        OSError, ValueError: It has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    # Where there are no files of one, Transformers 5.1 makes it of the special tokens of the model's architecture.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{source} has no tokenizer.")
+    return tokenizer
 
 
 def _folder_or_name(source: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...hookspecs import JudgeKind
-from ...models.loading import LoadingOptions, load_model
+from ...models.loading import LoadingOptions, find_tokenizer, load_model
 from ...rows.rendering import template_options
 from ..generation import continue_prompts
 
@@ -77,12 +77,10 @@ class ClassifierJudge:
         return verdicts
 
     def _load_tokenizer(self) -> None:
-        from transformers import AutoTokenizer
-
         if self._tokenizer is not None:
             return
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._source)
+            tokenizer = find_tokenizer(self._source)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"judge 'classifier': no tokenizer can be loaded from {self._source} ({error}). Name the folder or the "
