@@ -107,7 +107,7 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
     for name in names:
         layer = base_layer(model.get_submodule(name))
         for parameter in layer.parameters(recurse=False):
-            if hasattr(parameter, "ds_id"):
+            if _is_partitioned(parameter):
                 return f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"
             if isinstance(parameter, DTensor):
                 return f"The weight of {name!r} is sharded by FSDP"
@@ -123,15 +123,20 @@ def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether this process has zeros in the place of the target weights, which the first process has."""
     if rank_and_world_size()[0] == 0:
         return False
-    layers: list[Any] = [base_layer(model.get_submodule(name)) for name in names]
-    return all(type(layer.weight) is nn.Parameter and not layer.weight.any() for layer in layers)
+    weights = [base_layer(model.get_submodule(name)).weight for name in names]
+    return all(type(weight) is nn.Parameter and not _is_partitioned(weight) and not weight.any() for weight in weights)
 
 
 def is_sharded_data_parallel(model: nn.Module) -> bool:
     """Whether FSDP2 or DeepSpeed ZeRO-3 has sharded it, and not tensor parallelism, which has DTensors as well."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(_is_partitioned(parameter) for parameter in model.parameters())
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 has sharded it, which leaves no element in its place: its own mark of a parameter."""
+    return hasattr(parameter, "ds_id")
 
 
 def parameter_bytes(model: nn.Module) -> int:
