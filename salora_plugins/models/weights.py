@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -51,7 +51,7 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
             "The 4-bit base model was run in evaluation mode on this CPU, for which bitsandbytes has repacked its "
             "weights: no gradients pass them any more. Load the model again, and call model.train() before it is run."
         )
-    with align_module_device(layer), gather_params_ctx(layer.weight), torch.no_grad():
+    with align_module_device(layer), _gathered(layer.weight), torch.no_grad():
         if _is_bitsandbytes(layer.weight):
             # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
@@ -60,6 +60,21 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         yield weight.T if isinstance(layer, Conv1D) else weight
+
+
+@contextmanager
+def _gathered(weight: Tensor) -> Iterator[None]:
+    """
+    Within, a weight that ZeRO-3 has sharded is whole. PEFT's `gather_params_ctx` asks transformers whether ZeRO-3 is in
+    use, which does not know any more once its configuration is gone, as it is when Axolotl has loaded the model.
+    """
+    if not _is_partitioned(weight):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=None):
+        yield
 
 
 def is_quantized(module: nn.Module) -> bool:
