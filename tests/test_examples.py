@@ -141,12 +141,18 @@ def sharded_commands() -> dict[str, str]:
     return {command.rpartition("outputs/")[2]: command for command in commands}
 
 
-@pytest.mark.parametrize("computed", ["before", "in the run"])
+SHARDED = {
+    "fsdp2": "FSDP2 with SFTTrainer (examples/accelerate-fsdp2.yaml)",
+    "zero3": "DeepSpeed ZeRO stage 3 with SFTTrainer (examples/deepspeed-zero3.json)",
+}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "computed"),
     [
-        pytest.param("fsdp2", marks=pytest.mark.compatibility("Several processes", "FSDP2 with SFTTrainer")),
-        pytest.param("zero3", marks=pytest.mark.compatibility("Several processes", "DeepSpeed ZeRO 3 with SFTTrainer")),
+        pytest.param(name, when, marks=pytest.mark.compatibility("Several processes", f"{what}: calibrated {when}"))
+        for name, what in SHARDED.items()
+        for when in ("before", "in the run")
     ],
 )
 def test_the_command_of_a_sharded_run(name, computed, stand_ins, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device, has_offloaded_params, parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
@@ -132,6 +133,20 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
 
 
 PLACEHOLDERS = "The weights are in the first process only, as FSDP loads them with fsdp_cpu_ram_efficient_loading"
+
+
+def check_handing_out() -> None:
+    """
+    Raises:
+        ValueError: accelerate is to hand out the weights of the first process under FSDP2. It takes all that a state
+            dict holds for sharded parameters, and a SaLoRA layer's holds what tells its safety module, too.
+    """
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if os.environ.get("FSDP_VERSION") == "2" and all(parse_flag_from_env(flag) for flag in flags):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true: with FSDP2, accelerate cannot hand out from the first process what "
+            "tells a SaLoRA layer's safety module. Set it to false, as examples/accelerate-fsdp2.yaml does."
+        )
 
 
 def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
