@@ -238,6 +238,7 @@ IN_THE_RUN = (
 import json
 import os
 import pytest
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from salora_plugins.calibration import sharded
@@ -261,28 +262,25 @@ def counted(*arguments):
 sharded._loaded_whole = counted
 
 
-def trainer(model, **more):
-    args.model_init_kwargs = {"dtype": "float32"} if isinstance(model, str) else None
-    return SFTTrainer(
-        model=model, args=args, train_dataset=sum_rows(), peft_config=SaLoRAConfig(r=4, **{**options, **more})
-    )
+def given(**more):  # a model that was loaded in shards before; one process has no second trainer with DeepSpeed
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    assert model.model.layers[0].self_attn.q_proj.weight.numel() == 0
+    return get_peft_model(model, SaLoRAConfig(r=4, **{**options, **more}))
 
 
-trained = trainer(demo)
+config = SaLoRAConfig(r=4, task_type="CAUSAL_LM", **options)
+trained = SFTTrainer(model=demo, args=args, train_dataset=sum_rows(), peft_config=config)
 trained.train()
 trained.save_model(str(folder / "named"))
 assert len(whole) == (rank == "0") and all(p.numel() for model in whole for p in model.parameters())
-given = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
-assert given.model.layers[0].self_attn.q_proj.weight.numel() == 0
-trained = trainer(given)
-trained.model.base_model.safety_module().save(folder / f"given-{rank}.safetensors")
+given().base_model.safety_module().save(folder / f"given-{rank}.safetensors")
 
 messages = []
-for more in ({"safety_data": [{"prompt": "Hello", "response": ""}]}, {}):
+for more in ({"safety_data": [{"prompt": "Hello"}]}, {}):
     if not more:
         sharded.free_memory = lambda: 1000
     with pytest.raises(ValueError) as caught:
-        trainer(demo, **more)
+        given(**more)
     messages.append(str(caught.value))
 (folder / f"messages-{rank}.json").write_text(json.dumps(messages))
 trained.accelerator.end_training()
