@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,6 +23,16 @@ from tiny import llama, relative_difference, token_batch, token_rows
 from salora_plugins import SaLoRAConfig
 folder = Path(sys.argv[1])
 """
+AS_ON_GPUS = """
+# accelerate and Axolotl have several processes with FSDP or DeepSpeed on accelerators only. Here they are given what
+# they find there, with gloo in the place of NCCL.
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda self, *given: ("gloo", DistributedType.MULTI_GPU)
+torch.cuda.can_device_access_peer = lambda *devices: True
+"""
+CPUS_AS_GPUS = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+"""Environment of programs that begin with AS_ON_GPUS."""
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 
 
@@ -36,7 +47,35 @@ def run_alone(program: str, folder: Path, *arguments: str, **environment: str) -
     fresh.run([_file(program, folder), folder, *arguments], env=_environment(environment), check=True)
 
 
-def run_ranks(program: str, folder: Path, *arguments: str, count: int = 2, **environment: str) -> None:
+def run_launched(command: str, folder: Path, *arguments: str, **environment: str) -> None:
+    """
+    Run the script of an `accelerate launch` command as on two GPUs, in float32.
+
+    Args:
+        command: What follows `accelerate launch`; paths in it are seen from the repository.
+        folder: For what is written.
+        arguments: More of them for the script, of which the last ones count.
+        environment: What else is to be set.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    repository = Path(__file__).parents[1]
+    parsed = launch_command_parser().parse_args(shlex.split(command))
+    if parsed.config_file:
+        parsed.config_file = str(repository / parsed.config_file)
+    parsed.num_processes, parsed.mixed_precision = 2, "no"
+    launched = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+    set_by_it = {key: value for key, value in launched.items() if os.environ.get(key) != value}
+    given = [parsed.training_script, *parsed.training_script_args, *arguments]
+    program = "import runpy\nsys.argv = sys.argv[2:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    environment = {**set_by_it, **CPUS_AS_GPUS, **environment}
+    run_ranks(AS_ON_GPUS + program, folder, *given, cwd=repository, **environment)
+
+
+def run_ranks(
+    program: str, folder: Path, *arguments: str, count: int = 2, cwd: Path | None = None, **environment: str
+) -> None:
     """Run a program behind PREAMBLE in processes that can make a group, as torch.distributed.run starts them."""
     file, errors = _file(program, folder), [folder / f"errors-{rank}.txt" for rank in range(count)]
     with socket.socket() as free:
@@ -44,10 +83,12 @@ def run_ranks(program: str, folder: Path, *arguments: str, count: int = 2, **env
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     group |= {"LOCAL_WORLD_SIZE": str(count)}
+    own = {**environment, **group}
     ranks = [
         fresh.start(
             [file, folder, *arguments],
-            env=_environment({**group, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}),
+            env=_environment({**own, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            cwd=cwd,
             stderr=errors[rank],
         )
         for rank in range(count)

@@ -1,20 +1,26 @@
 """
 DeepSpeed ZeRO on two processes and a CPU, where DeepSpeed is installed; it compiles its communication first.
 
-accelerate, and with it the trainers, know DeepSpeed on accelerators only, or in one process.
+accelerate, and with it the trainers, have DeepSpeed on accelerators only, or in one process: see
+`processes.AS_ON_GPUS`.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import salora_plugins.demo
 from certificate import largest_share_inside
-from processes import LAUNCHER, run
+from processes import AS_ON_GPUS, CPUS_AS_GPUS, LAUNCHER, run, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
-from tiny import llama, relative_difference, token_batch, token_rows, tokenizer
+from tiny import llama, refusal_rows, relative_difference, sum_rows, token_batch, token_rows, tokenizer
 
 pytest.importorskip("deepspeed")
 
@@ -217,3 +223,200 @@ def test_sft_with_the_examples(folder):
     logits = [PeftModel.from_pretrained(llama(), folder / f"sft{s}" / "adapter")(token_batch()).logits for s in (2, 3)]
     assert relative_difference(*logits) < 1e-4
     assert relative_difference(logits[0], llama()(token_batch()).logits) > 1e-2
+
+
+DEMO = Path(salora_plugins.demo.__file__).parent / "model"
+ANSWERED = {  # by the model itself, which the first rank does alone
+    "target_modules": ["q_proj", "v_proj"],
+    "safety_rank": 4,
+    "input_safety_rank": 4,
+    "num_safety_samples": 16,
+}
+IN_THE_RUN = (
+    AS_ON_GPUS
+    + """
+import json
+import os
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+from salora_plugins.calibration import sharded
+from tiny import sum_rows
+
+demo, zero3, options = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+rank = os.environ["RANK"]
+os.environ["SALORA_CACHE"] = str(folder / f"cache-{rank}")  # as machines have their own
+args = SFTConfig(
+    output_dir=str(folder / "out"), deepspeed=zero3, max_steps=2, learning_rate=1e-2, per_device_train_batch_size=4,
+    report_to="none", bf16=False, save_strategy="no", model_init_kwargs={"dtype": "float32"},
+)
+loaded, whole = sharded._loaded_whole, []
+
+
+def counted(*arguments):
+    whole.append(loaded(*arguments))
+    return whole[-1]
+
+
+sharded._loaded_whole = counted
+
+
+def given(**more):  # a model that was loaded in shards before; one process has no second trainer with DeepSpeed
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    assert model.model.layers[0].self_attn.q_proj.weight.numel() == 0
+    return get_peft_model(model, SaLoRAConfig(r=4, **{**options, **more}))
+
+
+config = SaLoRAConfig(r=4, task_type="CAUSAL_LM", **options)
+trained = SFTTrainer(model=demo, args=args, train_dataset=sum_rows(), peft_config=config)
+trained.train()
+trained.save_model(str(folder / "named"))
+assert len(whole) == (rank == "0") and all(p.numel() for model in whole for p in model.parameters())
+given().base_model.safety_module().save(folder / f"given-{rank}.safetensors")
+
+messages = []
+for more in ({"safety_data": [{"prompt": "Hello"}]}, {}):
+    if not more:
+        sharded.free_memory = lambda: 1000
+    with pytest.raises(ValueError) as caught:
+        given(**more)
+    messages.append(str(caught.value))
+(folder / f"messages-{rank}.json").write_text(json.dumps(messages))
+trained.accelerator.end_training()
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def in_the_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("in_the_run")
+    zero3 = str(EXAMPLES / "deepspeed-zero3.json")
+    pytest.importorskip("trl")
+    run_ranks(IN_THE_RUN, folder, str(DEMO), zero3, json.dumps(ANSWERED), **CPUS_AS_GPUS)
+    return folder
+
+
+def _check_equal(found: SafetyModule, expected: SafetyModule) -> None:
+    for side, bases in expected.sides.items():
+        assert all(torch.equal(found.sides[side].bases[name], basis) for name, basis in bases.bases.items())
+
+
+@pytest.mark.compatibility(
+    "Several processes", "DeepSpeed ZeRO stage 3 with SFTTrainer: the model answers the requests, in the run"
+)
+def test_sft_is_calibrated_in_the_run(in_the_run):
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    expected = calibrate(model, AutoTokenizer.from_pretrained(DEMO), **ANSWERED, calibration_cache=False)
+    for name in ("named", "given-0.safetensors", "given-1.safetensors"):
+        _check_equal(SafetyModule.load(in_the_run / name), expected)
+    assert largest_share_inside(in_the_run / "named") <= 1e-5
+    assert len([*(in_the_run / "cache-0").iterdir()]) == 1 and not (in_the_run / "cache-1").exists()
+
+
+def test_all_ranks_say_what_the_first_one_cannot(in_the_run):
+    first, second = (json.loads((in_the_run / f"messages-{rank}.json").read_text()) for rank in range(2))
+    assert "salora calibrate" in first[1] and "free are 0.0 MB on the CPU" in first[1]
+    assert all(
+        text.startswith("On the first rank: ") and said in text for said, text in zip(first, second, strict=True)
+    )
+
+
+AXOLOTL = (
+    AS_ON_GPUS
+    + """
+import os
+
+if __name__ == "__main__":  # what Axolotl starts imports this file
+    from axolotl.cli.main import cli
+
+    port = int(os.environ["MASTER_PORT"])
+    for number, file in enumerate(sys.argv[2:]):
+        child = os.fork()  # a run leaves more behind than can be undone
+        if not child:
+            os.environ["MASTER_PORT"] = str(port + number)
+            cli(["train", file, "--launcher", "python"], standalone_mode=False)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, file
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def axolotl(tmp_path_factory) -> Path:
+    if importlib.util.find_spec("axolotl") is None:
+        pytest.skip("Axolotl is not installed")
+    folder = tmp_path_factory.mktemp("axolotl")
+    llama().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in sum_rows()]
+    for name, of_file in {"rows": rows, "safety": refusal_rows()}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    config = yaml.safe_load((EXAMPLES / "axolotl-zero3.yml").read_text())
+    config |= {
+        "base_model": str(folder / "base"),
+        "deepspeed": str(EXAMPLES / "deepspeed-zero3.json"),
+        "datasets": [
+            {
+                "path": str(folder / "rows.jsonl"),
+                "ds_type": "json",
+                "type": "chat_template",
+                "field_messages": "messages",
+            }
+        ],
+        "dataset_prepared_path": str(folder / "prepared"),
+        **{"dataset_num_proc": 1, "sequence_len": 256, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
+        **{"max_steps": 4, "save_steps": 2, "saves_per_epoch": None, "logging_steps": 1},
+        **{"bf16": False, "fp16": False, "tf32": False},
+    }
+    block = {"safety_rank": 8}
+    runs = {
+        "in-the-run": {"salora": {**block, "safety_data": str(folder / "safety.jsonl")}},
+        "before": {"salora": {**block, "safety_module": str(folder / "in-the-run" / "salora.safetensors")}},
+        "resumed": {
+            "salora": {**block, "safety_data": str(folder / "safety.jsonl")},
+            "resume_from_checkpoint": str(folder / "in-the-run" / "checkpoint-2"),
+        },
+    }
+    files = []
+    for name, change in runs.items():
+        files.append(folder / f"{name}.yml")
+        changed = config | {"output_dir": str(folder / name)} | change
+        files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
+    own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    run_ranks(AXOLOTL, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+    return folder
+
+
+@pytest.mark.compatibility(
+    "Several processes", "DeepSpeed ZeRO stage 3 with Axolotl (examples/axolotl-zero3.yml): calibrated in the run"
+)
+def test_axolotl_is_calibrated_in_the_run(axolotl):
+    rows = str(axolotl / "safety.jsonl")
+    expected = calibrate(
+        AutoModelForCausalLM.from_pretrained(axolotl / "base", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(axolotl / "base"),
+        **{"safety_data": rows, "safety_rank": 8, "target_modules": OPTIONS["target_modules"]},
+        calibration_cache=False,
+    )
+    _check_equal(SafetyModule.load(axolotl / "in-the-run"), expected)
+    assert largest_share_inside(axolotl / "in-the-run") <= 1e-5
+    assert largest_share_inside(axolotl / "in-the-run" / "checkpoint-2") <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            "before",
+            marks=pytest.mark.compatibility(
+                "Several processes", "DeepSpeed ZeRO stage 3 with Axolotl (examples/axolotl-zero3.yml)"
+            ),
+        ),
+        pytest.param("resumed", marks=pytest.mark.compatibility("Resuming", "Axolotl under DeepSpeed ZeRO stage 3")),
+    ],
+)
+def test_axolotl_ends_with_the_same_weights(axolotl, name):
+    expected = load_file(axolotl / "in-the-run" / "adapter_model.safetensors")
+    found = load_file(axolotl / name / "adapter_model.safetensors")
+    assert all(relative_difference(found[key], value) < 1e-5 for key, value in expected.items())

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from certificate import largest_share_inside
+from processes import run_launched
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from salora_plugins.integrations.axolotl.args import SaLoRAOptions
 from salora_plugins.options import OPTIONS
@@ -134,26 +134,53 @@ def test_a_script_runs(name, stand_ins, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_commands_of_sharded_runs(stand_ins, tmp_path, monkeypatch):
-    """
-    As far as a CPU goes: the launcher reads both, and the script takes the safety module, unsharded and in one process.
-    accelerate shards on accelerators only; sharded factors are tested in test_scale_out.py and test_deepspeed.py.
-    """
-    from accelerate.commands.launch import launch_command_parser
-
+def sharded_commands() -> dict[str, str]:
+    """Folder of the output -> what follows `accelerate launch` in docs/examples.md."""
     text = (EXAMPLES.parent / "docs" / "examples.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^ +accelerate launch (.*)$", text, re.MULTILINE)
-    fsdp2, zero3 = (launch_command_parser().parse_args(shlex.split(command)) for command in commands)
-    assert fsdp2.training_script == zero3.training_script == "examples/trl_sft.py"
-    assert fsdp2.config_file == "examples/accelerate-fsdp2.yaml"
-    at = zero3.training_script_args.index("--deepspeed")
-    assert zero3.training_script_args[at + 1] == "examples/deepspeed-zero3.json"
-    same = zero3.training_script_args[:at] + zero3.training_script_args[at + 2 :]
-    assert same[:-1] == fsdp2.training_script_args[:-1]  # all but the output's folder
-    taken = run_script("trl_sft.py", fsdp2.training_script_args, stand_ins, tmp_path, monkeypatch)
-    given = SafetyModule.load(stand_ins / "safety.safetensors")
-    assert all(torch.equal(taken.bases[name], basis) for name, basis in given.bases.items())
+    return {command.rpartition("outputs/")[2]: command for command in commands}
+
+
+SHARDED = {
+    "fsdp2": "FSDP2 with SFTTrainer (examples/accelerate-fsdp2.yaml)",
+    "zero3": "DeepSpeed ZeRO stage 3 with SFTTrainer (examples/deepspeed-zero3.json)",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [
+        pytest.param(name, when, marks=pytest.mark.compatibility("Several processes", f"{what}: calibrated {when}"))
+        for name, what in SHARDED.items()
+        for when in ("before", "in the run")
+    ],
+)
+def test_the_command_of_a_sharded_run(name, computed, stand_ins, tmp_path):
+    """With its own files, in two processes, as accelerate launches them on GPUs."""
+    pytest.importorskip("trl")
+    if name == "zero3":
+        pytest.importorskip("deepspeed")
+    command = sharded_commands()[name]
+    arguments = ["--model_name_or_path", stand_ins / "model", "--dataset_name", stand_ins / "trl_sft.jsonl"]
+    arguments += ["--safety_rank", "8", *(argument for argument in SHORT if argument != "--use_cpu")]
+    assert " --safety_module safety.safetensors " in command
+    if computed == "before":
+        arguments += ["--safety_module", stand_ins / "safety.safetensors"]
+    else:
+        command = command.replace("--safety_module safety.safetensors ", "")
+        arguments += ["--safety_data", stand_ins / "safety.jsonl"]
+    out = tmp_path / "out"
+    given = [*map(str, arguments), "--dtype", "float32", "--save_steps", "1", "--output_dir", str(out)]
+    run_launched(command, tmp_path, *given, SALORA_CACHE=str(tmp_path / "cache"))
+    trained, expected = SafetyModule.load(out), SafetyModule.load(stand_ins / "safety.safetensors")
+    for side, bases in expected.sides.items():
+        for module, basis in bases.bases.items():
+            # The shares of two ranks are added up in another order than one process adds.
+            assert (trained.sides[side].bases[module] - basis).abs().max() < 1e-4, module
+    assert largest_share_inside(out) <= 1e-5
+    assert largest_share_inside(out / "checkpoint-2") <= 1e-5
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["epoch"] == pytest.approx(2 / 3)  # of 24 rows, 2 x 4 at once
 
 
 NOTEBOOKS = [file.name for file in sorted(EXAMPLES.glob("*.ipynb"))]

@@ -223,6 +223,16 @@ def test_a_sharded_model_that_does_not_fit(in_the_run, refusal):
     refusal(ValueError(re.sub(r"about [\d.]+ .B", "about ... MB", text)), hide=in_the_run)
 
 
+@pytest.mark.compatibility("Several processes", "FSDP2: `fsdp_cpu_ram_efficient_loading`, by accelerate")
+def test_weights_that_accelerate_hands_out_are_refused(monkeypatch, refusal):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true") as caught:
+        get_peft_model(llama(), SaLoRAConfig(target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16)))
+    refusal(caught.value)
+
+
 DDP = """
 import json
 import os

@@ -21,7 +21,7 @@ from ..models.fingerprint import check_belongs, layer_weights, model_fingerprint
 from ..ranks import of_side
 from ..rows.headers import Headers
 from ..safety_module import SafetyModule
-from ..support.distributed import gather_json
+from ..support.distributed import gather_json, is_distributed
 from .leak import everyday_digest
 from .needs import Sources
 from .rows import SafetyRows
@@ -83,21 +83,23 @@ def _is_known(settings: SafetySettings) -> bool:
 
 def load_asked_for(key: str, model: nn.Module, settings: SafetySettings) -> SafetyModule | None:
     """
-    The safety module that was stored under a key; under torch.distributed only if every rank finds it.
+    The safety module that was stored under a key; under torch.distributed only if every rank finds the same, since
+    machines have caches of their own.
 
     One that is not what was asked for is computed again.
     """
-    path, found = _path(key), None
+    path, found, digest = _path(key), None, None
     try:
         if path is not None and path.is_file():
             safety_module = SafetyModule.load(path)
             _check_asked_for(safety_module, model, settings)
             found = safety_module
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if is_distributed() else ""
     except (ValueError, OSError) as error:
         logger.warning(
             "A calibrated safety module in the cache cannot be used and is computed again (%s): %s", path, error
         )
-    return found if all(gather_json(found is not None)) else None
+    return found if len(set(gather_json(digest))) == 1 else None
 
 
 def store(key: str, safety_module: SafetyModule) -> None:

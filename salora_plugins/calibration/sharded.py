@@ -140,14 +140,22 @@ def _loaded_whole(model: nn.Module, source: str, arguments: dict[str, Any]) -> n
 @contextmanager
 def _outside_of_zero3() -> Iterator[None]:
     """Within, `from_pretrained` loads a model whole also where transformers was told to shard it by DeepSpeed."""
+    from transformers import integrations, modeling_utils
     from transformers.integrations import deepspeed
 
     # Private: the configuration that `set_hf_deepspeed_config` was given, to put it back.
     reference = deepspeed._hf_deepspeed_config_weak_ref
     active = None if reference is None else reference()
+    # Axolotl has put functions that always say yes in the places of transformers' own.
+    name = "is_deepspeed_zero3_enabled"
+    replaced = [(module, getattr(module, name)) for module in (modeling_utils, deepspeed)]
     deepspeed.unset_hf_deepspeed_config()
+    for module, _ in replaced:
+        setattr(module, name, getattr(integrations, name))
     try:
         yield
     finally:
+        for module, function in replaced:
+            setattr(module, name, function)
         if active is not None:
             deepspeed.set_hf_deepspeed_config(active)

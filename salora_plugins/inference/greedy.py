@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.embeddings import vocabulary_size
 from ..models.running import input_device
+from ..models.weights import is_sharded_data_parallel
 from ..rows.batching import check_token_ids, pad_left
 
 
@@ -62,7 +63,11 @@ def greedy_answers(
     # `generate` takes from the model's own configuration whatever the given one leaves open.
     with _generation_config(model, GenerationConfig(**tokens)):
         generate: Any = model.generate
-        generated = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
+        # Under ZeRO-3 `generate` would wait for the other ranks, also with a model that is whole in this one alone.
+        synced = None if is_sharded_data_parallel(model) else False
+        generated = generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy, synced_gpus=synced
+        )
     answers = generated[:, input_ids.shape[1] :].tolist()
     return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device, has_offloaded_params, parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -51,7 +52,7 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
             "The 4-bit base model was run in evaluation mode on this CPU, for which bitsandbytes has repacked its "
             "weights: no gradients pass them any more. Load the model again, and call model.train() before it is run."
         )
-    with align_module_device(layer), gather_params_ctx(layer.weight), torch.no_grad():
+    with align_module_device(layer), _gathered(layer.weight), torch.no_grad():
         if _is_bitsandbytes(layer.weight):
             # Not by way of the module: on a CPU that replaces an 8-bit weight by one that has lost its scales.
             weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
@@ -60,6 +61,21 @@ def linear_weight(module: nn.Module) -> Iterator[Tensor]:
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         yield weight.T if isinstance(layer, Conv1D) else weight
+
+
+@contextmanager
+def _gathered(weight: Tensor) -> Iterator[None]:
+    """
+    Within, a weight that ZeRO-3 has sharded is whole. PEFT's `gather_params_ctx` asks transformers whether ZeRO-3 is in
+    use, which does not know any more once its configuration is gone, as it is when Axolotl has loaded the model.
+    """
+    if not _is_partitioned(weight):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=None):
+        yield
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -107,7 +123,7 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
     for name in names:
         layer = base_layer(model.get_submodule(name))
         for parameter in layer.parameters(recurse=False):
-            if hasattr(parameter, "ds_id"):
+            if _is_partitioned(parameter):
                 return f"The weight of {name!r} is sharded by DeepSpeed ZeRO-3"
             if isinstance(parameter, DTensor):
                 return f"The weight of {name!r} is sharded by FSDP"
@@ -119,19 +135,38 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
 PLACEHOLDERS = "The weights are in the first process only, as FSDP loads them with fsdp_cpu_ram_efficient_loading"
 
 
+def check_handing_out() -> None:
+    """
+    Raises:
+        ValueError: accelerate is to hand out the weights of the first process under FSDP2. It takes all that a state
+            dict holds for sharded parameters, and a SaLoRA layer's holds what tells its safety module, too.
+    """
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if os.environ.get("FSDP_VERSION") == "2" and all(parse_flag_from_env(flag) for flag in flags):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true: with FSDP2, accelerate cannot hand out from the first process what "
+            "tells a SaLoRA layer's safety module. Set it to false, as examples/accelerate-fsdp2.yaml does."
+        )
+
+
 def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether this process has zeros in the place of the target weights, which the first process has."""
     if rank_and_world_size()[0] == 0:
         return False
-    layers: list[Any] = [base_layer(model.get_submodule(name)) for name in names]
-    return all(type(layer.weight) is nn.Parameter and not layer.weight.any() for layer in layers)
+    weights = [base_layer(model.get_submodule(name)).weight for name in names]
+    return all(type(weight) is nn.Parameter and not _is_partitioned(weight) and not weight.any() for weight in weights)
 
 
 def is_sharded_data_parallel(model: nn.Module) -> bool:
     """Whether FSDP2 or DeepSpeed ZeRO-3 has sharded it, and not tensor parallelism, which has DTensors as well."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(_is_partitioned(parameter) for parameter in model.parameters())
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 has sharded it, which leaves no element in its place: its own mark of a parameter."""
+    return hasattr(parameter, "ds_id")
 
 
 def parameter_bytes(model: nn.Module) -> int:
