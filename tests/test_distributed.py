@@ -56,14 +56,16 @@ dist.destroy_process_group()
 
 
 CALIBRATION = """
+import os
 import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import llama, token_rows, tokenizer
-from salora_plugins import SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from salora_plugins.calibration import calibrate_with, refusals, task_bases
 from salora_plugins.rows.examples import Example
+from salora_plugins.support.distributed import from_first_rank
 from salora_plugins.rows.tokenizing import render_rows
 
 dist.init_process_group("gloo")
@@ -106,16 +108,23 @@ model.forward = None
 second = calibrate(model, **cached)
 assert all(torch.equal(first.bases[name], second.bases[name]) for name in first.bases)
 
-# Machines that do not share a cache: found by one rank only, then other bits under the same name in each.
-os.environ |= {"SALORA_CACHE": str(folder / f"cache-{rank}"), "LOCAL_RANK": "0"}
-own = folder / f"cache-{rank}"
+# Machines that do not share a cache: only one rank finds it; then both do, with other directions under the same name.
+own = folder / f"own-cache-{rank}"
+os.environ |= {"SALORA_CACHE": str(own), "LOCAL_RANK": "0"}
 if rank == 0:
-    first.save(own / "other.safetensors")
+    from_first_rank(lambda: calibrate(llama(), **cached) and b"done")
+else:
+    from_first_rank(bytes)
+assert own.exists() == (rank == 0)
+calibrate(llama(), **cached)
+(file,) = own.glob("*.safetensors")
+if rank == 1:
+    turned = SafetyModule.load(file)
+    next(iter(turned.bases.values())).neg_()
+    turned.save(file)
 dist.barrier()
-for attempt in ("missing", "differs"):
-    found = calibrate(llama(), **cached)
-    found.save(folder / f"{attempt}-{rank}.safetensors")
-    (stored,) = own.glob("????????*.safetensors") if attempt == "missing" else [*own.glob("????????*.safetensors")][:1]
+found = calibrate(llama(), **cached)
+assert all(torch.equal(first.bases[name], found.bases[name]) for name in first.bases)
 dist.destroy_process_group()
 """
 
