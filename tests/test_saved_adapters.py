@@ -148,7 +148,7 @@ def vllm_problems(folder: Path, supported: set[str], max_rank: int) -> list[str]
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight", key)
         if match is None or match.group(1).rpartition(".")[2] not in supported:
             problems.append(key)
-        # It takes one scaling, from r and lora_alpha, so that ranks by module would be scaled wrongly.
+        # Older releases take one scaling, from r and lora_alpha, and would scale ranks by module wrongly.
         elif tensor.shape[match.group(2) == "lora_B"] != config["r"]:
             problems.append(f"{key}: rank")
     return problems

@@ -137,7 +137,7 @@ def export_adapter(
 
     The update dW = s B A of every module is replaced by its top R singular triples, from QR decompositions of the two
     factors and the SVD of a small matrix, all in float64; dW itself is never formed. The new factors carry the scaling:
-    every module has rank R (zeros fill up one of lower rank), alpha = R, no rsLoRA and no patterns, because vLLM,
+    every module has rank R (zeros fill up one of lower rank), alpha = R, no rsLoRA and no patterns, because older vLLM,
     text-generation-inference and llama.cpp read one scaling for all modules.
 
     The certificate survives. With V_R the kept right singular vectors, the approximation is dW V_R V_R^T, so that
