@@ -25,7 +25,7 @@ from salora_plugins.inspection import facts, summary
 from salora_plugins.prompts.builtin import everyday_prompts
 from salora_plugins.ranks import RankRule, check_rank, rank_for_entropy
 from salora_plugins.safety_module import SideBases
-from tiny import token_rows
+from tiny import smallest_cosine, token_rows
 
 MODELS = {
     "llama": (tiny.llama, ["q_proj", "down_proj", "up_proj"]),
@@ -36,10 +36,6 @@ MODELS = {
 architectures = pytest.mark.parametrize(("build", "targets"), MODELS.values(), ids=MODELS)
 OPTIONS = {"safety_positions": "all", "input_safety_rank": 6, "safety_rank": 8, "calibration_cache": False}
 SAFETY, UTILITY = token_rows(12, seed=1), token_rows(12, seed=2)
-
-
-def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:

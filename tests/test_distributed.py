@@ -7,7 +7,7 @@ import torch
 
 from processes import run_ranks
 from salora_plugins import SafetyModule, calibrate
-from tiny import llama, token_rows
+from tiny import llama, smallest_cosine, token_rows
 
 TRAINING = """
 import sys
@@ -141,10 +141,6 @@ def calibrated(tmp_path_factory) -> Path:
 
 
 OPTIONS = {"safety_rank": 8, "input_safety_rank": 4, "calibration_cache": False, "target_modules": "all-linear"}
-
-
-def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketched"])

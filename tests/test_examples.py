@@ -14,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import accelerate
 import pytest
 import yaml
+from packaging.version import Version
 
 from certificate import largest_share_inside
 from processes import run_launched
@@ -160,6 +162,8 @@ def test_the_command_of_a_sharded_run(name, computed, stand_ins, tmp_path):
     pytest.importorskip("trl")
     if name == "zero3":
         pytest.importorskip("deepspeed")
+    elif Version(accelerate.__version__) < Version("1.6"):
+        pytest.skip("accelerate has FSDP2 since 1.6")
     command = sharded_commands()[name]
     arguments = ["--model_name_or_path", stand_ins / "model", "--dataset_name", stand_ins / "trl_sft.jsonl"]
     arguments += ["--safety_rank", "8", *(argument for argument in SHORT if argument != "--use_cpu")]

@@ -29,6 +29,7 @@ from salora_plugins.support.linear_algebra import (
     top_right_singular_vectors,
     truncated_svd,
 )
+from tiny import smallest_cosine
 
 SPECTRA = {
     "fast": lambda d: 0.9 ** torch.arange(d, dtype=torch.float64),
@@ -55,11 +56,6 @@ def stream(statistics, rows: torch.Tensor, batch: int = 300):
     for part in rows.split(batch):
         statistics.update(part)
     return statistics
-
-
-def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of the largest principal angle between two subspaces."""
-    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
 @pytest.mark.parametrize("width", [2, 4])

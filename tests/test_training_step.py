@@ -1,6 +1,7 @@
 """What a training step costs over one with plain LoRA, counted in operations, and that it computes the same."""
 
 import copy
+import sys
 import warnings
 from collections import Counter
 
@@ -93,6 +94,7 @@ def calls_of_a_step(model: PeftModel) -> int:
     return python_calls(step)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="each comprehension is a call of its own there")
 @forms
 def test_what_python_calls_in_a_step(form):
     """A weight that was computed with the others is read without the modules of torch's parametrization."""
@@ -303,6 +305,7 @@ def test_other_types_and_autocast(dtype):
         assert torch.equal(*logits)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch 2.7 breaks the graph at context managers")
 def test_compiled_as_a_whole():
     torch._dynamo.reset()
     model = salora("default", init="zero").eval()

@@ -146,6 +146,7 @@ def jamba(seed: int = 0) -> JambaForCausalLM:
     """With state space and attention layers in turn."""
     torch.manual_seed(seed)
     options = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+    options["use_mamba_kernels"] = False  # older Transformers does not leave them out by itself on a CPU
     return JambaForCausalLM(JambaConfig(**_SIZES, **options)).eval()
 
 
@@ -252,6 +253,11 @@ def with_training_kernels(model: nn.Module) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def smallest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of the largest principal angle between two subspaces."""
+    return torch.linalg.svdvals(a.double().T @ b.double()).min().item()
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ _ABANDONED_AFTER = 3600.0
 """Seconds after which what a writer left behind belongs to none that still runs."""
 TAKEN_AWAY = "taken away"
 """A folder in a scratch folder, of files of the user's that are only removed when others have taken their place."""
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|\bOs { code: (\d+)")  # of newer and older safetensors
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -107,5 +107,6 @@ def _naming(path: Path, error: BaseException) -> OSError | None:
         code = _OS_ERROR.search(str(error))
         if code is None:
             return OSError(f"{path}: it cannot be written ({error}).")
-        return OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(path))
+        number = int(code.group(1) or code.group(2))
+        return OSError(number, os.strerror(number), str(path))
     return None
