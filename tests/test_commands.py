@@ -103,7 +103,7 @@ def test_wrong_options(folder, tmp_path, more, message):
 def test_an_option_that_takes_one_value_is_not_taken_twice(folder, tmp_path):
     twice = run(*calibration(folder, tmp_path / "a.safetensors", "--safety-rank", "4", "--safety-rank", "8"))
     told = " ".join(re.sub("[│╭╮╰╯─]", " ", twice.output).split())
-    assert twice.exit_code == 2 and "'--safety-rank': given 2 times" in told
+    assert twice.exit_code == 2 and "'--safety-rank'" in told and "given 2 times" in told
     repeatable = ("--safety-rank", "4", "--target-modules", "q_proj", "--target-modules", "v_proj")
     assert run(*calibration(folder, tmp_path / "a.safetensors", *repeatable)).exit_code == 0
 

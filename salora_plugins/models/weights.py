@@ -14,6 +14,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 
 from ..support.distributed import rank_and_world_size
@@ -150,11 +151,16 @@ def check_handing_out() -> None:
 
 
 def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether this process has zeros in the place of the target weights, which the first process has."""
+    """
+    Whether this process may have something else in the place of the target weights, which the first process has: zeros,
+    or with older Transformers whatever stood in the memory, which only the settings tell.
+    """
     if rank_and_world_size()[0] == 0:
         return False
     weights = [base_layer(model.get_submodule(name)).weight for name in names]
-    return all(type(weight) is nn.Parameter and not _is_partitioned(weight) and not weight.any() for weight in weights)
+    if not all(type(weight) is nn.Parameter and not _is_partitioned(weight) for weight in weights):
+        return False
+    return is_fsdp_enabled() or not any(weight.any() for weight in weights)
 
 
 def is_sharded_data_parallel(model: nn.Module) -> bool:
