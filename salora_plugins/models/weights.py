@@ -157,7 +157,8 @@ def has_placeholders(model: nn.Module, names: Iterable[str]) -> bool:
     """
     if rank_and_world_size()[0] == 0:
         return False
-    weights = [base_layer(model.get_submodule(name)).weight for name in names]
+    layers: list[Any] = [base_layer(model.get_submodule(name)) for name in names]
+    weights = [layer.weight for layer in layers]
     if not all(type(weight) is nn.Parameter and not _is_partitioned(weight) for weight in weights):
         return False
     return is_fsdp_enabled() or not any(weight.any() for weight in weights)
