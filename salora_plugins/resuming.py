@@ -88,9 +88,10 @@ def load_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str,
 
 def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
     """The folder of a saved adapter, downloaded if it is on the hub, and its configuration, weights to follow."""
-    if not Path(folder).exists() and is_hub_id(str(folder)):
-        folder = hub_folder(str(folder), ["*.json", "*.safetensors"], option="folder")
-    folder = Path(folder)
+    source = os.path.expanduser(folder)
+    if not os.path.exists(source) and is_hub_id(source):
+        source = hub_folder(source, ["*.json", "*.safetensors"], option="folder")
+    folder = Path(source)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module, or was interrupted "

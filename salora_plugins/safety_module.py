@@ -269,7 +269,7 @@ class SafetyModule:
         Args:
             path: The file; for a folder, `salora.safetensors` in it.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.is_dir():
             path = path / DEFAULT_FILE
         tensors = self._tensors()

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
+from salora_plugins import SafetyModule, SaLoRAConfig, calibrate, load_for_training
 from salora_plugins.adapters.model_card import END, START
 from salora_plugins.cli import create_cli
 from salora_plugins.inspection import summary
@@ -310,3 +310,16 @@ def test_a_hub_repository_stands_for_the_file_in_it(module, tmp_path, monkeypatc
         assert SafetyModule.load(name).fingerprint == module.fingerprint
     with pytest.raises(FileNotFoundError, match="safety_module='some-team/other' is neither a file nor a folder here"):
         SafetyModule.load("some-team/other")
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    """Where a file is written as where it is read, and an adapter is continued."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(llama(), SaLoRAConfig(**OPTIONS, safety_data=token_rows(8), calibration_cache=False))
+    safety_module = model.base_model.safety_module()
+    safety_module.save("~/safety.safetensors")
+    assert SafetyModule.load(tmp_path / "home" / "safety.safetensors").fingerprint == safety_module.fingerprint
+    model.save_pretrained(tmp_path / "home" / "adapter")
+    load_for_training(llama(), "~/adapter")
+    assert not (tmp_path / "~").exists()

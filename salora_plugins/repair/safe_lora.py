@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -307,12 +306,11 @@ def _projected(a: Tensor, b: Tensor, delta: Tensor | None) -> tuple[ModuleAlignm
     a, b = a.double(), b.double()
     norm = torch.linalg.norm(delta).item()
     new = delta @ (delta.T @ b) / norm
-    # <X A, Y A>_F = <X^T Y, A A^T>_F for X and Y of k columns
-    gram = a @ a.T
-    before, after = (math.sqrt(max(0.0, ((x.T @ x) * gram).sum().item())) for x in (b, new))
-    if not product_norm(a, b):
+    before, after = product_norm(a, b), product_norm(a, new)
+    if not before:
         return ModuleAlignment(None, None, norm, False), new
-    cosine = ((new.T @ b) * gram).sum().item() / (before * after) if after else 0.0
+    # <X A, Y A>_F = <X^T Y, A A^T>_F for X and Y of k columns
+    cosine = ((new.T @ b) * (a @ a.T)).sum().item() / (before * after) if after else 0.0
     return ModuleAlignment(min(1.0, cosine), after / before, norm, False), new
 
 

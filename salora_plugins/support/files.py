@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
     Raises:
         OSError: The file cannot be written: no permission, no space left; it is named, and nothing is left behind.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
