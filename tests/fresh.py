@@ -161,6 +161,9 @@ def _become(request: dict[str, Any], path: list[str]) -> None:
     import runpy
     import traceback
 
+    # A program's objects live until the process ends: torch 2.7 can hang where the last reference to a group of
+    # processes is DistributedDataParallel's, since its thread then waits for the interpreter that waits for it.
+    kept: dict[str, Any] = {}
     code = 1
     try:
         for descriptor, name in enumerate((os.devnull, request["stdout"], request["stderr"])):
@@ -178,13 +181,14 @@ def _become(request: dict[str, Any], path: list[str]) -> None:
             sys.argv, sys.path[:0] = ["-c", *rest[1:]], [""]
             main = type(sys)("__main__")
             sys.modules["__main__"] = main
-            exec(compile(rest[0], "<string>", "exec"), vars(main))
+            kept = vars(main)
+            exec(compile(rest[0], "<string>", "exec"), kept)
         elif first == "-m":
             sys.argv, sys.path[:0] = rest, [""]
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            kept = runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[:0] = [first, *rest], [str(Path(first).parent)]
-            runpy.run_path(first, run_name="__main__")
+            kept = runpy.run_path(first, run_name="__main__")
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
