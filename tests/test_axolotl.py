@@ -55,7 +55,7 @@ UNSUPPORTED = {
     "lisa_n_layers": 1,
     "spectrum_model_name": "some/model",
     "model_quantization_config": "FineGrainedFP8Config",
-    "fsdp_config": {"reshard_after_forward": True},
+    "fsdp_config": {"cpu_ram_efficient_loading": True},
     "deepspeed": {"zero_optimization": {"stage": 3}},
     "tensor_parallel_size": 2,
     "expert_parallel_size": 2,
