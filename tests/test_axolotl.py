@@ -115,6 +115,22 @@ REFUSED = {
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
         ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
     ),
+    "an anchor under FSDP": (
+        {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "salora": {"refusal_anchor": True}},
+        ["salora.refusal_anchor", "FSDP", "refusal_share"],
+    ),
+    "FSDP with checkpoints in shards": (
+        {"fsdp_config": {"reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}},
+        ["fsdp_config.state_dict_type: SHARDED_STATE_DICT", "Set it to FULL_STATE_DICT"],
+    ),
+    "FSDP whose checkpoints are left open": (
+        {"fsdp_config": {"reshard_after_forward": True}},
+        ["fsdp_config.state_dict_type: not set", "Set it to FULL_STATE_DICT"],
+    ),
+    "FSDP on a base in 8 bits": (
+        {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "load_in_8bit": True},
+        ["load_in_8bit", "fsdp_config"],
+    ),
     "an option of another method": (
         {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},
         ["salora: unaligned_model", "actsvd", "weight-delta"],

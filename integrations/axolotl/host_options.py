@@ -114,6 +114,13 @@ def _check_fsdp(data: Mapping[str, Any]) -> None:
                 f"fsdp_config.{key}: true: not supported with adapter: salora, whose layers keep more than weights: it "
                 "would not be handed out by the first process. Set it to false, as examples/axolotl-fsdp2.yml does."
             )
+    found = options.get("state_dict_type", options.get("fsdp_state_dict_type"))
+    if found != "FULL_STATE_DICT":
+        raise ValueError(
+            f"fsdp_config.state_dict_type: {found or 'not set'}: adapter: salora saves an adapter whole, and "
+            "checkpoints in shards, accelerate's default, would fail. Set it to FULL_STATE_DICT, as "
+            "examples/axolotl-fsdp2.yml does."
+        )
     for key in ("load_in_4bit", "load_in_8bit"):
         if data.get(key):
             raise ValueError(
