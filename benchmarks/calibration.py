@@ -4,14 +4,17 @@
     python -m benchmarks.calibration reference --model DIR --data ../shared/data
     python -m benchmarks.calibration memory --model DIR --data ../shared/data --target-modules all-linear \\
         --engine sketched --variant paper
+    python -m benchmarks.calibration answering --model DIR
+    python -m benchmarks.calibration devices --model DIR --data ../shared/data --target-modules all-linear
     python -m benchmarks.calibration initialization --model DIR
     python -m benchmarks.calibration sketch --model DIR --data ../shared/data --target-modules all-linear
     python -m benchmarks.calibration spectra
     python -m benchmarks.calibration table
 
 `--variant paper` is the paper's form with its start values, for which a second data set passes the model; the default
-needs none. Ratios are of medians of runs that take turns, since times on a shared machine drift. `--model random-8b` is
-a randomly initialized Llama of 8B shape, for a GPU; `--data` may then be left out.
+needs none. `answering` is what comes before the passes where rows have no response; `devices` compares the subspaces
+that a GPU and the CPU find. Ratios are of medians of runs that take turns, since times on a shared machine drift.
+`--model random-8b` is a randomly initialized Llama of 8B shape, for a GPU; `--data` may then be left out.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,15 +35,17 @@ from salora_plugins.activations.collector import by_inputs, statistics_dimension
 from salora_plugins.activations.statistics import choose_engine
 from salora_plugins.activations.vectors import SketchedStatistics
 from salora_plugins.calibration import calibrate_with, task_bases
+from salora_plugins.calibration.refusals import REQUESTS_AT_ONCE, Answerer, Answering
 from salora_plugins.initialization import pissa_factors
 from salora_plugins.models.running import cheap_forward_options, input_device
 from salora_plugins.models.targets import default_input_ranks, target_module_names
 from salora_plugins.models.weights import base_layer, layer_features, linear_weight
+from salora_plugins.plugins import judges
 from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
 from salora_plugins.rows.batching import batches
-from salora_plugins.rows.examples import TokenizedExample
+from salora_plugins.rows.examples import RenderedRequest, TokenizedExample
 from salora_plugins.rows.reading import load_examples
-from salora_plugins.rows.tokenizing import tokenize_examples
+from salora_plugins.rows.tokenizing import render_rows, tokenize_examples
 
 from . import tables
 from .measuring import LLAMA_8B, interleaved, machine, peak_tensor_bytes
@@ -76,6 +81,11 @@ def main() -> None:
     if arguments.model is None:
         parser.error("--model is needed")
     model, tokenizer = load_model(arguments.model)
+    if arguments.what == "answering":
+        report(arguments, measure_answering(model, tokenizer))
+        return
+    if arguments.what == "devices" and model.device.type == "cpu":
+        parser.error("devices: there is no GPU to compare the CPU with")
     if arguments.data is None and tokenizer is not None and arguments.what != "initialization":
         parser.error("--data is needed")
     config = SaLoRAConfig(
@@ -89,14 +99,9 @@ def main() -> None:
         num_safety_samples=SAMPLES,
         num_task_samples=SAMPLES,
     )
-    result: dict[str, Any] = {
-        "model": arguments.model,
-        "target_modules": arguments.target_modules,
-        "variant": arguments.variant,
-        "batch_size": arguments.batch_size,
-    }
+    asked = {name: getattr(arguments, name) for name in ("target_modules", "variant", "batch_size")}
     if arguments.what == "initialization":
-        result |= measure_initialization(model, config, arguments.repeats)
+        report(arguments, asked | measure_initialization(model, config, arguments.repeats))
     else:
         config.safety_data, config.task_data = tokenized_data(tokenizer, arguments.data, model)
         measure = {
@@ -104,15 +109,19 @@ def main() -> None:
             "reference": measure_reference,
             "memory": measure_memory,
             "sketch": measure_sketch,
+            "devices": measure_devices,
         }
-        result |= measure[arguments.what](model, config, arguments)
-    result["machine"] = machine()
-    print(json.dumps(result, indent=1))
+        report(arguments, asked | measure[arguments.what](model, config, arguments))
+
+
+def report(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    print(json.dumps({"model": arguments.model, **result, "machine": machine()}, indent=1))
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "reference", "memory", "initialization", "sketch", "spectra", "table"))
+    measured = ("time", "reference", "memory", "answering", "devices", "initialization", "sketch", "spectra", "table")
+    parser.add_argument("what", choices=measured)
     parser.add_argument("--model", help="folder of a model, or random-8b")
     parser.add_argument("--data", type=Path, help="folder with math_train.jsonl")
     parser.add_argument("--target-modules", default="q_proj,v_proj", help="names with commas, or all-linear")
@@ -257,6 +266,73 @@ def measure_memory(model: Any, config: SaLoRAConfig, arguments: argparse.Namespa
         "weights_in_bf16_MB": round(weights / 1e6, 1),
         "extra_share_of_weights": round((ours - bare) / weights, 4),
     }
+
+
+class _NoWords:
+    """In the place of a tokenizer, for a randomly initialized model."""
+
+    eos_token_id, pad_token_id = None, 0
+
+    def decode(self, tokens: Iterable[int], **_: Any) -> str:
+        return ""
+
+
+def _refuses_all(request: str, answer: str) -> bool:
+    return True
+
+
+def measure_answering(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """
+    Greedy answers to 128 requests, as calibration asks for them: until it is seen whether the model refuses (the
+    default), and as whole responses (`safety_positions="response"`). A random model is given random requests, and
+    counts as one that refuses all.
+    """
+    if tokenizer is None:
+        generator, tokenizer = torch.Generator().manual_seed(0), _NoWords()
+        prompts = torch.randint(0, model.config.vocab_size, (SAMPLES, 40), generator=generator)
+        requests = [RenderedRequest("", tuple(prompt)) for prompt in prompts.tolist()]
+        is_refusal: Callable[[str, str], bool] = _refuses_all
+    else:
+        examples = load_examples(
+            [{"prompt": prompt} for prompt in plain_prompts(builtin_prompts("calibration"))[:SAMPLES]],
+            option="safety_data",
+            allow_missing_response=True,
+        )
+        rows = render_rows(examples, tokenizer, max_length=512, option="safety_data")
+        requests = [row for row in rows if isinstance(row, RenderedRequest)]
+        is_refusal = judges()["keyword"]
+    result: dict[str, Any] = {}
+    for title, whole in (("warm-up", False), ("verdicts", False), ("whole responses", True)):
+        answering = Answering()
+        answerer = Answerer(model, tokenizer, is_refusal, 512, REQUESTS_AT_ONCE, whole, answering)
+        answers = answerer.answers(requests[:8] if title == "warm-up" else requests)
+        result[title] = {
+            "requests": len(answers),
+            "refused": sum(answer is not None and answer.is_refusal for answer in answers),
+            "tokens": answering.tokens,
+            "largest_batch": answering.largest_batch,
+            "seconds": round(answering.seconds, 2),
+            "tokens_a_second": round(answering.tokens / answering.seconds, 1),
+        }
+    del result["warm-up"]
+    return result
+
+
+def measure_devices(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The least cosine of a principal angle between what the GPU and the CPU find, of both sides, in float32."""
+    bases = []
+    for device in ("cuda", "cpu"):
+        module = calibrate_with(model.float().to(device), config)
+        bases.append({side: found.bases for side, found in module.sides.items()})
+    result = {}
+    for side, of_gpu in bases[0].items():
+        least = {
+            name: torch.linalg.svdvals(basis.cpu().double().T @ bases[1][side][name].cpu().double()).min().item()
+            for name, basis in of_gpu.items()
+        }
+        worst = min(least, key=lambda name: least[name])
+        result[side] = {"layers": len(least), "least_cosine": least[worst], "in": worst}
+    return result
 
 
 def measure_sketch(model: Any, config: SaLoRAConfig, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -55,7 +55,7 @@ UNSUPPORTED = {
     "lisa_n_layers": 1,
     "spectrum_model_name": "some/model",
     "model_quantization_config": "FineGrainedFP8Config",
-    "fsdp_config": {"reshard_after_forward": True},
+    "fsdp_config": {"cpu_ram_efficient_loading": True},
     "deepspeed": {"zero_optimization": {"stage": 3}},
     "tensor_parallel_size": 2,
     "expert_parallel_size": 2,
@@ -114,6 +114,22 @@ REFUSED = {
     "an anchor under DeepSpeed": (
         {"deepspeed": {"zero_optimization": {"stage": 2}}, "salora": {"refusal_anchor": True}},
         ["salora.refusal_anchor", "DeepSpeed", "refusal_share"],
+    ),
+    "an anchor under FSDP": (
+        {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "salora": {"refusal_anchor": True}},
+        ["salora.refusal_anchor", "FSDP", "refusal_share"],
+    ),
+    "FSDP with checkpoints in shards": (
+        {"fsdp_config": {"reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}},
+        ["fsdp_config.state_dict_type: SHARDED_STATE_DICT", "Set it to FULL_STATE_DICT"],
+    ),
+    "FSDP whose checkpoints are left open": (
+        {"fsdp_config": {"reshard_after_forward": True}},
+        ["fsdp_config.state_dict_type: not set", "Set it to FULL_STATE_DICT"],
+    ),
+    "FSDP on a base in 8 bits": (
+        {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "load_in_8bit": True},
+        ["load_in_8bit", "fsdp_config"],
     ),
     "an option of another method": (
         {"salora": {"basis_method": "actsvd", "unaligned_model": "organization/base"}},

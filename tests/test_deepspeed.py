@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from axolotl_processes import axolotl_train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,7 @@ import salora_plugins.demo
 from certificate import largest_share_inside
 from processes import AS_ON_GPUS, CPUS_AS_GPUS, LAUNCHER, run, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
-from tiny import llama, refusal_rows, relative_difference, sum_rows, token_batch, token_rows, tokenizer
+from tiny import llama, relative_difference, token_batch, token_rows, tokenizer
 
 pytest.importorskip("deepspeed")
 
@@ -322,69 +322,19 @@ def test_all_ranks_say_what_the_first_one_cannot(in_the_run):
     )
 
 
-AXOLOTL = (
-    AS_ON_GPUS
-    + """
-import os
-
-if __name__ == "__main__":  # what Axolotl starts imports this file
-    from axolotl.cli.main import cli
-
-    port = int(os.environ["MASTER_PORT"])
-    for number, file in enumerate(sys.argv[2:]):
-        child = os.fork()  # a run leaves more behind than can be undone
-        if not child:
-            os.environ["MASTER_PORT"] = str(port + number)
-            cli(["train", file, "--launcher", "python"], standalone_mode=False)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0, file
-"""
-)
-
-
 @pytest.fixture(scope="module")
 def axolotl(tmp_path_factory) -> Path:
     if importlib.util.find_spec("axolotl") is None:
         pytest.skip("Axolotl is not installed")
     folder = tmp_path_factory.mktemp("axolotl")
-    llama().save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
-    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in sum_rows()]
-    for name, of_file in {"rows": rows, "safety": refusal_rows()}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
-    config = yaml.safe_load((EXAMPLES / "axolotl-zero3.yml").read_text())
-    config |= {
-        "base_model": str(folder / "base"),
-        "deepspeed": str(EXAMPLES / "deepspeed-zero3.json"),
-        "datasets": [
-            {
-                "path": str(folder / "rows.jsonl"),
-                "ds_type": "json",
-                "type": "chat_template",
-                "field_messages": "messages",
-            }
-        ],
-        "dataset_prepared_path": str(folder / "prepared"),
-        **{"dataset_num_proc": 1, "sequence_len": 256, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
-        **{"max_steps": 4, "save_steps": 2, "saves_per_epoch": None, "logging_steps": 1},
-        **{"bf16": False, "fp16": False, "tf32": False},
-    }
     block = {"safety_rank": 8}
+    of_rows = {"salora": {**block, "safety_data": str(folder / "safety.jsonl")}}
     runs = {
-        "in-the-run": {"salora": {**block, "safety_data": str(folder / "safety.jsonl")}},
+        "in-the-run": of_rows,
         "before": {"salora": {**block, "safety_module": str(folder / "in-the-run" / "salora.safetensors")}},
-        "resumed": {
-            "salora": {**block, "safety_data": str(folder / "safety.jsonl")},
-            "resume_from_checkpoint": str(folder / "in-the-run" / "checkpoint-2"),
-        },
+        "resumed": {**of_rows, "resume_from_checkpoint": str(folder / "in-the-run" / "checkpoint-2")},
     }
-    files = []
-    for name, change in runs.items():
-        files.append(folder / f"{name}.yml")
-        changed = config | {"output_dir": str(folder / name)} | change
-        files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
-    own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    run_ranks(AXOLOTL, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+    axolotl_train(folder, "axolotl-zero3.yml", {"deepspeed": str(EXAMPLES / "deepspeed-zero3.json")}, runs)
     return folder
 
 

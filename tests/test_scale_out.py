@@ -233,6 +233,16 @@ def test_weights_that_accelerate_hands_out_are_refused(monkeypatch, refusal):
     refusal(caught.value)
 
 
+@pytest.mark.compatibility("Several processes", "FSDP2: `fsdp_state_dict_type: SHARDED_STATE_DICT`")
+def test_checkpoints_in_shards_are_refused_before_training(monkeypatch, refusal):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="Set it to FULL_STATE_DICT") as caught:
+        get_peft_model(llama(), SaLoRAConfig(target_modules=["q_proj"], safety_rank=8, safety_data=token_rows(16)))
+    refusal(caught.value)
+
+
 DDP = """
 import json
 import os

@@ -168,9 +168,10 @@ def check_refusals(cfg: Any) -> None:
             f"salora.refusal_share: with {streamed} the number of rows is not known, of which refusals could be a "
             f"share. Remove {streamed}, or set salora.refusal_anchor: true instead."
         )
-    if anchor and cfg.deepspeed:
+    sharded = {"DeepSpeed": cfg.deepspeed, "FSDP": cfg.fsdp_config}
+    if anchor and (host := next((name for name, options in sharded.items() if options), None)):
         raise ValueError(
-            "salora.refusal_anchor: under DeepSpeed, a gradient that is made before the step's own would not arrive. "
+            f"salora.refusal_anchor: under {host}, a gradient that is made before the step's own would not arrive. "
             "Use DDP, or set salora.refusal_share instead."
         )
 

@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_NO_FSDP = (
-    "Axolotl gathers and saves the raw LoRA parameters of an FSDP run, which are not SaLoRA's weights. Use DDP, or "
-    "DeepSpeed ZeRO stage 1 or 2."
-)
 _TRAINS_BASE = "It trains base weights, which the safety module does not protect. Remove it."
 _UNSUPPORTED = {
     "peft_use_dora": "DoRA's magnitude vector rescales the whole weight, safety directions included. Remove it.",
@@ -37,8 +33,6 @@ _UNSUPPORTED = {
     "fix_untrained_tokens": "It rewrites embeddings of the base model, which an adapter does not save. Use "
     "peft_trainable_token_indices.",
     "nvfp4_merge_aware": "It trains Axolotl's own adapters against their quantized merge. Remove it.",
-    "fsdp": _NO_FSDP,
-    "fsdp_config": _NO_FSDP,
 }
 _UNSUPPORTED_SIZES = ("tensor_parallel_size", "expert_parallel_size")
 FUSED_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
@@ -70,6 +64,7 @@ def check_host_options(data: Mapping[str, Any]) -> None:
             "does. Use load_in_4bit instead."
         )
     _check_quantization(data)
+    _check_fsdp(data)
     check_rl(data)
     if uses_zero3(data.get("deepspeed")) and not _gathers_when_saving(data.get("deepspeed")):
         raise ValueError(
@@ -103,6 +98,35 @@ def _check_quantization(data: Mapping[str, Any]) -> None:
             f"{kernels[0]}: Axolotl's fused kernels cannot read 8-bit weights. Remove the kernels, or use load_in_4bit "
             "instead of load_in_8bit."
         )
+
+
+def _check_fsdp(data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A way to run FSDP2 in which the processes would not have what the adapter computes with.
+    """
+    options = data.get("fsdp_config") or {}
+    if not options:
+        return
+    for key in ("cpu_ram_efficient_loading", "fsdp_cpu_ram_efficient_loading"):
+        if options.get(key):
+            raise ValueError(
+                f"fsdp_config.{key}: true: not supported with adapter: salora, whose layers keep more than weights: it "
+                "would not be handed out by the first process. Set it to false, as examples/axolotl-fsdp2.yml does."
+            )
+    found = options.get("state_dict_type", options.get("fsdp_state_dict_type"))
+    if found != "FULL_STATE_DICT":
+        raise ValueError(
+            f"fsdp_config.state_dict_type: {found or 'not set'}: adapter: salora saves an adapter whole, and "
+            "checkpoints in shards, accelerate's default, would fail. Set it to FULL_STATE_DICT, as "
+            "examples/axolotl-fsdp2.yml does."
+        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if data.get(key):
+            raise ValueError(
+                f"{key}: not supported with adapter: salora and fsdp_config, because Axolotl prepares a quantized base "
+                "for FSDP with its own adapters only. Remove it, or use DDP or DeepSpeed ZeRO stage 1 or 2."
+            )
 
 
 def check_rl(data: Mapping[str, Any]) -> None:

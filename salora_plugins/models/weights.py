@@ -136,17 +136,25 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
 PLACEHOLDERS = "The weights are in the first process only, as FSDP loads them with fsdp_cpu_ram_efficient_loading"
 
 
-def check_handing_out() -> None:
+def check_fsdp_settings() -> None:
     """
     Raises:
         ValueError: accelerate is to hand out the weights of the first process under FSDP2. It takes all that a state
-            dict holds for sharded parameters, and a SaLoRA layer's holds what tells its safety module, too.
+            dict holds for sharded parameters, and a SaLoRA layer's holds what tells its safety module, too. Or
+            checkpoints are to be written in shards, which are of the factors and not of the adapter's weights.
     """
-    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if os.environ.get("FSDP_VERSION") == "2" and all(parse_flag_from_env(flag) for flag in flags):
+    if os.environ.get("FSDP_VERSION") != "2" or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading: true: with FSDP2, accelerate cannot hand out from the first process what "
             "tells a SaLoRA layer's safety module. Set it to false, as examples/accelerate-fsdp2.yaml does."
+        )
+    if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "SHARDED_STATE_DICT":
+        raise ValueError(
+            "fsdp_state_dict_type: SHARDED_STATE_DICT: a SaLoRA adapter is saved whole, since its weights are computed "
+            "from whole factors, and the first checkpoint would fail. Set it to FULL_STATE_DICT, as "
+            "examples/accelerate-fsdp2.yaml does."
         )
 
 

@@ -16,7 +16,7 @@ from ..calibration import calibrate_wherever
 from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.targets import check_ranks
-from ..models.weights import check_handing_out, has_placeholders
+from ..models.weights import check_fsdp_settings, has_placeholders
 from ..options import OF_BASIS_METHODS, OPTIONS
 from ..ranks import Side, SideRanks
 from ..safety_module import SafetyModule
@@ -51,7 +51,7 @@ def safety_module_for(model: nn.Module, config: SaLoRAConfig, names: Sequence[st
         ValueError: The safety module does not fit the options or (SafetyModuleError) the model; or the run is to be
             sharded in a way that loses it.
     """
-    check_handing_out()
+    check_fsdp_settings()
     if config.safety_module is not None:
         safety_module = _given(config)
     elif isinstance(config, AdapterConfig) and _fits(config.safety_module_in_force, model, config, names):

@@ -117,9 +117,10 @@ def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
 def _check_gathered(factor: Tensor) -> None:
     if isinstance(factor, DTensor):
         raise RuntimeError(
-            "The factors are sharded by FSDP. Gather them on every rank with get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
-            "state_dict, and give the result to save_pretrained(state_dict=...) on one."
+            "The factors are sharded by FSDP. With a trainer set fsdp_state_dict_type: FULL_STATE_DICT. Otherwise "
+            "gather them on every rank with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+            "cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and give the result to "
+            "save_pretrained(state_dict=...) on one."
         )
     if factor.numel() == 0:
         raise RuntimeError(

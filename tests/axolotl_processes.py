@@ -1,0 +1,72 @@
+"""Runs of `axolotl train` in two processes, as on two GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from processes import AS_ON_GPUS, CPUS_AS_GPUS, run_ranks
+from tiny import llama, refusal_rows, sum_rows, tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAIN = (
+    AS_ON_GPUS
+    + """
+import os
+from accelerate.parallelism_config import ParallelismConfig
+build_device_mesh = ParallelismConfig.build_device_mesh
+ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
+
+if __name__ == "__main__":  # what Axolotl starts imports this file
+    from axolotl.cli.main import cli
+
+    port = int(os.environ["MASTER_PORT"])
+    for number, file in enumerate(sys.argv[2:]):
+        child = os.fork()  # a run leaves more behind than can be undone
+        if not child:
+            os.environ["MASTER_PORT"] = str(port + number)
+            cli(["train", file, "--launcher", "python"], standalone_mode=False)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, file
+"""
+)
+
+
+def axolotl_train(folder: Path, example: str, changes: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
+    """
+    Train a tiny model in four steps with a configuration of examples/, once for every run; a checkpoint is at two.
+
+    Args:
+        folder: Gets the model in `base`, rows for the safety module in `safety.jsonl`, and a folder for every run.
+        example: Name of the file in examples/.
+        changes: Of its keys, for all runs; None removes one.
+        runs: Name -> further changes.
+    """
+    llama().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in sum_rows()]
+    for name, of_file in {"rows": rows, "safety": refusal_rows()}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    data = {
+        "path": str(folder / "rows.jsonl"),
+        "ds_type": "json",
+        "type": "chat_template",
+        "field_messages": "messages",
+    }
+    config = yaml.safe_load((EXAMPLES / example).read_text()) | {
+        **{"base_model": str(folder / "base"), "datasets": [data], "dataset_prepared_path": str(folder / "prepared")},
+        **{"dataset_num_proc": 1, "sequence_len": 256, "gradient_accumulation_steps": 1, "learning_rate": 1e-2},
+        **{"max_steps": 4, "save_steps": 2, "saves_per_epoch": None, "logging_steps": 1},
+        **{"bf16": False, "fp16": False, "tf32": False, "output_dir": None},
+        **changes,
+    }
+    files = []
+    for name, change in runs.items():
+        changed = config | {"output_dir": str(folder / name)} | change
+        files.append(folder / f"{name}.yml")
+        files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
+    own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    run_ranks(TRAIN, folder, *map(str, files), **CPUS_AS_GPUS, **own)
