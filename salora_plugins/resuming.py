@@ -12,6 +12,7 @@ from torch import nn
 
 from .adapters.adapter_config import read_config
 from .adapters.digest import check_saved_together
+from .adapters.saved import adapter_within
 from .config import CONFIG_FILE, SaLoRAConfig
 from .support.hub import hub_folder, is_hub_id
 from .tuner import SaLoRAModel
@@ -97,7 +98,7 @@ def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
             f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module, or was interrupted "
             "while it was written (last_complete_checkpoint finds the checkpoint before it), or comes from `salora "
             "export` (train the adapter that was exported). A plain LoRA adapter is loaded with "
-            "PeftModel.from_pretrained."
+            f"PeftModel.from_pretrained. {adapter_within(folder, CONFIG_FILE)}".rstrip()
         )
     check_saved_together(folder)
     config = read_config(folder)

@@ -32,12 +32,15 @@ def calibrate(
 ) -> None:
     """Compute the safety module of a model, to be used by any number of training runs."""
     from ..config import SaLoRAConfig
+    from ..safety_module import check_replaceable
 
     config = SaLoRAConfig(target_modules=target_modules_of(target_modules), **options)
     if loading.load_in_4bit and loading.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit are both given. Choose one.")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Name the file to write, such as {out / 'salora.safetensors'}.")
+    out = out.expanduser()
+    check_replaceable(out, "--out")
     out.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the calibration
 
     from ..calibration import calibrate_with

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
+from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora, without_file
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
@@ -204,7 +204,7 @@ def _adapter(name: str, source: str) -> EvaluatedModel:
     digest = hashlib.sha256()
     for file in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{name}={source}: it has no {file}, so it is not an adapter saved as safetensors.")
+            raise FileNotFoundError(f"{name}={source}: {without_file(folder, file)}")
         with open(folder / file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return EvaluatedModel(name, "adapter", source, str(folder), digest.hexdigest())

@@ -58,7 +58,7 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
         OSError: There is no such model, or it has no weights in safetensors: pickles are not read.
     """
     options.check()
-    source = _folder_or_name(source)
+    source = folder_or_name(source)
     from huggingface_hub.constants import is_offline_mode
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -97,7 +97,7 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
 def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerBase | None:
     """None where the model has none; data that needs one says so."""
     try:
-        source = _folder_or_name(source)
+        source = folder_or_name(source)
         return find_tokenizer(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError):
         return None
@@ -121,7 +121,13 @@ def find_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _folder_or_name(source: str) -> str:
+def folder_or_name(source: str) -> str:
+    """
+    What `from_pretrained` is to be given: a folder, its ~ expanded, or the name of a hub repository.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
     folder = os.path.expanduser(source)
     if not os.path.isdir(folder) and not is_model_name(source):
         raise FileNotFoundError(
