@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -127,6 +128,7 @@ def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
 
 # Every batch takes a while, for the signal to fall into one.
 SLOWLY = """
+import shutil
 import signal
 import time
 from salora_plugins.rows import batching
@@ -161,3 +163,13 @@ def test_ctrl_c_ends_cleanly(folder, tmp_path, tmp_path_factory):
     assert process.wait(timeout=60) in (1, 130)
     assert "Traceback" not in errors.read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_safety_module_is_not_replaced(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    for file in (weights, folder / "refusals.jsonl"):
+        result = run(*calibration(folder, file))
+        assert isinstance(result.exception, FileExistsError) and "is no safety module" in str(result.exception)
+    assert weights.read_bytes() == before
