@@ -23,6 +23,7 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     from ...calibration import calibrate_with
     from ...inspection import summary
     from ...safety_module import check_replaceable
+    from ...support.files import check_writable
     from .args import ADAPTER
     from .translation import in_the_terms_of_the_file, salora_config
 
@@ -37,7 +38,7 @@ def salora_calibrate(config: str, out: Path | None) -> None:
     out = out or Path(cfg.output_dir) / "safety_module.safetensors"
     try:
         check_replaceable(out, "--out")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     except OSError as error:
         raise click.ClickException(str(error)) from error
     # The base model as Axolotl prepares it for training, quantized if the config says so, but without an adapter.

@@ -9,6 +9,7 @@ import typer
 
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
+from ..support.files import check_writable
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
 from .parameters import target_modules_of
@@ -41,7 +42,7 @@ def calibrate(
         raise ValueError(f"--out {out} is a folder. Name the file to write, such as {out / 'salora.safetensors'}.")
     out = out.expanduser()
     check_replaceable(out, "--out")
-    out.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the calibration
+    check_writable(out)  # rather fail now than after the calibration
 
     from ..calibration import calibrate_with
     from ..inspection import summary

@@ -54,7 +54,7 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
         )
     except (OSError, ValueError, KeyError) as error:
         remedy = "Check the name"
-        if is_offline_mode():
+        if is_offline_mode() and not Path(source).is_dir():
             remedy += "; HF_HUB_OFFLINE is set, so that nothing is downloaded: unset it"
         text = str(error)
         return [
