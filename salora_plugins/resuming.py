@@ -49,7 +49,7 @@ def load_for_training(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"load_for_training takes the base model and then the adapter's folder, not a {type(model).__name__} first. "
+            f"load_for_training takes the base model and then the adapter's folder, not a {type(model).__name__}. "
             "Load it: AutoModelForCausalLM.from_pretrained(...)."
         )
     folder, config = _saved_config(folder)
