@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora, without_file
 from ..models.loading import LoadingOptions, check_whole_model, load_model, load_tokenizer
+from ..models.weights import layer_features
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
 from ..support.texts import one_line
@@ -116,6 +118,30 @@ def check_vocabularies(tokenizer: Any, models: Sequence[EvaluatedModel], loading
                     f"{evaluated.name}={evaluated.source}: its tokenizer has another vocabulary than the base "
                     "model's, so that no KL divergence can be computed. Evaluate it as a base model of its own."
                 )
+
+
+def check_fits(evaluated: EvaluatedModel, base: nn.Module) -> None:
+    """
+    Args:
+        evaluated: An adapter.
+        base: The base model, in memory.
+
+    Raises:
+        ValueError: It is of a model whose layers have other sizes, as PEFT says in many lines, and only once it is its
+            turn.
+    """
+    modules = dict(base.named_modules())
+    for name, (a, b) in SavedAdapter.load(evaluated.folder).factors.items():
+        module = modules.get(name)
+        if a.ndim != 2 or not isinstance(module, (nn.Linear, Conv1D)):
+            continue  # PEFT knows other names and kinds of layers
+        d_in, d_out = layer_features(module)
+        if (a.shape[1], b.shape[0]) != (d_in, d_out):
+            raise ValueError(
+                f"{evaluated.name}={evaluated.source}: its update of {name!r} is for {a.shape[1]} inputs and "
+                f"{b.shape[0]} outputs, and the base model's layer has {d_in} and {d_out}. Name the base model that "
+                "the adapter was trained on."
+            )
 
 
 class ModelLoader(Protocol):
