@@ -54,6 +54,11 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"Error: {' '.join(visible(str(error)).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's, of ~somebody
+            raise
+        print("Error: a path begins with ~ and a name, and there is no such user. Write it out.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

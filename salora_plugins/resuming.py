@@ -12,6 +12,7 @@ from torch import nn
 
 from .adapters.adapter_config import read_config
 from .adapters.digest import check_saved_together
+from .adapters.saved import adapter_within, without_file
 from .config import CONFIG_FILE, SaLoRAConfig
 from .support.hub import hub_folder, is_hub_id
 from .tuner import SaLoRAModel
@@ -39,12 +40,18 @@ def load_for_training(
     Raises:
         FileNotFoundError: The folder has no `salora_config.json`, so there is no safety module to train with.
         SafetyModuleError: The safety module is damaged or belongs to another model.
+        TypeError: `model` is no model.
         ValueError: A file cannot be read, or the weights are not those that were saved with the safety module.
 
     Example:
 
         >>> model = load_for_training(AutoModelForCausalLM.from_pretrained(base), "outputs/checkpoint-100")
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"load_for_training takes the base model and then the adapter's folder, not a {type(model).__name__}. "
+            "Load it: AutoModelForCausalLM.from_pretrained(...)."
+        )
     folder, config = _saved_config(folder)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
     return cls.from_pretrained(
@@ -92,12 +99,14 @@ def _saved_config(folder: str | os.PathLike) -> tuple[Path, SaLoRAConfig]:
     if not os.path.exists(source) and is_hub_id(source):
         source = hub_folder(source, ["*.json", "*.safetensors"], option="folder")
     folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(without_file(folder, CONFIG_FILE))
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}, so it is not a SaLoRA adapter with its safety module, or was interrupted "
             "while it was written (last_complete_checkpoint finds the checkpoint before it), or comes from `salora "
             "export` (train the adapter that was exported). A plain LoRA adapter is loaded with "
-            "PeftModel.from_pretrained."
+            f"PeftModel.from_pretrained. {adapter_within(folder, CONFIG_FILE)}".rstrip()
         )
     check_saved_together(folder)
     config = read_config(folder)

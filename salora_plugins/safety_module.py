@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,25 @@ class SafetyModule:
             raise SafetyModuleError(f"{error} The file is damaged; calibrate again.") from error
 
 
+def check_replaceable(path: Path, option: str) -> None:
+    """
+    Args:
+        path: Where a safety module is to be written.
+        option: What the user calls it, for messages.
+
+    Raises:
+        FileExistsError: Another file is there, such as a model's weights, which would be lost.
+    """
+    if not path.exists():
+        return
+    try:
+        _read_description(path)
+    except (SafetyModuleError, OSError) as error:
+        raise FileExistsError(
+            f"{option} {path}: this file exists and is no safety module, so that it is not replaced. Name another file."
+        ) from error
+
+
 def _file_of(source: str | os.PathLike) -> Path:
     """
     Raises:
@@ -397,20 +417,39 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
     Raises:
         SafetyModuleError: They cannot be read.
     """
+    description = _read_description(path)
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, description  # noqa: SIM118 -- not a dict
+
+
+def _read_description(path: Path) -> Any:
+    """
+    Raises:
+        SafetyModuleError: The file has none, or it cannot be read.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if _METADATA_KEY not in metadata:
+        raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
+    try:
+        return json.loads(metadata[_METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """
+    Raises:
+        SafetyModuleError: It is no safetensors file.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
+            yield file
     except SafetensorError as error:
         raise SafetyModuleError(
             f"{path}: not a readable safetensors file, perhaps cut short ({error}). Calibrate again or fetch it again."
         ) from error
-    if _METADATA_KEY not in metadata:
-        raise SafetyModuleError(f"{path}: a safetensors file, but not a safety module.")
-    try:
-        return tensors, json.loads(metadata[_METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise SafetyModuleError(f"{path}: its description cannot be read ({error}). Calibrate again.") from error
 
 
 def _check_basis(basis: Tensor, what: str, is_checked: bool) -> None:

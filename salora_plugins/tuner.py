@@ -21,7 +21,7 @@ from .support.callers import argument_of_caller
 from .support.hosts import in_use, warn_of_unsupported
 from .tuning.batched_factors import FactorBatch, ForwardScope
 from .tuning.first_batch import FirstBatchStarts
-from .tuning.layers import lora_layer, salora_layers, salora_linears
+from .tuning.layers import check_without_other_adapters, lora_layer, salora_layers, salora_linears
 from .tuning.safety_modules import bases_of, safety_module_for, safety_module_of_checkpoint, take_options
 from .tuning.start_values import (
     copy_factors,
@@ -71,6 +71,8 @@ class SaLoRAModel(LoraModel):
         warn_of_unsupported(*in_use())
         given.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, given)
+        if not self.targeted_module_names:  # the first adapter of this tuner
+            check_without_other_adapters(model, adapter_name, names)
         say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
         if twin is not None and isinstance(given, AdapterConfig):

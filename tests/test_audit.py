@@ -224,6 +224,26 @@ def test_the_commands(tmp_path, safety_module):
     assert run("audit", tmp_path / "out" / "missing").exit_code == 1
 
 
+def test_where_an_adapter_is_that_the_named_folder_is_not(tmp_path, safety_module, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (9, 10):
+        save_adapter(tmp_path / "outputs" / f"checkpoint-{step}")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text("{}")
+    for folder, message in {
+        "outputs": "has no adapter_config.json.* outputs/checkpoint-10 has one: name that, or save",
+        "gone": "gone: there is no such folder .looked in ",
+        "file": "file is a file",
+        "whole": "holds a whole model",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            audit(folder, safety_module)
+    (tmp_path / "outputs" / "checkpoint-9" / "salora_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"so it is not a SaLoRA adapter.* outputs/checkpoint-9 has one"):
+        load_for_training(llama(), "outputs")
+
+
 def test_the_heat_maps_rows_are_layers(tmp_path, safety_module):
     report = audit(save_adapter(tmp_path), safety_module)
     layers, kinds, cells = layer_grid(report)

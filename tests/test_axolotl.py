@@ -76,6 +76,9 @@ REFUSED = {
     "unknown key": ({"salora": {"colour": "red"}}, ["salora.colour", "safety_data"]),
     "rank of zero": ({"salora": {"safety_rank": 0}}, ["salora.safety_rank"]),
     "rank that is no number": ({"salora": {"input_safety_rank": "four"}}, ["salora.input_safety_rank"]),
+    "an option beside the block": ({"safety_rank": 8}, ["safety_rank", "salora.safety_rank"]),
+    "no such adapter to go on with": ({"lora_model_dir": "./gone"}, ["lora_model_dir", "./gone", "no such folder"]),
+    "an adapter that is none of SaLoRA": ({"lora_model_dir": "."}, ["lora_model_dir", "salora_config.json"]),
     "unknown init": ({"salora": {"init": "pisa"}}, ["salora.init", "pissa"]),
     "no such safety data": (
         {"salora": {"safety_data": "gone/refusals.jsonl"}},
@@ -792,6 +795,8 @@ def test_what_stands_at_the_end_of_a_run(runs):
     line = f"    salora evaluate {runs[0] / 'llama'} --adapter trained={folder} --out {folder}-evaluation"
     assert log.count(line) == 1
     assert f"salora evaluate {runs[0] / 'llama'} --adapter trained={runs[0] / 'reward'}" not in log
+    # Of the runs into this folder one was killed, one failed, and one went through.
+    assert log.count(f"--adapter trained={runs[0] / 'killed'} ") == 1
     # Axolotl has written the card anew, and our part stands in it nevertheless.
     card = ModelCard.load(folder / "README.md").text
     assert card.startswith(START) and "axolotl version" in card and "Certificate" in card

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 
 import fresh
 from salora_plugins import SafetyModule, calibrate
@@ -90,7 +92,10 @@ def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
         (("--safety-rank", "1.5"), "safety_rank=1.5: give a whole number of at least 1, or a share"),
         (("--safety-rank-pattern", "v_proj"), "--safety-rank-pattern v_proj: give MODULE=RANK"),
         (("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit are both given"),
-        (("--target-modules", "nothing"), "matches no module of LlamaForCausalLM"),
+        (
+            ("--target-modules", "nothing"),
+            "no module of LlamaForCausalLM, whose linear layers are called q_proj, k_proj",
+        ),
         (("--engine", "fast"), "calibration_engine='fast': choose one of"),
     ],
 )
@@ -127,6 +132,7 @@ def test_inspect_shows_ranks_energy_and_provenance(folder, tmp_path):
 
 # Every batch takes a while, for the signal to fall into one.
 SLOWLY = """
+import shutil
 import signal
 import time
 from salora_plugins.rows import batching
@@ -161,3 +167,58 @@ def test_ctrl_c_ends_cleanly(folder, tmp_path, tmp_path_factory):
     assert process.wait(timeout=60) in (1, 130)
     assert "Traceback" not in errors.read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_safety_module_is_not_replaced(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    for file in (weights, folder / "refusals.jsonl"):
+        result = run(*calibration(folder, file))
+        assert isinstance(result.exception, FileExistsError) and "is no safety module" in str(result.exception)
+    assert weights.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_calibration_and_nothing_is_left(folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    result = run(*calibration(folder, tmp_path / "file" / "new" / "a.safetensors"))
+    assert isinstance(result.exception, NotADirectoryError) and f"{tmp_path / 'file'} is a file" in str(
+        result.exception
+    )
+    assert run(*calibration(folder, tmp_path / "new" / "a.safetensors", "--target-modules", "nothing")).exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "{adapter}", "--plot", "{adapter}/adapter_model.safetensors"], "a plot is a PNG file"),
+        (["inspect", "{adapter}", "--plot", "{adapter}/salora"], "a plot is a PNG file"),
+        (["compare", "{adapter}", "--out", "{adapter}/page.pdf"], "a page ends in .html"),
+    ],
+)
+def test_other_endings_than_those_of_what_is_written_are_refused(tmp_path, arguments, message):
+    result = run(*(argument.format(adapter=tmp_path) for argument in arguments))
+    told = " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+    assert result.exit_code in (1, 2) and message in f"{told} {result.exception}"
+
+
+def test_what_is_no_model_is_told_by_what_it_is(folder, tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    arguments = calibration(folder, tmp_path / "a.safetensors")
+    for given, message in {
+        tmp_path / "adapter": "holds an adapter",
+        folder / "refusals.jsonl": "is a file. Name the folder of the model",
+        "gone": "gone: there is no such folder (looked in",
+        "./gone": "./gone: there is no such folder, and it is not the name",
+    }.items():
+        arguments[2] = given
+        result = run(*arguments)
+        assert isinstance(result.exception, (OSError, ValueError)) and message in str(result.exception)
+
+
+def test_an_update_of_zero_is_told(folder, tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert run(*calibration(folder, tmp_path / "a.safetensors", "--safety-rank", "8")).exit_code == 0
+    result = run("audit", tmp_path / "adapter", "--safety-module", tmp_path / "a.safetensors")
+    assert result.exit_code == 0 and "The update is zero: this adapter changes nothing" in result.output

@@ -147,6 +147,14 @@ def test_no_chat_template_is_a_warning(folder, rows):
     (folder / "chat_template.jinja").unlink()
     code, found = doctor(folder, "--safety-data", rows)
     assert code == 0 and found["chat template"]["status"] == "warning"
+    lines = CliRunner().invoke(create_cli(), ["doctor", str(folder), "--safety-data", str(rows)]).output.splitlines()
+    assert lines[-1] == "Nothing stands in the way."
+    assert any(line.startswith("- chat template: none") for line in lines[lines.index("Worth a look:") :])
+
+
+def test_a_path_that_leads_nowhere(tmp_path):
+    code, found = doctor(tmp_path / "gone")
+    assert code == 1 and found["configuration"]["found"].startswith(f"{tmp_path / 'gone'}: there is no such folder")
 
 
 def test_memory(folder, rows, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -28,8 +29,8 @@ from salora_plugins.demo.experiment import MODEL, load_demo_model
 from salora_plugins.demo.task import word_problems
 from salora_plugins.evaluation import evaluated_models, generate_responses, response_loss
 from salora_plugins.evaluation.assembling import assemble
-from salora_plugins.evaluation.command_line import how_to_evaluate
-from salora_plugins.evaluation.evaluated_models import Loader, find_models
+from salora_plugins.evaluation.command_line import evaluation_command, how_to_evaluate
+from salora_plugins.evaluation.evaluated_models import EvaluatedModel, Loader, check_fits, find_models
 from salora_plugins.evaluation.first_tokens import KL_TOKENS
 from salora_plugins.evaluation.judges import endpoint as endpoint_judge
 from salora_plugins.evaluation.judges.keyword import OPENINGS, is_refusal
@@ -40,6 +41,7 @@ from salora_plugins.evaluation.reports.report import ANSWERS_FOLDER, SETS, Answe
 from salora_plugins.evaluation.request_sets import load_requests
 from salora_plugins.evaluation.run_folder import WORK_FOLDER, RunFolder
 from salora_plugins.models.loading import LoadingOptions
+from tiny import llama
 
 # The demo model has read so little that it finds any sentence it does not know unlikely; word salad is at 100,000.
 THRESHOLD = 50_000.0
@@ -649,3 +651,23 @@ def test_the_command_for_a_trained_adapter_tells_of_another_chat_template(tmp_pa
     tokenizer.chat_template += "{# another #}"
     tokenizer.save_pretrained(tmp_path)
     assert f"chat template is not that of {tmp_path}" in how_to_evaluate(str(MODEL), tmp_path, LoadingOptions())
+
+
+def test_an_adapter_of_a_model_of_another_size_is_told_before_anything_is_measured(tmp_path):
+    small = llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
+    get_peft_model(small, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    adapter = EvaluatedModel("a", "adapter", "there", str(tmp_path), "")
+    with pytest.raises(
+        ValueError, match=r"a=there: its update of .*q_proj' is for 32 inputs and 32 outputs"
+    ):
+        check_fits(adapter, llama())
+    check_fits(adapter, small)
+
+
+@pytest.mark.parametrize(("adapter", "out"), [("out", "out-evaluation"), (".", "work-evaluation")])
+def test_the_command_for_a_trained_adapter_names_a_folder_beside_it(tmp_path, monkeypatch, adapter, out):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    command = shlex.split(evaluation_command("a base/model", adapter, LoadingOptions()))
+    assert command[:3] == ["salora", "evaluate", "a base/model"]
+    assert Path(command[-1]).name == out and Path(command[-1]).parent.resolve() in (tmp_path, tmp_path / "work")

@@ -539,6 +539,23 @@ def test_unsupported_targets_and_modes_are_refused():
         get_peft_model(convolution, config(target_modules=["0"], task_type=None))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_that_an_earlier_call_has_changed_is_refused_where_that_would_stay():
+    """As when a cell of a notebook is run again with the same base model."""
+    for earlier in (LoraConfig(target_modules=["o_proj"]), config(target_modules=["q_proj", "v_proj", "o_proj"])):
+        base = llama()
+        first = get_peft_model(base, earlier)
+        with pytest.raises(ValueError, match=r"The model is no base model: .*o_proj' has the adapter of an earlier"):
+            get_peft_model(base, config())
+        get_peft_model(first.unload(), config())
+    base = llama()
+    get_peft_model(base, config())
+    again = get_peft_model(base, config())  # the new layers take the places of all old ones
+    assert again.base_model.safety_module().safety_rank == 8
+    with pytest.raises(TypeError, match="takes the base model and then the adapter's folder"):
+        load_for_training("outputs", base)
+
+
 def test_defaults_know_the_target_modules():
     model = get_peft_model(llama(), SaLoRAConfig(safety_data=token_rows(16), safety_rank=8, task_rank=8))
     assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}

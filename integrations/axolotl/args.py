@@ -21,6 +21,7 @@ from ...options import OPTIONS, Option, RankPattern
 from ...ranks import RULES, Rank, side_of
 from .block_checks import (
     as_config,
+    check_adapter_folder,
     check_basis_method,
     check_files,
     check_kernels,
@@ -156,6 +157,16 @@ class SaLoRAOptions(_Keys):
         return data
 
 
+def _refuse_options_outside_of_the_block(config: type[BaseModel], data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: A key of the block stands beside it, where Axolotl passes over what it does not know.
+    """
+    for key in SaLoRAOptions.model_fields:
+        if key in data and key not in config.model_fields:
+            raise ValueError(f"{key}: this is an option of the block. Write it below salora:, as salora.{key}.")
+
+
 class SaLoRAArgs(BaseModel):
     """What the plugin adds to Axolotl's config; Axolotl makes it a base class of its own config class."""
 
@@ -184,6 +195,7 @@ class SaLoRAArgs(BaseModel):
         with in_one_sentence():
             if data.get("adapter") == ADAPTER:
                 check_host_options(data)
+                _refuse_options_outside_of_the_block(cls, data)
                 if data.get("salora") is not None:
                     check_block(SaLoRAOptions, data["salora"], "salora")
             elif data.get("salora") is not None:
@@ -205,6 +217,7 @@ class SaLoRAArgs(BaseModel):
         with in_one_sentence():
             if trains:
                 check_files(block)
+                check_adapter_folder(self)
             check_basis_method(options)
             config = as_config(options)
             if trains:

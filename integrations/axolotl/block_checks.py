@@ -53,6 +53,30 @@ def check_files(options: Mapping[str, Any]) -> None:
             raise ValueError(str(error)) from error
 
 
+def check_adapter_folder(cfg: Any) -> None:
+    """
+    Raises:
+        ValueError: `lora_model_dir` names no saved SaLoRA adapter, as far as this machine can tell.
+    """
+    from ...adapters.saved import adapter_within
+    from ...config import CONFIG_FILE
+    from ...support.hub import is_hub_id
+
+    if not cfg.lora_model_dir or cfg.rl:  # what is refused of preference training is told later, with its reason
+        return
+    folder = Path(cfg.lora_model_dir).expanduser()
+    if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
+        within = adapter_within(folder, CONFIG_FILE)
+        raise ValueError(
+            f"lora_model_dir: {cfg.lora_model_dir} has no {CONFIG_FILE}, so that it is no SaLoRA adapter to train "
+            f"further. {within or 'Name the output_dir of a run with adapter: salora, or take adapter: lora.'}"
+        )
+    if not folder.is_dir() and not is_hub_id(cfg.lora_model_dir):
+        raise ValueError(
+            f"lora_model_dir: {cfg.lora_model_dir}: there is no such folder (looked in {os.getcwd()}). Check the path."
+        )
+
+
 def _names(key: str, value: Any) -> list[str]:
     """The sources that a key names: one, several, or none where it holds rows."""
     if isinstance(value, str):

@@ -22,6 +22,8 @@ def salora_calibrate(config: str, out: Path | None) -> None:
 
     from ...calibration import calibrate_with
     from ...inspection import summary
+    from ...safety_module import check_replaceable
+    from ...support.files import check_writable
     from .args import ADAPTER
     from .translation import in_the_terms_of_the_file, salora_config
 
@@ -34,7 +36,11 @@ def salora_calibrate(config: str, out: Path | None) -> None:
             "calibrated. Remove it."
         )
     out = out or Path(cfg.output_dir) / "safety_module.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        check_replaceable(out, "--out")
+        check_writable(out)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
     # The base model as Axolotl prepares it for training, quantized if the config says so, but without an adapter.
     model, _ = ModelLoader(cfg, load_tokenizer(cfg), reference_model=True).load()
     try:

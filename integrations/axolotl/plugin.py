@@ -35,6 +35,9 @@ class SaLoRAPlugin(BasePlugin):
     further, and does nothing else.
     """
 
+    _is_trained = False
+    """Whether the run got to its end: Axolotl calls `post_train_unload` after one that failed, too."""
+
     def get_input_args(self) -> str:
         return "salora_plugins.integrations.axolotl.args.SaLoRAArgs"
 
@@ -134,9 +137,14 @@ class SaLoRAPlugin(BasePlugin):
                 callbacks.append(SafetyMonitorCallback(trainer, **_given(block["monitor"])))
         return callbacks
 
+    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
+        """Note that the training is through."""
+        self._is_trained = True
+
     def post_train_unload(self, cfg: DictDefault) -> None:
         """Put our part into the model card, which Axolotl has written anew, and say how to measure the result."""
-        if cfg.adapter == ADAPTER and cfg.local_rank in (None, 0):
+        is_trained, self._is_trained = self._is_trained, False
+        if is_trained and cfg.adapter == ADAPTER and cfg.local_rank in (None, 0):
             from .after_training import renew_card, say_how_to_evaluate
 
             renew_card(cfg)

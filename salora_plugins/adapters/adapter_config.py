@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import CONFIG_FILE, DIGEST_KEY, FORM_KEY, FORM_OF_FACTORS, HEADS_ADDED_LATER, NOTES_KEY, SaLoRAConfig
 from ..safety_module import DEFAULT_FILE, SafetyModule
-from ..support.files import atomic_write
+from ..support.files import atomic_write, make_folder
 from .certificate import check_saved_factors
 from .digest import adapter_digest
 from .training_card import write_training_card
@@ -96,7 +96,7 @@ class AdapterConfig(SaLoRAConfig):
             kwargs: As for [`~peft.PeftConfig.save_pretrained`]; `auto_mapping_dict` is written.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         check_saved_factors(folder, self.safety_module_in_force)
         self.safety_module_in_force.save(folder / DEFAULT_FILE)
         lora = self.to_lora_config().to_dict()

@@ -19,7 +19,7 @@ from ..support.linear_algebra import svd_of_product
 from ..support.numbers import tiny_share
 from ..support.plotting import new_figure, save_png
 from ..support.texts import cell, one_line, visible
-from .certificate import covers, largest, norms
+from .certificate import covers, covers_nothing, largest, norms
 from .digest import adapter_problem
 from .saved import SavedAdapter, check_plain_lora
 
@@ -108,6 +108,8 @@ class AuditReport:
     def summary(self) -> str:
         """A few lines for people."""
         lines = []
+        if not any(module.norm for module in self.modules.values()):
+            lines.append("The update is zero: this adapter changes nothing, as one does that was not trained.")
         for side, total in self.totals.items():
             times = total.share / total.expected_share
             lines.append(
@@ -189,11 +191,7 @@ def audit(
         if name in saved.factors and covers(safety_module, name, saved.factors[name][1])
     }
     if not modules:
-        raise ValueError(
-            f"{folder}: the safety module covers none of its {len(saved.factors)} modules (the first is "
-            f"{next(iter(saved.factors))!r}; the safety module has {next(iter(safety_module.bases))!r}). Give the "
-            "safety module of the adapter's base model."
-        )
+        raise ValueError(f"{folder}: {covers_nothing(saved, safety_module)}")
     first = next(iter(saved.factors.values()))[0]
     return AuditReport(
         modules=modules,

@@ -55,6 +55,17 @@ def covers(safety_module: SafetyModule, name: str, b: Tensor) -> bool:
     return name in safety_module.bases and safety_module.bases[name].shape[0] == b.shape[0]
 
 
+def covers_nothing(saved: SavedAdapter, safety_module: SafetyModule) -> str:
+    """What is said where no module of an adapter is covered."""
+    name, (_, b) = next(iter(saved.factors.items()))
+    other, basis = next(iter(safety_module.bases.items()))
+    return (
+        f"the safety module covers none of its {len(saved.factors)} modules (the first is {name!r}, of {b.shape[0]} "
+        f"outputs; the safety module has {other!r}, of {basis.shape[0]}). Give the safety module of the adapter's "
+        "base model."
+    )
+
+
 def norms(a: Tensor, b: Tensor, safety_module: SafetyModule, name: str) -> tuple[float, dict[Side, float]]:
     """
     The Frobenius norm of an update without its scaling, and of its part in the protected directions, in float64.

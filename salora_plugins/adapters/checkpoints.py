@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 
 from ..config import CONFIG_FILE
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.files import read_json_object
 from .digest import adapter_problem
-from .saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE
+from .saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, numbered_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
     output_dir = Path(output_dir)
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in folders if folder.is_dir()]
-    steps = {int(match.group(1)): folder for match, folder in numbered if match is not None}
+    steps = {step: folder for folder in folders if (step := numbered_checkpoint(folder)) is not None}
     for step in sorted(steps, reverse=True):
         problem = checkpoint_problem(steps[step])
         if problem is None:

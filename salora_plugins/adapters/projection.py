@@ -16,7 +16,7 @@ from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.numbers import percent, tiny_share
 from ..support.texts import cell, markdown, one_line
-from .certificate import covers, largest_shares, norms, safety_shares
+from .certificate import covers, covers_nothing, largest_shares, norms, safety_shares
 from .model_card import PACKAGE, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
 from .saved import SavedAdapter, check_plain_lora
 from .writing import check_destination, check_dtype, in_dtype, write_adapter
@@ -140,10 +140,7 @@ def project_adapter(
         )
     covered = [name for name, (_, b) in saved.factors.items() if covers(safety_module, name, b)]
     if not covered:
-        raise ValueError(
-            f"{folder}: the safety module covers none of its {len(saved.factors)} modules. Give the safety module of "
-            "the adapter's base model."
-        )
+        raise ValueError(f"{folder}: {covers_nothing(saved, safety_module)}")
     factors = dict(saved.factors)
     removed, squares, total = {}, 0.0, 0.0
     for name in covered:

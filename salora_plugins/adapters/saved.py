@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CARD_FILE = "README.md"
 # Initializations that leave the base weights as they are; the others need a base model that was changed with them.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PREFIX = "base_model.model."
 _SUFFIXES = {side: f".{factor}.weight" for side, factor in LORA_FACTORS.items()}
 
@@ -63,7 +65,7 @@ class SavedAdapter:
         folder = Path(folder).expanduser()
         for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}, so it is not an adapter saved as safetensors.")
+                raise FileNotFoundError(without_file(folder, name))
         config = read_json_object(folder / ADAPTER_CONFIG_FILE)
         _check_adapter_config(config, folder / ADAPTER_CONFIG_FILE)
         try:
@@ -140,6 +142,36 @@ def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None
                 f"{folder}: the factors of {name} have the shapes {tuple(a.shape)} and {tuple(b.shape)}, and the "
                 f"configuration says rank {saved.rank_of(name)}. The two files do not belong together; save it again."
             )
+
+
+def without_file(folder: Path, name: str) -> str:
+    """What is said of a folder without one of the files of an adapter, and where the adapter may be instead."""
+    if folder.is_file():
+        return f"{folder} is a file. Name the folder of the saved adapter."
+    if not folder.is_dir():
+        return f"{folder}: there is no such folder{'' if folder.is_absolute() else f' (looked in {Path.cwd()})'}."
+    text = f"{folder} has no {name}, so it is not an adapter saved as safetensors."
+    if within := adapter_within(folder, name):
+        return f"{text} {within}"
+    if (folder / PICKLED_WEIGHTS_FILE).is_file():
+        return f"{text} {PICKLED_WEIGHTS_FILE} is a pickle, which is not read: save it with safe_serialization=True."
+    if (folder / "config.json").is_file():
+        return f"{text} It holds a whole model."
+    return text
+
+
+def adapter_within(folder: Path, name: str) -> str:
+    """Which checkpoint in a trainer's folder is an adapter where the folder itself is none; else nothing."""
+    found = {step: path for path in folder.glob(f"*/{name}") if (step := numbered_checkpoint(path.parent)) is not None}
+    if not found:
+        return ""
+    return f"{found[max(found)].parent} has one: name that, or save the result with trainer.save_model()."
+
+
+def numbered_checkpoint(folder: Path) -> int | None:
+    """The step of a trainer's checkpoint, from the folder's name; None for any other folder."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
 
 
 def unreadable(error: SafetensorError) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .parameters import png_file
 from .printing import print_report
 
 INSIDE = 3
@@ -22,7 +23,9 @@ def audit(
     max_share: Annotated[
         float, typer.Option(help="Largest share of a module's update in the safety directions that passes.")
     ] = 1e-5,
-    plot: Annotated[Path | None, typer.Option(help="Draw the shares, layer by module (.png).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=png_file, help="Draw the shares, layer by module (.png).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """

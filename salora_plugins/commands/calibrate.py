@@ -9,6 +9,7 @@ import typer
 
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..options import OPTIONS
+from ..support.files import check_writable
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
 from .parameters import target_modules_of
@@ -32,13 +33,16 @@ def calibrate(
 ) -> None:
     """Compute the safety module of a model, to be used by any number of training runs."""
     from ..config import SaLoRAConfig
+    from ..safety_module import check_replaceable
 
     config = SaLoRAConfig(target_modules=target_modules_of(target_modules), **options)
     if loading.load_in_4bit and loading.load_in_8bit:
         raise ValueError("--load-in-4bit and --load-in-8bit are both given. Choose one.")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Name the file to write, such as {out / 'salora.safetensors'}.")
-    out.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the calibration
+    out = out.expanduser()
+    check_replaceable(out, "--out")
+    check_writable(out)  # rather fail now than after the calibration
 
     from ..calibration import calibrate_with
     from ..inspection import summary

@@ -24,6 +24,8 @@ def compare(
     from ..evaluation.reports.comparison import compare
 
     # Rather now than after the work.
+    if out is not None and out.suffix.lower() not in (".html", ".md"):
+        raise ValueError(f"--out {out}: a page ends in .html, and the tables in .md. Name such a file.")
     if out is not None and out.exists() and (out.is_dir() or not overwrite):
         raise FileExistsError(
             f"{out} exists. Name another file" + (" to write." if out.is_dir() else ", or give --overwrite.")
@@ -40,7 +42,7 @@ def compare(
         Console().print(table(comparison.report))
         for note in comparison.notes:
             typer.echo(f"Note: {visible(note)}")
-    if out is not None and out.suffix == ".md":
+    if out is not None and out.suffix.lower() == ".md":
         from ..evaluation.reports.markdown import write_markdown
 
         write_markdown(out, comparison)

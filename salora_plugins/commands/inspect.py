@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from .parameters import png_file
+
 
 def inspect(
     file: Annotated[str, typer.Argument(help="A safety module: a file, a folder with one, or a hub repository.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the singular values and the captured energy (.png).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=png_file, help="Draw the singular values and the captured energy (.png).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what a safety module holds: ranks and captured energy per layer, and where it comes from."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import typer
 
 CommandFunction = Callable[..., None]
 
@@ -36,6 +39,18 @@ def in_place_of(
         return with_options
 
     return decorate
+
+
+def png_file(path: Path | None) -> Path | None:
+    """
+    A callback of typer for where a plot is written.
+
+    Raises:
+        BadParameter: It has another ending, such as that of weights, which would be lost.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path}: a plot is a PNG file. Name one that ends in .png.")
+    return path
 
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")

@@ -9,6 +9,7 @@ import typer
 
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from .loading_options import takes_loading_options
+from .parameters import png_file
 from .printing import print_report
 
 
@@ -27,7 +28,7 @@ def validate(
     *,
     loading: LoadingOptions,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests' selection and the random directions.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw what the model loses (.png).")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=png_file, help="Draw what the model loses (.png).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Remove a safety module's directions from the running model and see whether its refusals go with them."""

@@ -10,6 +10,7 @@ import typer
 
 from ..commands.command import Command
 from ..hookspecs import hookimpl
+from ..support.files import make_folder
 
 INTRODUCTION = """
 A small aligned chat model (2 million parameters, part of this package) is fine-tuned on harmless word problems,
@@ -51,7 +52,7 @@ def demo(
     from .experiment import Settings, adapters, fine_tune, load_demo_model, measure
     from .report import table, write_plot, write_results
 
-    output_dir.mkdir(parents=True, exist_ok=True)  # rather fail now than after minutes of training
+    make_folder(output_dir)  # rather fail now than after minutes of training
     began = time.perf_counter()
     settings = Settings(steps=steps, learning_rate=learning_rate, seed=seed)
     console = Console()

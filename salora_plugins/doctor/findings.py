@@ -63,12 +63,17 @@ class Diagnosis:
         return result
 
     def summary(self) -> str:
-        """The problems once more, each with what to do."""
-        if not self.problems:
-            return "Nothing stands in the way."
-        lines = [f"- {one_line(p.name)}: {_sentences(p.found, p.remedy)}" for p in self.problems]
-        number = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        return "\n".join([f"{number}:", *lines])
+        """What is worth a look and the problems once more, each with what to do; the last line is the verdict's."""
+        looked_at = self._lines("warning")
+        lines = ["Worth a look:", *looked_at] if looked_at else []
+        problems = self._lines("problem")
+        if not problems:
+            return "\n".join([*lines, "Nothing stands in the way."])
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return "\n".join([*lines, f"{number}:", *problems])
+
+    def _lines(self, status: Status) -> list[str]:
+        return [f"- {one_line(f.name)}: {_sentences(f.found, f.remedy)}" for f in self.findings if f.status == status]
 
 
 def _sentences(*texts: str) -> str:

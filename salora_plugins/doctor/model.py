@@ -20,7 +20,7 @@ from ..calibration.rows import safety_rows
 from ..calibration.settings import checked_ranks, safety_row_settings, statistics_bytes
 from ..config import SaLoRAConfig
 from ..models.embeddings import output_embeddings, vocabulary_size
-from ..models.loading import NO_PICKLES, LoadingOptions, load_tokenizer
+from ..models.loading import NO_PICKLES, LoadingOptions, folder_or_name, load_tokenizer
 from ..ranks import SideRanks
 from ..rows.examples import RenderedRequest
 from ..rows.rendering import has_template
@@ -48,14 +48,18 @@ def examine_model(source: str, config: SaLoRAConfig, loading: LoadingOptions) ->
         loading: How the model would be loaded.
     """
     try:
+        source = folder_or_name(source)
         of_model = AutoConfig.from_pretrained(
             source, revision=loading.revision, trust_remote_code=loading.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         remedy = "Check the name"
-        if is_offline_mode():
+        if is_offline_mode() and not Path(source).is_dir():
             remedy += "; HF_HUB_OFFLINE is set, so that nothing is downloaded: unset it"
-        return [Finding(AREA, "configuration", f"{source}: {error}", "problem", remedy)]
+        text = str(error)
+        return [
+            Finding(AREA, "configuration", text if text.startswith(source) else f"{source}: {text}", "problem", remedy)
+        ]
     found = [_quantization(of_model)]
     try:
         model = _without_weights(of_model, loading)

@@ -27,6 +27,8 @@ def evaluation_command(base_model: str, adapter: str | os.PathLike, loading: Loa
         loading: How the base model was loaded.
     """
     folder = Path(adapter)
+    if folder.name in ("", ".."):  # beside "." is not in it
+        folder = folder.resolve()
     words = ["salora", "evaluate", base_model, "--adapter", f"{NAME}={folder}", "--out", f"{folder}-evaluation"]
     for option in dataclasses.fields(loading):
         value = getattr(loading, option.name)

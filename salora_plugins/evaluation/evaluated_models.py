@@ -16,11 +16,14 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora
-from ..models.loading import LoadingOptions, load_model, load_tokenizer
+from ..adapters.saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, SavedAdapter, check_plain_lora, without_file
+from ..models.loading import LoadingOptions, check_whole_model, load_model, load_tokenizer
+from ..models.weights import layer_features
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.hub import hub_file, hub_folder, is_hub_id, is_model_name
+from ..support.texts import one_line
 from .reports.report import ModelKind
 
 BASE = "base"
@@ -117,6 +120,30 @@ def check_vocabularies(tokenizer: Any, models: Sequence[EvaluatedModel], loading
                 )
 
 
+def check_fits(evaluated: EvaluatedModel, base: nn.Module) -> None:
+    """
+    Args:
+        evaluated: An adapter.
+        base: The base model, in memory.
+
+    Raises:
+        ValueError: It is of a model whose layers have other sizes, as PEFT says in many lines, and only once it is its
+            turn.
+    """
+    modules = dict(base.named_modules())
+    for name, (a, b) in SavedAdapter.load(evaluated.folder).factors.items():
+        module = modules.get(name)
+        if a.ndim != 2 or not isinstance(module, (nn.Linear, Conv1D)):
+            continue  # PEFT knows other names and kinds of layers
+        d_in, d_out = layer_features(module)
+        if (a.shape[1], b.shape[0]) != (d_in, d_out):
+            raise ValueError(
+                f"{evaluated.name}={evaluated.source}: its update of {name!r} is for {a.shape[1]} inputs and "
+                f"{b.shape[0]} outputs, and the base model's layer has {d_in} and {d_out}. Name the base model that "
+                "the adapter was trained on."
+            )
+
+
 class ModelLoader(Protocol):
     """Where the models of an evaluation come from, one at a time."""
 
@@ -179,7 +206,7 @@ class Loader:
         except (RuntimeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{evaluated.name}={evaluated.source}: PEFT cannot load it on the base model {self._base.source}: "
-                f"{error}"
+                f"{one_line(error)}"
             ) from error
 
     def _model(self, evaluated: EvaluatedModel) -> nn.Module:
@@ -204,7 +231,7 @@ def _adapter(name: str, source: str) -> EvaluatedModel:
     digest = hashlib.sha256()
     for file in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{name}={source}: it has no {file}, so it is not an adapter saved as safetensors.")
+            raise FileNotFoundError(f"Adapter {name!r}: {without_file(folder, file)}")
         with open(folder / file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return EvaluatedModel(name, "adapter", source, str(folder), digest.hexdigest())
@@ -214,8 +241,9 @@ def _model(name: str, kind: ModelKind, source: str, revision: str | None) -> Eva
     folder = Path(source).expanduser()
     if folder.is_dir():
         return EvaluatedModel(name, kind, str(folder), str(folder), _folder_digest(folder))
-    if not is_hub_id(source) and not is_model_name(source):
-        raise FileNotFoundError(f"{name}={source}: there is no such folder. Give a model's folder or hub repository.")
+    if folder.is_file() or (not is_hub_id(source) and not is_model_name(source)):
+        found = "this is a file" if folder.is_file() else "there is no such folder"
+        raise FileNotFoundError(f"{name}={source}: {found}. Give a model's folder or hub repository.")
     config = hub_file(source if revision is None else f"{source}@{revision}", "config.json", option=name)
     # The hub's cache names the folder by the commit.
     return EvaluatedModel(name, kind, source, source, config.parent.name)
@@ -223,6 +251,7 @@ def _model(name: str, kind: ModelKind, source: str, revision: str | None) -> Eva
 
 def _folder_digest(folder: Path) -> str:
     """SHA-256 of a model's configuration and of samples of its weights, since these may have hundreds of GB."""
+    check_whole_model(str(folder))
     weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     if not (folder / "config.json").is_file() or not weights:
         raise FileNotFoundError(f"{folder}: a model's folder holds config.json and weights; this one does not.")

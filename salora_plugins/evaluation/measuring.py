@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .coherence import response_perplexities
-from .evaluated_models import EvaluatedModel, Loader, ModelLoader
+from .evaluated_models import EvaluatedModel, Loader, ModelLoader, check_fits
 from .first_tokens import FirstTokenReference, first_token_kl, first_token_reference, refusal_margins
 from .generation import generate_responses
 from .lm_eval_tasks import run_lm_eval
@@ -66,6 +66,10 @@ class _Measuring:
         if KL in missing and evaluated.kind != "base":
             self._kl_references()  # before another model takes the base model's place in memory
         with self._loader.loaded(evaluated) as model:
+            if evaluated.kind == "base":  # rather now than after hours
+                for adapter in self._plan.models:
+                    if adapter.kind == "adapter":
+                        check_fits(adapter, model)
             if unanswered:
                 self._answer(name, model)
             for entry, run in missing.items():

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..support.files import atomic_write
+from ..support.files import atomic_write, make_folder
 from .reports.report import ANSWERS_FOLDER, REPORT_FILE, Answer, EvaluationReport, SetName, write_answers
 
 WORK_FOLDER = "work"
@@ -232,7 +232,7 @@ class Lines(Generic[T]):
 
     def add(self, record: T) -> None:
         """Append JSON values; they are on the disk when this returns."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._file.parent)
         try:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

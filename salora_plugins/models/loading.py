@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..support.files import read_json_object
 from ..support.hub import is_model_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
+CONFIG_NAME = "adapter_config.json"
+"""Of a saved adapter, as PEFT calls it."""
 NO_PICKLES = "Pickles are not read, as they can run code: save the model as safetensors (save_pretrained does)"
 """What is said of a model that has no weights but pickles, such as pytorch_model.bin."""
 
@@ -58,7 +61,8 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
         OSError: There is no such model, or it has no weights in safetensors: pickles are not read.
     """
     options.check()
-    source = _folder_or_name(source)
+    source = folder_or_name(source)
+    check_whole_model(source)
     from huggingface_hub.constants import is_offline_mode
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -84,20 +88,40 @@ def load_model(source: str, options: LoadingOptions) -> PreTrainedModel:
     elif options.load_in_8bit:
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **arguments).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, **arguments).eval()
     except SafetensorError as error:
         raise ValueError(f"{source}: the model's weights cannot be read, perhaps cut short ({error}).") from error
     except OSError as error:
         if f"file named {SAFE_WEIGHTS_NAME}" not in str(error) or (is_offline_mode() and not os.path.isdir(source)):
-            raise
+            if os.path.isdir(source):
+                raise
+            raise OSError(f"{source}: there is no such folder (looked in {os.getcwd()}). {error}") from error
         files = f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
         raise OSError(f"{source} has {files}. {NO_PICKLES}.") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a repository, which is not looked into before
+        raise ValueError(f"{source} holds an adapter, and a whole model is asked for. Name its base model.")
+    return model
+
+
+def check_whole_model(folder: str) -> None:
+    """
+    Raises:
+        ValueError: The folder holds an adapter, which transformers would load on its base model without a word.
+    """
+    file = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(file):
+        base_model = read_json_object(Path(file)).get("base_model_name_or_path")
+        named = f", {base_model}," if base_model else ""
+        raise ValueError(
+            f"{folder} holds an adapter ({CONFIG_NAME}), and a whole model is asked for. Name its base model{named} or "
+            "a folder that it was merged into."
+        )
 
 
 def load_tokenizer(source: str, options: LoadingOptions) -> PreTrainedTokenizerBase | None:
     """None where the model has none; data that needs one says so."""
     try:
-        source = _folder_or_name(source)
+        source = folder_or_name(source)
         return find_tokenizer(source, revision=options.revision, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError):
         return None
@@ -121,8 +145,16 @@ def find_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _folder_or_name(source: str) -> str:
+def folder_or_name(source: str) -> str:
+    """
+    What `from_pretrained` is to be given: a folder, its ~ expanded, or the name of a hub repository.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
     folder = os.path.expanduser(source)
+    if os.path.isfile(folder):
+        raise FileNotFoundError(f"{source} is a file. Name the folder of the model.")
     if not os.path.isdir(folder) and not is_model_name(source):
         raise FileNotFoundError(
             f"{source}: there is no such folder, and it is not the name of a hub repository. Check the path."

@@ -89,8 +89,8 @@ def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
     names = [name for name in names if name not in left_out]
     if not names:
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}. Check the names "
-            "against model.named_modules()."
+            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}, whose linear "
+            f"layers are called {_linear_names(model)}."
         )
     _check_not_tied(model, names)
     return names
@@ -200,6 +200,12 @@ def check_reached_by_text(model: nn.Module, names: Iterable[str]) -> None:
             "safety data is text and does not pass them, so that there is nothing to calibrate them on. Leave them "
             f"out: {advice_to_leave_out(unused, names, everything)}."
         )
+
+
+def _linear_names(model: nn.Module) -> str:
+    """The last parts of the names of a model's linear layers, such as "q_proj"."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
 def _check_not_tied(model: nn.Module, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -53,7 +54,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
     path = Path(path).expanduser()
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         remove_abandoned(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
         os.close(handle)
@@ -77,6 +78,36 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[Path], None
         raise
 
 
+def make_folder(path: Path) -> None:
+    """
+    Raises:
+        OSError: It cannot be made; the message names the file in its place, or the folder that cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(_file_in_the_way(path)) from error
+
+
+def check_writable(path: Path) -> None:
+    """
+    Whether a file can be written once there is something to write, its folder made where it is missing.
+
+    Raises:
+        OSError: See `make_folder`.
+    """
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(_file_in_the_way(path.parent))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+def _file_in_the_way(folder: Path) -> str:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return f"{existing} is a file, and a folder is needed there to write into {folder}. Name another place."
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove the temporary files (and folders) beside `path` that killed writers of it left there long ago."""
     now = time.time()
@@ -93,7 +124,7 @@ def remove_abandoned(path: Path) -> None:
 
 def scratch_folder(path: Path) -> Path:
     """A new hidden folder beside `path`, which `remove_abandoned` finds if its owner is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_abandoned(path)
     return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..parametrization import LORA_FACTORS, has_safe_factor
@@ -44,6 +45,32 @@ def salora_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, n
     for name, layer in _with_names_of_keys(model, adapter_name):
         for side, linear in lora_linears(layer, adapter_name).items():
             yield f"{name}.{LORA_FACTORS[side]}.{adapter_name}", linear
+
+
+def check_without_other_adapters(model: nn.Module, adapter_name: str, names: Collection[str]) -> None:
+    """
+    Check that a base model is one: `get_peft_model` puts its layers into the very model that it is given, where they
+    stay when it is given again, as a cell of a notebook is run again. They would be calibrated with, and trained and
+    saved unprotected under the same name.
+
+    Args:
+        model: To which a tuner is made.
+        adapter_name: Name of its adapter.
+        names: The target modules; layers of SaLoRA there give way to new ones.
+
+    Raises:
+        ValueError: It has layers of an adapter of another type, or of one of this name elsewhere.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        factors = getattr(module, "lora_A", {})
+        is_ours = len(factors) > 0 and all(map(has_safe_factor, factors.values()))
+        if not is_ours or (adapter_name in factors and name not in names):
+            raise ValueError(
+                f"The model is no base model: {name!r} has the adapter of an earlier get_peft_model, which changes the "
+                "model that it is given. Load the model again, or call unload() on what the earlier call returned."
+            )
 
 
 def _with_names_of_keys(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
