@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .printing import print_table
+
 
 def inspect(
     file: Annotated[str, typer.Argument(help="A safety module: a file, a folder with one, or a hub repository.")],
@@ -22,9 +24,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(describe(safety_module), indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(table(safety_module))
+        print_table(table(safety_module))
         typer.echo(summary(safety_module))
     if plot is not None:
         write_plot(plot, safety_module)

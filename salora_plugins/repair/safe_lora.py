@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,10 +19,8 @@ from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..models.checkpoint_weights import weight_delta, weights_of
 from ..support.module_names import listed
-from ..support.texts import cell, markdown, one_line
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ..support.tables import TableOfNames
+from ..support.texts import markdown, one_line
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -84,21 +82,17 @@ class SafeLoRAReport:
             lines.append(f"Not projected, though the adapter has trained it: {one_line(listed(self.not_covered))}.")
         return "\n".join(lines)
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(
-            caption="Cosine: of the update with its projection. Left: the projection's size over the update's.",
-            caption_justify="left",
+        result = TableOfNames(
+            "Module",
+            ("cosine", "left", "projected"),
+            "Cosine: of the update with its projection. Left: the projection's size over the update's.",
         )
-        result.add_column("Module", overflow="fold")
-        for header in ("cosine", "left", "projected"):
-            result.add_column(header, justify="right")
         for name, module in self.modules.items():
             cosine = "-" if module.cosine is None else f"{module.cosine:.4f}"
             size = "-" if module.size is None else f"{module.size:.2%}"
-            result.add_row(cell(name), cosine, size, "yes" if module.projected else "")
+            result.add_row(name, cosine, size, "yes" if module.projected else "")
         return result
 
     def card_section(self) -> str:
