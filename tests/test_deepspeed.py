@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import salora_plugins.demo
 from certificate import largest_share_inside
-from processes import AS_ON_GPUS, CPUS_AS_GPUS, LAUNCHER, run, run_ranks
+from processes import AS_ON_GPUS, CPUS_AS_GPUS, LAUNCHER, free_port, run, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, refusal_rows, relative_difference, sum_rows, token_batch, token_rows, tokenizer
 
@@ -325,16 +325,16 @@ def test_all_ranks_say_what_the_first_one_cannot(in_the_run):
 AXOLOTL = (
     AS_ON_GPUS
     + """
+import json
 import os
 
 if __name__ == "__main__":  # what Axolotl starts imports this file
     from axolotl.cli.main import cli
 
-    port = int(os.environ["MASTER_PORT"])
-    for number, file in enumerate(sys.argv[2:]):
+    for port, file in zip(json.loads(sys.argv[2]), sys.argv[3:], strict=True):
         child = os.fork()  # a run leaves more behind than can be undone
         if not child:
-            os.environ["MASTER_PORT"] = str(port + number)
+            os.environ["MASTER_PORT"] = str(port)
             cli(["train", file, "--launcher", "python"], standalone_mode=False)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0, file
@@ -384,7 +384,8 @@ def axolotl(tmp_path_factory) -> Path:
         changed = config | {"output_dir": str(folder / name)} | change
         files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
     own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    run_ranks(AXOLOTL, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+    ports = json.dumps([free_port() for _ in files])  # on which the ranks of each run meet
+    run_ranks(AXOLOTL, folder, ports, *map(str, files), **CPUS_AS_GPUS, **own)
     return folder
 
 
