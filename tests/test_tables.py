@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from salora_plugins.commands.printing import print_table
 from salora_plugins.support.tables import TableOfNames
 
 NAMES = [
@@ -67,3 +68,13 @@ def test_what_all_names_begin_with_is_shown_once_where_the_width_is_needed():
     assert wide.count("model.layers") == len(NAMES) and "In model" not in wide
     assert "In" not in printed(table(["lm_head"], OF_RESTORE), 20)
     assert printed(table(NAMES, ("removed",)), 80).count("model.layers") == len(NAMES)  # there is room for them
+
+
+def test_a_pipe_has_no_width_unless_the_user_says_one(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(table(NAMES, OF_AUDIT))
+    assert capsys.readouterr().out.count("model.layers") == len(NAMES)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(table(NAMES, OF_AUDIT))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "In model.layers:" and max(map(len, lines)) <= 80
