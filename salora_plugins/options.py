@@ -276,7 +276,7 @@ class Option:
         elif self.type is int:
             check_number(name, value, self.least)
         elif self.type is float:
-            _check_float(name, value, self.least)
+            check_real(name, value, f"a number of at least {self.least}", lambda number: number >= self.least)
         elif self.choices:
             # By type, too: 1 is equal to True, and an array is compared element by element.
             if type(value) not in map(type, self.choices) or value not in self.choices:
@@ -295,9 +295,20 @@ def check_number(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}={shortened(value)}: give a whole number of at least {least}{how_to_write(value)}.")
 
 
-def _check_float(name: str, value: object, least: int) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name}={shortened(value)}: give a number of at least {least}{how_to_write(value)}.")
+def check_real(name: str, value: object, wanted: str, valid: Callable[[float], bool]) -> None:
+    """
+    Args:
+        name: What the user calls the number.
+        value: Of it.
+        wanted: What it is to be, such as "a number above 0, such as 1.0".
+        valid: Whether a finite number is that.
+
+    Raises:
+        ValueError: `value` is no finite number, or not a valid one.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not -math.inf < value < math.inf or not valid(value):
+        raise ValueError(f"{name}={shortened(value)}: give {wanted}{how_to_write(value)}.")
 
 
 def _is_text(value: Any) -> bool:

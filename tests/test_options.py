@@ -15,7 +15,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from salora_plugins import SaLoRAConfig
+from salora_plugins import (
+    RefusalAnchorCallback,
+    SaLoRAConfig,
+    StrengthSearch,
+    apply_safe_lora,
+    audit,
+    export_adapter,
+    restore,
+)
 from salora_plugins.cli import create_cli, main
 from salora_plugins.commands.calibrate import calibrate
 from salora_plugins.commands.config_options import flag
@@ -24,6 +32,8 @@ from salora_plugins.integrations.axolotl.block_checks import OF_THE_RUN
 from salora_plugins.integrations.axolotl.errors import check_block
 from salora_plugins.options import OPTIONS, Option, RankPattern
 from salora_plugins.ranks import Rank
+from salora_plugins.repair.strength import Strength
+from salora_plugins.replay.mixing import check_share
 
 # Form -> option that it leaves out -> why.
 LEFT_OUT = {
@@ -301,6 +311,37 @@ def test_the_command_says_what_its_option_is_called(option: Option, capsys, monk
 def test_the_message_says_how_to_write_it_and_lora_s_options_have_one(options, message):
     with pytest.raises(ValueError, match=message):
         SaLoRAConfig(**options)
+
+
+WRONG_NUMBERS = ("1", "1e-3", "", [1], float("nan"), -1, True, np.float32(2), torch.tensor(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *((name, lambda value, name=name: Strength(**{name: value}).check()) for name in ("alpha", "alpha_1")),
+        *(
+            (name, lambda value, name=name: StrengthSearch("rows.jsonl", **{name: value}).check())
+            for name in ("max_loss_increase", "num_requests", "num_task_rows", "max_new_tokens", "batch_size")
+        ),
+        ("entropy", lambda value: restore("tuned", "aligned", "out", entropy=value)),
+        ("max_rank", lambda value: restore("tuned", "aligned", "out", max_rank=value)),
+        ("threshold", lambda value: apply_safe_lora("tuned", "base", "aligned", out="out", threshold=value)),
+        ("num_layers", lambda value: apply_safe_lora("tuned", "base", "aligned", out="out", num_layers=value)),
+        ("max_rank", lambda value: export_adapter("tuned", "out", max_rank=value)),
+        ("share", lambda value: export_adapter("tuned", "out", share=value)),
+        ("max_share", lambda value: audit("tuned", max_share=value)),
+        ("weight", lambda value: RefusalAnchorCallback(weight=value)),
+        ("every", lambda value: RefusalAnchorCallback(every=value)),
+        ("num_tokens", lambda value: RefusalAnchorCallback(num_tokens=value)),
+        ("--refusal_share", lambda value: check_share(value, "--refusal_share")),
+    ],
+)
+def test_numbers_of_functions_are_refused_likewise(name, given):
+    """Before anything is read."""
+    for value in WRONG_NUMBERS:
+        if not (name == "threshold" and value == -1):
+            assert_refused(given, name, value)
 
 
 def test_importing_the_declarations_imports_nothing_heavy():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..options import check_real
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import svd_of_product
@@ -170,8 +171,8 @@ def audit(
         ValueError: The adapter is not two plain factors per linear layer, the safety module covers none of its modules,
             or `max_share` is no share.
     """
-    if not 0 <= max_share <= 1:
-        raise ValueError(f"max_share={max_share}: give a share of the norm between 0 and 1, such as 1e-5.")
+    wanted = "a share of the norm between 0 and 1, such as 1e-5"
+    check_real("max_share", max_share, wanted, lambda number: 0 <= number <= 1)
     folder = Path(adapter).expanduser()
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="audited")

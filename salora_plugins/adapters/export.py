@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import read_side_config
+from ..options import check_number, check_real
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import balanced_factors
@@ -218,10 +219,11 @@ def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyM
 def _check_options(max_rank: int | None, share: float | None, dtype: str) -> None:
     if max_rank is not None and share is not None:
         raise ValueError("max_rank and share are both given. Choose one.")
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank={max_rank}: give a whole number of at least 1.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
+    if max_rank is not None:
+        check_number("max_rank", max_rank, 1)
+    if share is not None:
+        wanted = "a share of the squared norm between 0 and 1, such as 0.99"
+        check_real("share", share, wanted, lambda number: 0 < number <= 1)
     check_dtype(dtype)
 
 

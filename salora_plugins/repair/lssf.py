@@ -22,7 +22,7 @@ from ..models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight
 from ..models.fingerprint import check_belongs
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
-from ..options import check_number
+from ..options import check_number, check_real
 from ..safety_module import SafetyModule
 from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
@@ -227,8 +227,8 @@ class _Restoration:
     def _check_options(self) -> None:
         check_dtype(self.dtype)
         self.strength.check()
-        if self.entropy is not None and not 0 < self.entropy < 1:
-            raise ValueError(f"entropy={self.entropy}: give a share between 0 and 1, such as {ENTROPY}.")
+        if self.entropy is not None:
+            check_real("entropy", self.entropy, f"a share between 0 and 1, such as {ENTROPY}", lambda s: 0 < s < 1)
         if self.max_rank is not None:
             check_number("max_rank", self.max_rank, 1)
         if self.search is not None:

@@ -18,6 +18,7 @@ from ..adapters.model_card import PACKAGE, TO_LOAD, table
 from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..models.checkpoint_weights import weight_delta, weights_of
+from ..options import check_number, check_real
 from ..support.module_names import listed
 from ..support.tables import TableOfNames
 from ..support.texts import markdown, one_line
@@ -182,7 +183,7 @@ def apply_safe_lora(
         beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
-    if num_layers is not None and num_layers not in range(1, most + 1):
+    if num_layers is not None and num_layers > most:
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
@@ -200,15 +201,15 @@ def _threshold(threshold: float | None, num_layers: int | None) -> float | None:
     The default where nothing is given.
 
     Raises:
-        ValueError: Both are given, or the threshold is no cosine.
+        ValueError: Both are given, or the threshold is no cosine, or the number none of modules.
     """
     if num_layers is not None:
         if threshold is not None:
             raise ValueError("threshold and num_layers are both set. Choose one of them.")
+        check_number("num_layers", num_layers, 1)
         return None
     threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}: give a cosine, such as 0.5.")
+    check_real("threshold", threshold, "a cosine, such as 0.5", lambda number: -1 <= number <= 1)
     return threshold
 
 
