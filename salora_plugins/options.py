@@ -306,9 +306,14 @@ def check_real(name: str, value: object, wanted: str, valid: Callable[[float], b
     Raises:
         ValueError: `value` is no finite number, or not a valid one.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not -math.inf < value < math.inf or not valid(value):
-        raise ValueError(f"{name}={shortened(value)}: give {wanted}{how_to_write(value)}.")
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -math.inf < value < math.inf
+        and valid(value)
+    ):
+        return
+    raise ValueError(f"{name}={shortened(value)}: give {wanted}{how_to_write(value)}.")
 
 
 def _is_text(value: Any) -> bool:
