@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 
-from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries
+from .lora_options import COMPATIBLE_LORA_FIELDS, WHAT_TO_USE_INSTEAD, check_lora_entries, check_lora_options
 from .options import OF_BASIS_METHODS, OPTIONS, AdapterOptions, Positions, check_number
 from .plugins import basis_needs, register_peft_types
 from .ranks import Rank, Side, ranks_of
@@ -173,13 +173,15 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
 
     def __post_init__(self) -> None:
         register_peft_types()
+        # First of all, since what follows compares the values.
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
+        check_number("r", self.r, 1)
+        check_lora_options(self)
         super().__post_init__()
         self.peft_type = SaLoRAPeftType.SALORA
         self._take_names_of_paths()
         self._resolve_start()
-        check_number("r", self.r, 1)
-        for option in OPTIONS.values():
-            option.check(getattr(self, option.name))
         self._refuse_contradicting_options()
         self._refuse_options_of_other_methods()
         self._refuse_contradicting_lora_options()

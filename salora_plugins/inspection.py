@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .options import OPTIONS
 from .ranks import SIDES, Side, of_side
 from .safety_module import SafetyModule, SideBases
 from .support.numbers import percent
 from .support.plotting import new_figure, save_png
-from .support.texts import cell, one_line
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
+from .support.tables import TableOfNames
+from .support.texts import one_line
 
 LARGE_LEAK = 0.1
 """Above this median leak of a kind of layer, a safety module is said to leak."""
@@ -203,19 +200,13 @@ def _data_lines(provenance: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def table(safety_module: SafetyModule) -> Table:
+def table(safety_module: SafetyModule) -> TableOfNames:
     """One row a module."""
-    from rich.table import Table
-
     what = what_directions(safety_module.provenance)
     spectra = dict.fromkeys(what.spectra[side] for side in safety_module.sides)
     caption = f"Captured: share of the energy of {', '.join(spectra)}."
-    result = Table(caption=f"{caption} Values: singular values, first and last.")
-    result.add_column("Module", overflow="fold")
-    for side in safety_module.sides:
-        result.add_column(f"{side} rank", justify="right")
-        result.add_column("captured", justify="right")
-        result.add_column("values", justify="right")
+    headers = [header for side in safety_module.sides for header in (f"{side} rank", "captured", "values")]
+    result = TableOfNames("Module", headers, f"{caption} Values: singular values, first and last.")
     for name, sides in _modules(safety_module).items():
         cells = []
         for found in sides.values():
@@ -225,7 +216,7 @@ def table(safety_module: SafetyModule) -> Table:
                 "?" if share is None else percent(share),
                 f"{values[0]:.3g} .. {values[-1]:.3g}" if values else "?",
             ]
-        result.add_row(cell(name), *cells)
+        result.add_row(name, *cells)
     return result
 
 

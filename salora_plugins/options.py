@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Set
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .ranks import Rank, check_pattern, check_rank
+from .support.texts import how_to_write, shortened
 
 Variant = Literal["two-sided", "paper", "sails"]
 """Which sides of the layers are protected; with "sails" none is, and training starts in the directions."""
@@ -28,9 +30,13 @@ EngineChoice = Literal["auto", "exact", "sketched"]
 """How the statistics of the layers are kept, see `activations.statistics.choose_engine`."""
 RankPattern = dict[str, Rank]
 """Module name or regular expression -> rank."""
+Holds = Literal["rows", "safety module", "autoencoders"]
+"""What an option names, or is, that can be an object in Python: its type is Any."""
 
 
-def about(help: str, *, least: int = 1, if_none: str | None = None, several: bool = False) -> dict[str, Any]:
+def about(
+    help: str, *, least: int = 1, if_none: str | None = None, several: bool = False, holds: Holds | None = None
+) -> dict[str, Any]:
     """
     What is said of an option, as the metadata of its field.
 
@@ -39,8 +45,9 @@ def about(help: str, *, least: int = 1, if_none: str | None = None, several: boo
         least: The least value of a number.
         if_none: What the default is where it is given as None.
         several: Whether a list of such values is a value, too.
+        holds: What it names or is, where its type is Any.
     """
-    return {"help": help, "least": least, "if_none": if_none, "several": several}
+    return {"help": help, "least": least, "if_none": if_none, "several": several, "holds": holds}
 
 
 @dataclass
@@ -101,12 +108,15 @@ class AdapterOptions:
             "Harmful requests, with safe responses or without: builtin, a file (of text: a request a line), a folder "
             "or a hub data set, or several of these; in Python and YAML also a list of requests or rows.",
             several=True,
+            holds="rows",
         ),
     )
     task_data: Any = field(
         default=None,
         metadata=about(
-            "Examples for the start 'task': a file, a folder or a hub data set.", if_none="the first training batch"
+            "Examples for the start 'task': a file, a folder or a hub data set.",
+            if_none="the first training batch",
+            holds="rows",
         ),
     )
     safety_module: Any = field(
@@ -115,6 +125,7 @@ class AdapterOptions:
             "A safety module computed before (a file, a folder that holds one, or a hub repository); skips "
             "calibration.",
             if_none="none, it is calibrated",
+            holds="safety module",
         ),
     )
     basis_method: str = field(
@@ -152,6 +163,7 @@ class AdapterOptions:
             "Everyday requests, with responses or without, for a basis_method that tells safety from utility: builtin, "
             "or as safety_data.",
             several=True,
+            holds="rows",
         ),
     )
     num_utility_samples: int = field(default=128, metadata=about("Utility examples to calibrate on, at most."))
@@ -175,6 +187,7 @@ class AdapterOptions:
             "Pairs of a safe and an unsafe response to a request, for basis_method sae: a file, a folder or a hub data "
             "set of rows with prompt, chosen and rejected.",
             if_none="none",
+            holds="rows",
         ),
     )
     contrastive_positions: Positions = field(
@@ -186,6 +199,7 @@ class AdapterOptions:
             "Sparse autoencoder of each layer, for basis_method sae: RELEASE:ID of sae-lens, or a folder, with {layer} "
             "in the place of the layer's number; in Python and YAML also a mapping of layers to such.",
             if_none="none",
+            holds="autoencoders",
         ),
     )
     sae_feature_share: float = field(
@@ -218,6 +232,7 @@ class Option:
         default_in_words: The default, or what it is where it is given as None.
         least: The least value, where it is a number.
         several: Whether it can also be a list of such values.
+        holds: What it names or is, where its type is Any.
     """
 
     name: str
@@ -228,6 +243,7 @@ class Option:
     default_in_words: str
     least: int
     several: bool
+    holds: Holds | None
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -240,38 +256,108 @@ class Option:
         """Help with the default, or with what stands in its place in a host."""
         return f"{self.help} Default: {default or self.default_in_words}."
 
-    def check(self, value: Any) -> None:
+    def check(self, value: Any, *, named: str | None = None) -> None:
         """
+        Args:
+            value: Of the option, as a configuration takes it; not converted from another kind.
+            named: What a host calls the option.
+
         Raises:
             ValueError: It cannot have this value.
         """
-        if value is None and self.optional:
-            return
-        if self.choices and value not in self.choices:
-            choices = (*self.choices, None) if self.optional else self.choices
-            raise ValueError(f"{self.name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
-        if self.type is int:
-            check_number(self.name, value, self.least)
-        elif self.type is float:
-            _check_float(self.name, value, self.least)
+        name = named or self.name
+        if value is None:
+            if not self.optional:
+                raise ValueError(f"{name}=None: leave it out for the default ({self.default_in_words}), or give one.")
         elif self.type == Rank:
-            check_rank(self.name, value, self.least)
+            check_rank(self.name, value, self.least, named=name)
         elif self.type == RankPattern:
-            check_pattern(self.name, value)
+            check_pattern(self.name, value, named=name)
+        elif self.type is int:
+            check_number(name, value, self.least)
+        elif self.type is float:
+            check_real(name, value, f"a number of at least {self.least}", lambda number: number >= self.least)
+        elif self.choices:
+            # By type, too: 1 is equal to True, and an array is compared element by element.
+            if type(value) not in map(type, self.choices) or value not in self.choices:
+                choices = (*self.choices, None) if self.optional else self.choices
+                raise ValueError(f"{name}={shortened(value)}: choose one of {', '.join(map(repr, choices))}.")
+        elif not _VALID[self.holds](value):
+            raise ValueError(f"{name}={shortened(value)}: give {_WANTED[self.holds]}.")
 
 
 def check_number(name: str, value: object, least: int) -> None:
     """
     Raises:
-        ValueError: `value` is no whole number of at least `least`.
+        ValueError: `value` is no whole number of at least `least`, or none that 64 bits hold.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ValueError(f"{name}={shortened(value)}: give a whole number of at least {least}{how_to_write(value)}.")
 
 
-def _check_float(name: str, value: object, least: int) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a number of at least {least}.")
+def check_real(name: str, value: object, wanted: str, valid: Callable[[float], bool]) -> None:
+    """
+    Args:
+        name: What the user calls the number.
+        value: Of it.
+        wanted: What it is to be, such as "a number above 0, such as 1.0".
+        valid: Whether a finite number is that.
+
+    Raises:
+        ValueError: `value` is no finite number, or not a valid one.
+    """
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -math.inf < value < math.inf
+        and valid(value)
+    ):
+        return
+    raise ValueError(f"{name}={shortened(value)}: give {wanted}{how_to_write(value)}.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) or isinstance(value, os.PathLike)
+
+
+def _may_hold_rows(value: Any) -> bool:
+    """Whether it is a name, or rows may come out of it one after another; which, is for who reads them to say."""
+    if isinstance(value, (str, os.PathLike)):
+        return _is_name(value)
+    # A scalar of numpy or torch has the method, too. A mapping is one row; a data set of several splits is a mapping.
+    is_scalar = getattr(value, "ndim", 1) == 0
+    return hasattr(value, "__iter__") and not is_scalar and type(value) is not dict and not isinstance(value, _NO_ROWS)
+
+
+_NO_ROWS = (bytes, bytearray, Set)
+
+
+def _is_safety_module(value: Any) -> bool:
+    return _is_name(value) or hasattr(value, "input_bases")  # the class is of a higher layer
+
+
+def _are_autoencoders(value: Any) -> bool:
+    return _is_name(value) or (isinstance(value, Mapping) and bool(value) and all(map(_is_name, value.values())))
+
+
+# By what an option holds; None: a text.
+_VALID: dict[Holds | None, Callable[[Any], bool]] = {
+    None: _is_name,
+    "rows": _may_hold_rows,
+    "safety module": _is_safety_module,
+    "autoencoders": _are_autoencoders,
+}
+_WANTED: dict[Holds | None, str] = {
+    None: "a name, as a text",
+    "rows": "a registered name, a file, a folder or a hub data set, as a text, or in Python a `datasets.Dataset` or a "
+    "list of rows",
+    "safety module": "a file, a folder or a hub repository, as a text, or in Python a SafetyModule",
+    "autoencoders": "RELEASE:ID or a folder, as a text, or a mapping of layers to such",
+}
 
 
 def _declared() -> Mapping[str, Option]:
@@ -283,12 +369,13 @@ def _declared() -> Mapping[str, Option]:
         found[entry.name] = Option(
             name=entry.name,
             type=functools.reduce(operator.or_, [kind for kind in kinds if kind is not NoneType]),
-            optional=NoneType in kinds,
+            optional=NoneType in kinds or default is None,
             default=default,
             help=entry.metadata["help"],
             default_in_words=entry.metadata["if_none"] or str(default),
             least=entry.metadata["least"],
             several=entry.metadata["several"],
+            holds=entry.metadata["holds"],
         )
     return MappingProxyType(found)
 

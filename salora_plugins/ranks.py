@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from .support.texts import how_to_write, shortened
+
 if TYPE_CHECKING:
     from torch import Tensor  # not at run time: `options` is imported at every start of Axolotl
 
@@ -114,8 +116,14 @@ def side_of(option: str) -> Side:
     return "input" if option.startswith(of_side("input", "")) else "output"
 
 
-def check_rank(option: str, value: object, least: int) -> None:
+def check_rank(option: str, value: object, least: int, *, named: str | None = None) -> None:
     """
+    Args:
+        option: It says the side.
+        value: Of the option.
+        least: Number of directions.
+        named: What a host calls the option.
+
     Raises:
         ValueError: `value` is neither a whole number of at least `least` nor a float between 0 and 1 nor a rule for
             this side.
@@ -125,29 +133,39 @@ def check_rank(option: str, value: object, least: int) -> None:
     side = side_of(option)
     if (rule := rule_of(value)) is not None and side in RULES[rule.kind].sides:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
         rules = "".join(
             f", or {f'{kind}:{rule.example}'!r}, {rule.meaning}" for kind, rule in RULES.items() if side in rule.sides
         )
         raise ValueError(
-            f"{option}={value!r}: give a whole number of at least {least}, or a share of the energy between 0 and 1 "
-            f"such as 0.95{rules}."
+            f"{named or option}={shortened(value)}: give a whole number of at least {least}, or a share of the energy "
+            f"between 0 and 1 such as 0.95{rules}{how_to_write(value)}."
         )
 
 
-def check_pattern(option: str, pattern: object) -> None:
+def check_pattern(option: str, pattern: object, *, named: str | None = None) -> None:
     """
+    Args:
+        option: It says the side.
+        pattern: Of the option.
+        named: What a host calls the option.
+
     Raises:
         ValueError: `pattern` is not a mapping of regular expressions to ranks.
     """
+    named = named or option
     if not isinstance(pattern, Mapping):
-        raise ValueError(f"{option}={pattern!r}: give a mapping of module names or regular expressions to ranks.")
+        raise ValueError(
+            f"{named}={shortened(pattern)}: give a mapping of module names or regular expressions to ranks."
+        )
     for key, value in pattern.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{named}: {shortened(key)} is no text. Give module names or regular expressions.")
         try:
-            re.compile(str(key))
+            re.compile(key)
         except re.error as error:
-            raise ValueError(f"{option}: {key!r} is not a valid regular expression ({error}).") from error
-        check_rank(f"{option}[{key!r}]", value, 1)
+            raise ValueError(f"{named}: {key!r} is not a valid regular expression ({error}).") from error
+        check_rank(option, value, 1, named=f"{named}[{key!r}]")
 
 
 def matching_patterns(names: Iterable[str], pattern: Mapping[str, Rank]) -> dict[str, str | None]:

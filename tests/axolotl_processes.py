@@ -23,11 +23,10 @@ ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mes
 if __name__ == "__main__":  # what Axolotl starts imports this file
     from axolotl.cli.main import cli
 
-    port = int(os.environ["MASTER_PORT"])
-    for number, file in enumerate(sys.argv[2:]):
+    for port, file in zip(json.loads(sys.argv[2]), sys.argv[3:], strict=True):
         child = os.fork()  # a run leaves more behind than can be undone
         if not child:
-            os.environ["MASTER_PORT"] = str(port + number)
+            os.environ["MASTER_PORT"] = str(port)
             cli(["train", file, "--launcher", "python"], standalone_mode=False)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0, file

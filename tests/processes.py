@@ -73,15 +73,19 @@ def run_launched(command: str, folder: Path, *arguments: str, **environment: str
     run_ranks(AS_ON_GPUS + program, folder, *given, cwd=repository, **environment)
 
 
+def free_port() -> int:
+    """A port that nobody listens at: another run of the tests, or a training, may have the launchers' 29500."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_ranks(
     program: str, folder: Path, *arguments: str, count: int = 2, cwd: Path | None = None, **environment: str
 ) -> None:
     """Run a program behind PREAMBLE in processes that can make a group, as torch.distributed.run starts them."""
     file, errors = _file(program, folder), [folder / f"errors-{rank}.txt" for rank in range(count)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     group |= {"LOCAL_WORLD_SIZE": str(count)}
     own = {**environment, **group}
     ranks = [

@@ -87,9 +87,12 @@ def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--safety-rank", "many"), "safety_rank='many': give a whole number of at least 1, or a share"),
-        (("--safety-rank-pattern", "v_proj=leak:0.1"), "safety_rank_pattern['v_proj']='leak:0.1': give a whole number"),
-        (("--safety-rank", "1.5"), "safety_rank=1.5: give a whole number of at least 1, or a share"),
+        (("--safety-rank", "many"), "--safety-rank='many': give a whole number of at least 1, or a share"),
+        (
+            ("--safety-rank-pattern", "v_proj=leak:0.1"),
+            "--safety-rank-pattern['v_proj']='leak:0.1': give a whole",
+        ),
+        (("--safety-rank", "1.5"), "--safety-rank=1.5: give a whole number of at least 1, or a share"),
         (("--safety-rank-pattern", "v_proj"), "--safety-rank-pattern v_proj: give MODULE=RANK"),
         (("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit are both given"),
         (

@@ -657,9 +657,7 @@ def test_an_adapter_of_a_model_of_another_size_is_told_before_anything_is_measur
     small = llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
     get_peft_model(small, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     adapter = EvaluatedModel("a", "adapter", "there", str(tmp_path), "")
-    with pytest.raises(
-        ValueError, match=r"a=there: its update of .*q_proj' is for 32 inputs and 32 outputs"
-    ):
+    with pytest.raises(ValueError, match=r"a=there: its update of .*q_proj' is for 32 inputs and 32 outputs"):
         check_fits(adapter, llama())
     check_fits(adapter, small)
 

@@ -10,17 +10,30 @@ import subprocess
 import sys
 from typing import Any, get_args
 
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig
 
-from salora_plugins import SaLoRAConfig
-from salora_plugins.cli import create_cli
+from salora_plugins import (
+    RefusalAnchorCallback,
+    SaLoRAConfig,
+    StrengthSearch,
+    apply_safe_lora,
+    audit,
+    export_adapter,
+    restore,
+)
+from salora_plugins.cli import create_cli, main
 from salora_plugins.commands.calibrate import calibrate
 from salora_plugins.commands.config_options import flag
 from salora_plugins.integrations.axolotl.args import MonitorOptions, RefusalAnchorOptions, SaLoRAOptions
 from salora_plugins.integrations.axolotl.block_checks import OF_THE_RUN
+from salora_plugins.integrations.axolotl.errors import check_block
 from salora_plugins.options import OPTIONS, Option, RankPattern
 from salora_plugins.ranks import Rank
+from salora_plugins.repair.strength import Strength
+from salora_plugins.replay.mixing import check_share
 
 # Form -> option that it leaves out -> why.
 LEFT_OUT = {
@@ -172,14 +185,163 @@ def test_salora_calibrate_leaves_out_what_is_listed(calibrate_options):
     assert not {flag(OPTIONS[name]) for name in LEFT_OUT["calibrate"]} & calibrate_options.keys()
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.type not in (Any, str)])
-def test_a_value_of_another_kind_is_refused(option: Option):
-    with pytest.raises(ValueError, match=rf"^{option.name}=\['x'\]: (choose one of|give)"):
-        SaLoRAConfig(**{option.name: ["x"]})
-    if option.type is int or option.type == Rank:
-        with pytest.raises(ValueError, match=f"give a whole number of at least {option.least}"):
-            SaLoRAConfig(**{option.name: option.least - 1})
-        option.check(option.least)
+# Of every kind that is given by mistake.
+MISTAKES = (
+    *(None, "", [], {}, {"a": "b"}, b"x", {1}, object(), float("nan"), float("inf"), -1, 2**70),
+    *("32", "1e-3", "0.5", "true", True, False, 0, 1, 1.0, 2.5, ["x"], [1], ("x",)),
+    *(np.int64(4), np.float32(0.5), np.bool_(True), np.array(4), np.array([1, 2]), torch.tensor(4), torch.ones(2)),
+)
+
+
+def may_be(option: Option, value: object) -> bool:
+    """Whether a value is one of the option's, apart from `Option.check`."""
+    if value is None:
+        return option.default is None
+    if option.choices:
+        return any(value is choice for choice in option.choices)
+    is_name = type(value) is str and value != ""
+    if option.holds == "rows":  # what is in them is seen when they are read
+        return is_name or (type(value) in (list, tuple, np.ndarray, torch.Tensor) and getattr(value, "ndim", 1) > 0)
+    if option.holds is not None or option.type is str:
+        return is_name or (option.holds == "autoencoders" and type(value) is dict and value != {})
+    is_whole = type(value) is int and option.least <= value < 2**63
+    return {
+        int: is_whole,
+        float: type(value) in (int, float) and option.least <= value < float("inf"),
+        Rank: is_whole or (type(value) is float and 0 < value < 1),
+        RankPattern: type(value) is dict and not value,
+    }[option.type]
+
+
+def assert_refused(refuses, named: str, value: object) -> None:
+    """A ValueError names the option and the value, and says what to do."""
+    with pytest.raises(ValueError) as raised:
+        refuses(value)
+    shown = " ".join(repr(value).split())[:70]
+    found = str(raised.value)
+    assert found.startswith((f"{named}={shown}", f"{named}['a']='b'")), found
+    assert re.search(r"=.*: (choose one of|give|leave it out)", found), found
+
+
+@every_option
+def test_a_value_of_another_kind_is_refused_by_name(option: Option):
+    """Never by a TypeError, nor later, once the model is loaded."""
+    for value in MISTAKES:
+        if may_be(option, value):
+            option.check(value)
+            continue
+        assert_refused(option.check, option.name, value)
+        assert_refused(lambda value: SaLoRAConfig(**{option.name: value}), option.name, value)
+
+
+@of_form("axolotl")
+def test_axolotls_block_converts_no_value(option: Option):
+    """As pydantic would: a text to a number, true to 1."""
+    for value in MISTAKES:
+        if value is not None and not may_be(option, value):
+            assert_refused(
+                lambda value: check_block(SaLoRAOptions, {option.name: value}, "salora"), f"salora.{option.name}", value
+            )
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"refusal_share": "0.1"}, "salora.refusal_share: '0.1': input should be a valid number"),
+        ({"refusal_share": True}, "salora.refusal_share: True: input should be a valid number"),
+        ({"monitor": 1}, "salora.monitor: 1: input should be a valid boolean"),
+        ({"monitor": {"num_requests": True}}, "salora.monitor.num_requests: True: input should be a valid integer"),
+        ({"monitor": {"every_steps": "5"}}, "salora.monitor.every_steps: '5': input should be a valid integer"),
+        (
+            {"refusal_anchor": {"weight": "1e-3"}},
+            "salora.refusal_anchor.weight: '1e-3': input should be a valid number",
+        ),
+        ({"refusal_anchor": {"weight": float("inf")}}, "salora.refusal_anchor.weight: inf: input should be a finite"),
+    ],
+)
+def test_axolotls_other_keys_convert_none_either(block, message):
+    with pytest.raises(ValueError, match=message):
+        check_block(SaLoRAOptions, block, "salora")
+    SaLoRAOptions(refusal_share=0.1, monitor={"num_requests": 8}, refusal_anchor={"weight": 2})
+
+
+@of_form("calibrate")
+def test_the_command_says_what_its_option_is_called(option: Option, capsys, monkeypatch):
+    """Before a model is looked for; a text that is no number is refused by typer."""
+    if option.type is bool:
+        return  # a flag without a value
+    wrong = {int: "-1", float: "nan", Rank: "-1", RankPattern: "q_proj=-1"}.get(option.type, "")
+    command = ["salora", "calibrate", "--model", "nowhere", "--out", "x.safetensors", f"{flag(option)}={wrong}"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 1
+    assert f"{flag(option)}{'[' if option.type == RankPattern else '='}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_safety_samples": "32"}, r"at least 1 \(this is a text; the number is 32\)\.$"),
+        ({"header_weight": "1e-3"}, r"at least 0 \(this is a text; the number is 0\.001\)\.$"),
+        ({"seed": np.int64(3)}, r"at least 0 \(this is a numpy scalar; give its \.item\(\)\)\.$"),
+        (
+            {"safety_rank": torch.tensor(3)},
+            r"^safety_rank=tensor\(3\): .*\(this is a torch scalar; give its \.item\(\)",
+        ),
+        ({"num_task_samples": None}, r"^num_task_samples=None: leave it out for the default \(128\)"),
+        ({"safety_rank_pattern": {1: 4}}, "^safety_rank_pattern: 1 is no text"),
+        ({"input_safety_rank_pattern": {"q": "4"}}, r"^input_safety_rank_pattern\['q'\]='4': give .*the number is 4"),
+        ({"r": "8"}, "^r='8': give a whole number"),
+        ({"lora_alpha": "1"}, r"^lora_alpha='1': give a number \(this is a text; the number is 1\)"),
+        ({"lora_alpha": float("nan")}, "^lora_alpha=nan: give a number"),
+        ({"lora_dropout": -0.1}, "^lora_dropout=-0.1: give a share"),
+        ({"lora_dropout": None}, "^lora_dropout=None: give a share"),
+        ({"target_modules": 5}, "^target_modules=5: give a text or a list of texts"),
+        ({"target_modules": ["q_proj", 1]}, r"^target_modules=\['q_proj', 1\]: give a text or a list of texts"),
+        ({"use_rslora": "no"}, "^use_rslora='no': give true or false"),
+        ({"bias": True}, "^bias=True: give none, all or lora_only"),
+        ({"rank_pattern": [1]}, r"^rank_pattern=\[1\]: give a mapping"),
+        ({"rank_pattern": {"q_proj": "8"}}, r"^rank_pattern\['q_proj'\]='8': give a whole number"),
+        ({"alpha_pattern": {"q_proj": True}}, r"^alpha_pattern\['q_proj'\]=True: give a number"),
+        ({"layers_to_transform": ["1"]}, r"^layers_to_transform=\['1'\]: give a layer's number"),
+        ({"task_type": np.array([1, 2])}, "^task_type=array.*: give a text"),
+    ],
+)
+def test_the_message_says_how_to_write_it_and_lora_s_options_have_one(options, message):
+    with pytest.raises(ValueError, match=message):
+        SaLoRAConfig(**options)
+
+
+WRONG_NUMBERS = ("1", "1e-3", "", [1], float("nan"), -1, True, np.float32(2), torch.tensor(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *((name, lambda value, name=name: Strength(**{name: value}).check()) for name in ("alpha", "alpha_1")),
+        *(
+            (name, lambda value, name=name: StrengthSearch("rows.jsonl", **{name: value}).check())
+            for name in ("max_loss_increase", "num_requests", "num_task_rows", "max_new_tokens", "batch_size")
+        ),
+        ("entropy", lambda value: restore("tuned", "aligned", "out", entropy=value)),
+        ("max_rank", lambda value: restore("tuned", "aligned", "out", max_rank=value)),
+        ("threshold", lambda value: apply_safe_lora("tuned", "base", "aligned", out="out", threshold=value)),
+        ("num_layers", lambda value: apply_safe_lora("tuned", "base", "aligned", out="out", num_layers=value)),
+        ("max_rank", lambda value: export_adapter("tuned", "out", max_rank=value)),
+        ("share", lambda value: export_adapter("tuned", "out", share=value)),
+        ("max_share", lambda value: audit("tuned", max_share=value)),
+        ("weight", lambda value: RefusalAnchorCallback(weight=value)),
+        ("every", lambda value: RefusalAnchorCallback(every=value)),
+        ("num_tokens", lambda value: RefusalAnchorCallback(num_tokens=value)),
+        ("--refusal_share", lambda value: check_share(value, "--refusal_share")),
+    ],
+)
+def test_numbers_of_functions_are_refused_likewise(name, given):
+    """Before anything is read."""
+    for value in WRONG_NUMBERS:
+        if not (name == "threshold" and value == -1):
+            assert_refused(given, name, value)
 
 
 def test_importing_the_declarations_imports_nothing_heavy():

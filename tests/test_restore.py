@@ -410,6 +410,10 @@ def test_a_whole_model_is_looked_at_though_only_a_repair_is_written(planted, tmp
 def test_what_fine_tuning_trained_beside_linear_layers_is_told(planted, tmp_path):
     folder, _ = planted
     tuned = adapter_of(tiny.llama(), tmp_path / "tuned", ["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    tensors = load_file(tuned / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_" not in key]:
+        tensors[key] = tensors[key] + 1
+    save_file(tensors, tuned / "adapter_model.safetensors")
     report = restore(tuned, folder / "aligned", tmp_path / "out", unsafe=folder / "tuned", safety_data=ROWS)
     others = SavedAdapter.load(tuned).other_tensors
     values = [f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)]
@@ -417,6 +421,44 @@ def test_what_fine_tuning_trained_beside_linear_layers_is_told(planted, tmp_path
     assert "Not repaired, though fine-tuning has changed it: " in report.summary()
     assert "| Not repaired |" in (tmp_path / "out/README.md").read_text()
     assert run(planted, tmp_path / "other").not_covered == ()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.filterwarnings("ignore:Model")  # with tied embeddings
+def test_an_adapter_on_the_head(tied, tmp_path):
+    """It leaves the embeddings as they are: a tied model is merged into an untied one, and stays tied itself."""
+    model = tiny.llama(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "aligned")
+    tuned = adapter_of(model, tmp_path / "tuned", ["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in SavedAdapter.load(tuned).other_tensors  # PEFT's copy
+    aligned = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
+    before, weight = {key: value.clone() for key, value in aligned.state_dict().items()}, aligned.lm_head.weight
+    for form in ("combined", "repair", "merged"):
+        report = restore(tuned, aligned, tmp_path / form, form=form, safety_data=ROWS)
+        assert "lm_head" in report.modules and not report.not_covered
+    assert aligned.lm_head.weight is weight and aligned.config.tie_word_embeddings == tied
+    assert all(torch.equal(value, before[key]) for key, value in aligned.state_dict().items())
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    change = merged.lm_head.weight.double() - before["lm_head.weight"].double()
+    assert relative_difference(change, updates(tmp_path / "combined")["lm_head"]) < 1e-4
+    batch = token_batch()
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(aligned, tmp_path / "combined")(batch).logits
+        assert relative_difference(merged(batch).logits, expected) < 1e-4
+
+
+def test_embeddings_that_were_trained_beside_the_head_s_adapter_are_not_merged(tmp_path):
+    model = tiny.llama()
+    model.save_pretrained(tmp_path / "aligned")
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1  # as of new tokens
+    tuned = adapter_of(model, tmp_path / "tuned", ["lm_head"])
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight\), with which it can neither be merged"):
+        restore(tuned, tmp_path / "aligned", tmp_path / "out", form="merged", safety_data=ROWS)
+    report = restore(tuned, tmp_path / "aligned", tmp_path / "out", safety_data=ROWS)
+    assert report.not_covered == ("base_model.model.lm_head.base_layer.weight",)
 
 
 def test_a_combined_adapter_of_more_modules_keeps_the_options_of_the_fine_tuned_one(planted, tmp_path):

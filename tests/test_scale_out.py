@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from certificate import largest_share_inside
-from processes import run, run_alone, run_ranks
+from processes import free_port, run, run_alone, run_ranks
 from salora_plugins import SafetyModule, SaLoRAConfig, calibrate
 from tiny import llama, relative_difference, token_batch, token_rows
 
@@ -285,6 +285,7 @@ def test_ddp_equals_one_process(tmp_path):
     pytest.importorskip("trl")
     # With --cpu, accelerate starts several processes by way of MPI only; this starts them as on GPUs.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch.append(f"--main_process_port={free_port()}")
     # Even on the CPU, accelerate would have the second process wait at a second GPU where there is one.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     run([*launch, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"], DDP, tmp_path, **hidden)

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    StrictBool,
     create_model,
     model_validator,
 )
@@ -35,7 +36,7 @@ from .host_options import check_host_options
 
 ADAPTER = "salora"
 
-_Share = Annotated[float, Field(gt=0, lt=1)]
+_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 def _kind(option: Option) -> Any:
@@ -64,9 +65,15 @@ def _kind(option: Option) -> Any:
 
 
 def _key(option: Option) -> tuple[Any, Any]:
-    """Type and field of the key for an option."""
+    """Type and field of the key for an option, whose value is not converted: a text is no number, and true is not 1."""
     description = option.described(_DEFAULTS_HERE.get(option.name))
-    return _kind(option) | None, Field(default=None, description=description)
+
+    def check(value: Any) -> Any:
+        if value is not None:  # the default
+            option.check(value, named=f"salora.{option.name}")
+        return value
+
+    return Annotated[_kind(option) | None, BeforeValidator(check)], Field(default=None, description=description)
 
 
 # What Axolotl has in the place of the default.
@@ -75,11 +82,14 @@ _DEFAULTS_HERE = {"task_data": "the training rows", "seed": "Axolotl's `seed`, o
 _keys: dict[str, Any] = {option.name: _key(option) for option in OPTIONS.values()}
 _Keys: Any = create_model("_Keys", **_keys)
 
+# A text is no number, true is not 1, and infinity is neither here.
+_AS_WRITTEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
 
 class MonitorOptions(BaseModel):
     """The `salora.monitor` block: options of `SafetyMonitorCallback`, whose defaults they have."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _AS_WRITTEN
 
     harmful: str | None = Field(
         default=None, description="Harmful requests: `builtin`, a file or a hub data set id. Default: builtin."
@@ -102,7 +112,7 @@ class MonitorOptions(BaseModel):
 class RefusalAnchorOptions(BaseModel):
     """The `salora.refusal_anchor` block: options of `RefusalAnchorCallback`, whose defaults they have."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _AS_WRITTEN
 
     weight: PositiveFloat | None = Field(
         default=None, description="What the divergence, in nats per token, counts beside the loss. Default: 1.0."
@@ -128,7 +138,7 @@ class SaLoRAOptions(_Keys):
 
     model_config = ConfigDict(extra="forbid")
 
-    monitor: bool | MonitorOptions | None = Field(
+    monitor: StrictBool | MonitorOptions | None = Field(
         default=None,
         description="Log the refusal margin, the KL divergence from the base model on harmful requests and the "
         "certificate at every evaluation: true, or a block of options. Default: false.",
@@ -138,7 +148,7 @@ class SaLoRAOptions(_Keys):
         description="Share of the training rows that are the base model's own refusals of the requests in safety_data, "
         "mixed in before training. Default: none.",
     )
-    refusal_anchor: bool | RefusalAnchorOptions | None = Field(
+    refusal_anchor: StrictBool | RefusalAnchorOptions | None = Field(
         default=None,
         description="Add the KL divergence from the base model where its refusals of the requests in safety_data begin "
         "to the loss: true, or a block of options. Default: false.",

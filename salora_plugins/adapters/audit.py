@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..options import check_real
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import svd_of_product
 from ..support.numbers import tiny_share
 from ..support.plotting import new_figure, save_png
-from ..support.texts import cell, one_line, visible
+from ..support.tables import TableOfNames
+from ..support.texts import one_line, visible
 from .certificate import covers, covers_nothing, largest, norms
 from .digest import adapter_problem
 from .saved import SavedAdapter, check_plain_lora
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 CERTIFICATE_BOUND = 1e-5
 """What an adapter that was trained with SaLoRA keeps to."""
@@ -132,25 +133,19 @@ class AuditReport:
             lines.append(f"Not covered by the safety module, though changed: {len(self.not_covered)} ({shown}).")
         return "\n".join(lines)
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(
-            caption="Share: of the norm of the module's update, inside the safety directions. Random: what a random "
-            "update has. Cosine: of the smallest principal angle.",
-            caption_justify="left",
+        result = TableOfNames(
+            "Module",
+            ("norm", *(header for side in self.totals for header in (f"{side} share", "random", "cosine"))),
+            "Share: of the norm of the module's update, inside the safety directions. Random: what a random update "
+            "has. Cosine: of the smallest principal angle.",
         )
-        result.add_column("Module", overflow="fold")
-        result.add_column("norm", justify="right")
-        for side in self.totals:
-            for header in (f"{side} share", "random", "cosine"):
-                result.add_column(header, justify="right")
         for name, module in self.modules.items():
             cells = [f"{module.norm:.3g}"]
             for found in module.sides.values():
                 cells += [tiny_share(found.share), tiny_share(found.expected_share), f"{found.largest_cosine:.3f}"]
-            result.add_row(cell(name), *cells)
+            result.add_row(name, *cells)
         return result
 
 
@@ -178,8 +173,8 @@ def audit(
         ValueError: The adapter is not two plain factors per linear layer, the safety module covers none of its modules,
             or `max_share` is no share.
     """
-    if not 0 <= max_share <= 1:
-        raise ValueError(f"max_share={max_share}: give a share of the norm between 0 and 1, such as 1e-5.")
+    wanted = "a share of the norm between 0 and 1, such as 1e-5"
+    check_real("max_share", max_share, wanted, lambda number: 0 <= number <= 1)
     folder = Path(adapter).expanduser()
     saved = SavedAdapter.load(folder)
     check_plain_lora(saved, folder, purpose="audited")

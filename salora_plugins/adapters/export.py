@@ -7,25 +7,23 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import read_side_config
+from ..options import check_number, check_real
 from ..ranks import Side
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from ..support.linear_algebra import balanced_factors
 from ..support.numbers import percent, tiny_share
-from ..support.texts import cell
+from ..support.tables import TableOfNames
 from .certificate import largest_shares, safety_shares
 from .digest import adapter_problem
 from .model_card import PACKAGE, PAPER, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
 from .saved import SavedAdapter, check_plain_lora
 from .writing import check_destination, check_dtype, in_dtype, write_adapter
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # A share of an update's norm; of one that is kept whole, a decomposition in float64 loses far less.
 _LOST = 1e-6
@@ -80,17 +78,14 @@ class ExportReport:
             lines.append(f"Largest share of a module's update in the safety directions: {shares}.")
         return "\n".join(lines)
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(caption="Lost: share of the norm of the module's update.")
-        result.add_column("Module", overflow="fold")
-        for header in ("saved rank", "effective rank", "lost"):
-            result.add_column(header, justify="right")
+        result = TableOfNames(
+            "Module", ("saved rank", "effective rank", "lost"), "Lost: share of the norm of the module's update."
+        )
         for name, module in self.modules.items():
             effective, lost = f"{module.effective_rank:.1f}", tiny_share(module.lost_share)
-            result.add_row(cell(name), str(module.saved_rank), effective, lost)
+            result.add_row(name, str(module.saved_rank), effective, lost)
         return result
 
     def card_section(self, safety_module: SafetyModule | None, digest: str) -> str:
@@ -224,10 +219,11 @@ def _safety_module_and_rank(adapter: Path, saved: SavedAdapter) -> tuple[SafetyM
 def _check_options(max_rank: int | None, share: float | None, dtype: str) -> None:
     if max_rank is not None and share is not None:
         raise ValueError("max_rank and share are both given. Choose one.")
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank={max_rank}: give a whole number of at least 1.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share={share}: give a share of the squared norm between 0 and 1, such as 0.99.")
+    if max_rank is not None:
+        check_number("max_rank", max_rank, 1)
+    if share is not None:
+        wanted = "a share of the squared norm between 0 and 1, such as 0.99"
+        check_real("share", share, wanted, lambda number: 0 < number <= 1)
     check_dtype(dtype)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,14 +15,12 @@ from ..parametrization import project_out
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.numbers import percent, tiny_share
-from ..support.texts import cell, markdown, one_line
+from ..support.tables import TableOfNames
+from ..support.texts import markdown, one_line
 from .certificate import covers, covers_nothing, largest_shares, norms, safety_shares
 from .model_card import PACKAGE, TO_CHECK, TO_LOAD, certificate_row, provenance_rows, table
 from .saved import SavedAdapter, check_plain_lora
 from .writing import check_destination, check_dtype, in_dtype, write_adapter
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,11 @@ class ProjectionReport:
             lines.append(f"Written as they were, since the safety module does not cover them: {shown}.")
         return "\n".join(lines)
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(caption="Removed: share of the norm of the module's update.")
-        result.add_column("Module", overflow="fold")
-        result.add_column("removed", justify="right")
+        result = TableOfNames("Module", ("removed",), "Removed: share of the norm of the module's update.")
         for name, share in self.modules.items():
-            result.add_row(cell(name), percent(share))
+            result.add_row(name, percent(share))
         return result
 
     def card_section(self, safety_module: SafetyModule, digest: str) -> str:

@@ -30,13 +30,14 @@ CARD_FILE = "README.md"
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of the keys in an adapter's file, before a module's name in the base model."""
 _SUFFIXES = {side: f".{factor}.weight" for side, factor in LORA_FACTORS.items()}
 
 
 def factor_key(name: str, side: Side) -> str:
     """Under which key of a file the factor of a module is saved that belongs to a side: lora_A, or lora_B."""
-    return f"{_PREFIX}{name}{_SUFFIXES[side]}"
+    return f"{PREFIX}{name}{_SUFFIXES[side]}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SavedAdapter:
             a, b = tensors.pop(key), tensors.pop(f"{name}{_SUFFIXES['output']}", None)
             if b is None:
                 raise ValueError(f"{folder}: {name} has a lora_A but no lora_B. Save the adapter again.")
-            factors[name.removeprefix(_PREFIX)] = a, b
+            factors[name.removeprefix(PREFIX)] = a, b
         return cls(config, factors, tensors)
 
     def rank_of(self, name: str) -> int:

@@ -16,12 +16,12 @@ from ..evaluation.reports.report import EvaluationReport, ModelResult
 from ..support import numbers
 from ..support.files import atomic_write
 from ..support.plotting import new_figure, save_png
+from ..support.tables import TableOfNames
 from ..support.texts import markdown, markdown_table
 from .grid import FAMILIES, Family, State
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -149,20 +149,15 @@ class AttributionReport:
             f"entries, of the layers. {PAPER}"
         )
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a state of the model."""
-        from rich.table import Table
-
-        result = Table(caption=self.caption, caption_justify="left")
-        result.add_column("Without")
-        for header in ("removed", *self._columns()):
-            result.add_column(header, justify="right")
+        result = TableOfNames("Without", ("removed", *self._columns()), self.caption, of_modules=False)
         last: Family | None = None
         for family, cells in self._rows():
             if family != last:
                 result.add_section()
             last = family
-            result.add_row(*cells)
+            result.add_row(cells[0], *cells[1:])
         return result
 
     def summary(self) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .printing import print_table
+
 
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Reports of `salora evaluate`: files or their folders.")],
@@ -34,12 +36,10 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=2))
     else:
-        from rich.console import Console
-
         from ..evaluation.reports.tables import table
         from ..support.texts import visible
 
-        Console().print(table(comparison.report))
+        print_table(table(comparison.report))
         for note in comparison.notes:
             typer.echo(f"Note: {visible(note)}")
     if out is not None and out.suffix.lower() == ".md":

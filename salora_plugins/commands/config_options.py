@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..options import Option, RankPattern
-from ..ranks import Rank, check_rank, rank_of_text
+from ..ranks import Rank, rank_of_text
 from ..rows.sources import named_by_a_host
 from .parameters import CommandFunction, in_place_of
 
@@ -62,20 +62,19 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _value(option: Option, given: Any) -> Any:
+    """
+    Raises:
+        ValueError: The option cannot have this value; before a model is loaded, and with the name that it has here.
+    """
+    value: Any = given
     if option.type == RankPattern:
-        return _pattern(option, given or ())
-    if option.type == Rank and given is not None:
-        return _rank(option.name, given, option.least)
-    if option.several:
-        return named_by_a_host(given, flag(option)) if given else option.default
-    return given
-
-
-def _rank(name: str, text: str, least: int) -> Rank:
-    rank = rank_of_text(text)
-    if isinstance(rank, str):
-        check_rank(name, rank, least)  # before the model is loaded
-    return rank
+        value = _pattern(option, given or ())
+    elif option.type == Rank and given is not None:
+        value = rank_of_text(given)
+    elif option.several:
+        value = named_by_a_host(given, flag(option)) if given else option.default
+    option.check(value, named=flag(option))
+    return value
 
 
 def _pattern(option: Option, entries: Iterable[str]) -> RankPattern:
@@ -84,5 +83,5 @@ def _pattern(option: Option, entries: Iterable[str]) -> RankPattern:
         module, separator, rank = entry.rpartition("=")
         if not separator or not module:
             raise ValueError(f"{flag(option)} {entry}: give MODULE=RANK, such as down_proj=64.")
-        pattern[module] = _rank(f"{option.name}[{module!r}]", rank, option.least)
+        pattern[module] = rank_of_text(rank)
     return pattern

@@ -10,6 +10,7 @@ import typer
 
 from ..models.loading import LoadingOptions
 from .loading_options import takes_loading_options
+from .printing import print_table
 
 
 @takes_loading_options
@@ -92,11 +93,9 @@ def evaluate(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return
-    from rich.console import Console
-
     from ..evaluation.reports.tables import table
 
-    Console().print(table(report))
+    print_table(table(report))
     typer.echo(f"Wrote {out}.")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .parameters import png_file
+from .printing import print_table
 
 
 def inspect(
@@ -26,9 +27,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(describe(safety_module), indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(table(safety_module))
+        print_table(table(safety_module))
         typer.echo(summary(safety_module))
     if plot is not None:
         write_plot(plot, safety_module)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
+
+_AS_WIDE_AS_IT_IS = 10_000
 
 
 class Report(Protocol):
@@ -17,11 +20,23 @@ class Report(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """For a terminal."""
 
     def summary(self) -> str:
         """A few lines that say what the table means."""
+
+
+def print_table(table: RenderableType) -> None:
+    """
+    Print it for the terminal's width. A file and a pipe have none, unless COLUMNS says one: nothing is folded there.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _AS_WIDE_AS_IT_IS
+    console.print(table, crop=False)
 
 
 def print_report(report: Report, *, as_json: bool) -> None:
@@ -29,7 +44,5 @@ def print_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
-    from rich.console import Console
-
-    Console().print(report.table())
+    print_table(report.table())
     typer.echo(report.summary())

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.certificate import covers, largest, norms
+from ..options import check_number, check_real
 from ..rows.rendering import template_digest, tokenizer_of
 from ..safety_module import SafetyModule
 from ..tuner import SaLoRAModel
@@ -82,12 +83,11 @@ class SafetyMonitorCallback(TrainerCallback):
         batch_size: int = 16,
     ) -> None:
         for option, value in (("every_steps", every_steps), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option}={value}: give a whole number of at least 1.")
-        if not max_time_share > 0:
-            raise ValueError(f"max_time_share={max_time_share}: give a positive share of the time, such as 0.05.")
-        if stop_at_margin_drop is not None and stop_at_margin_drop <= 0:
-            raise ValueError(f"stop_at_margin_drop={stop_at_margin_drop}: give a positive share, such as 0.5.")
+            if value is not None:
+                check_number(option, value, 1)
+        check_real("max_time_share", max_time_share, "a positive share of the time, such as 0.05", lambda s: s > 0)
+        if stop_at_margin_drop is not None:
+            check_real("stop_at_margin_drop", stop_at_margin_drop, "a positive share, such as 0.5", lambda s: s > 0)
         if every_steps is None and trainer.args.eval_strategy == "no":
             raise ValueError(
                 "The trainer does not evaluate (eval_strategy='no'), so that SafetyMonitorCallback would measure "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from ..adapters.audit import AuditReport, audit
 from ..hookspecs import JudgeKind
 from ..models.loading import LoadingOptions, load_tokenizer
+from ..options import check_number, check_real
 from ..rows.errors import DataError
 from ..rows.examples import Asked, Example, select_examples
 from ..rows.reading import load_examples
@@ -296,18 +298,20 @@ def _check_task(task: HeldOutTask, tokenizer: Any) -> None:
 
 
 def _check_numbers(data: DataOptions, measuring: MeasuringOptions, lm_eval: LmEvalOptions) -> None:
-    numbers: dict[str, float | None] = {
+    numbers: dict[str, int | None] = {
         "num_requests": data.num_requests,
         "num_task_rows": data.num_task_rows,
         "max_new_tokens": measuring.max_new_tokens,
         "batch_size": measuring.batch_size,
         "kl_tokens": measuring.kl_tokens,
         "lm_eval_limit": lm_eval.limit,
-        "perplexity_threshold": measuring.perplexity_threshold,
     }
     for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value}: give a number above 0.")
+        if value is not None:
+            check_number(name, value, 1)
+    threshold = measuring.perplexity_threshold
+    if threshold != math.inf:  # then no answer is above it
+        check_real("perplexity_threshold", threshold, "a number above 0", lambda number: number > 0)
 
 
 def _check_uses(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..options import check_number
 from ..prompts.builtin import builtin_prompts, everyday_prompts, harmless_prompts
 from ..rows.errors import DataError
 from ..rows.examples import Asked, Example
@@ -64,8 +65,8 @@ def load_requests(source: Any, *, option: str, num: int | None = None, seed: int
         DataError: The data does not exist, cannot be read, or holds something else than requests.
         ValueError: `num` is below 1.
     """
-    if num is not None and num < 1:
-        raise ValueError(f"num_requests={num}: give a whole number of at least 1.")
+    if num is not None:
+        check_number("num_requests", num, 1)
     rows = _rows(source, option)
     where = describe(source, option)
     requests: dict[str, Request] = {}

@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.certificate import norms, product_norm
-from ..adapters.saved import ADAPTER_CONFIG_FILE, SavedAdapter, check_plain_lora
+from ..adapters.saved import ADAPTER_CONFIG_FILE, PREFIX, SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..calibration import calibrate
 from ..models.checkpoint_weights import CheckpointWeights, LoadedWeights, weight_delta
 from ..models.fingerprint import check_belongs
 from ..models.loading import LoadingOptions, load_model, load_tokenizer
 from ..models.weights import base_layer, is_quantized, layer_features
-from ..options import check_number
+from ..options import check_number, check_real
 from ..safety_module import SafetyModule
 from ..support.hub import hub_file, is_model_name
 from ..support.module_names import listed
 from .fusion import SafetyVector, at_rank
-from .merged_model import check_folder, check_mergeable, write_merged
+from .merged_model import check_folder, check_mergeable, untied_head, write_merged
 from .restore_report import FORMS, Form, ModuleRestoration, RestoreReport
 from .strength import Strength, StrengthSearch
 from .strength_search import Trial, refusal_judge, search_strength
@@ -160,10 +160,36 @@ class _Restoration:
         if not isinstance(model, PreTrainedModel):
             model = load_model(os.fspath(model), self.loading)
         self._check_whole_model(adapter, model, ())
-        tokenizer, name = self.tokenizer, model.config._name_or_path
-        if tokenizer is None and name:
-            tokenizer = load_tokenizer(name, self.loading)
-        targets = _names(model, adapter, unsafe_adapter) or self.target_modules
+        names = _names(model, adapter, unsafe_adapter)
+        with untied_head(model, [*names, *(adapter.factors if adapter is not None else ())]):
+            return self._restored(model, adapter, unsafe_adapter, names, form)
+
+    def _restored(
+        self,
+        model: PreTrainedModel,
+        adapter: SavedAdapter | None,
+        unsafe_adapter: SavedAdapter | None,
+        names: Sequence[str],
+        form: Form,
+    ) -> RestoreReport:
+        """
+        Args:
+            model: The aligned model.
+            adapter: The fine-tuned one; None for a model.
+            unsafe_adapter: What lost the refusals; None for a model.
+            names: The modules of the adapter that lost the refusals; none of a model.
+            form: Of what is written.
+        """
+        beside = () if adapter is None else _trained_beside(adapter, model)
+        if beside and (self.search is not None or form == "merged"):
+            raise ValueError(
+                f"{self.finetuned}: has trained more than two factors per linear layer ({beside[0]}), with which it "
+                "can neither be merged here nor searched. Write form='combined' at a given strength."
+            )
+        tokenizer, folder = self.tokenizer, model.config._name_or_path
+        if tokenizer is None and folder:
+            tokenizer = load_tokenizer(folder, self.loading)
+        targets = names or self.target_modules
         directions = self._directions(model, tokenizer, targets)
         self._check_whole_model(adapter, model, directions.bases)
         unsafe = self.finetuned if self.unsafe is None else self.unsafe
@@ -181,11 +207,11 @@ class _Restoration:
             unsafe=unsafe if self.unsafe is not None else f"the fine-tuned one itself, {unsafe}",
             search=self.search,
             trials=tuple(trials),
-            not_covered=_not_covered(adapter, directions),
+            not_covered=() if adapter is None else (*_outside(adapter, directions), *beside),
         )
         if form == "merged":
-            names = {**({} if adapter is None else adapter.factors), **vectors}
-            parts = ((name, _parts(name, adapter, repairs)) for name in names)
+            changed = {**({} if adapter is None else adapter.factors), **vectors}
+            parts = ((name, _parts(name, adapter, repairs)) for name in changed)
             write_merged(model, parts, self.out, tokenizer=tokenizer, section=report.card_section(directions))
         else:
             base_model = self.finetuned if adapter is None else None
@@ -201,8 +227,8 @@ class _Restoration:
     def _check_options(self) -> None:
         check_dtype(self.dtype)
         self.strength.check()
-        if self.entropy is not None and not 0 < self.entropy < 1:
-            raise ValueError(f"entropy={self.entropy}: give a share between 0 and 1, such as {ENTROPY}.")
+        if self.entropy is not None:
+            check_real("entropy", self.entropy, f"a share between 0 and 1, such as {ENTROPY}", lambda s: 0 < s < 1)
         if self.max_rank is not None:
             check_number("max_rank", self.max_rank, 1)
         if self.search is not None:
@@ -233,11 +259,6 @@ class _Restoration:
             check_destination(Path(self.finetuned), self.out, self.overwrite)
         if self.target_modules is not None and (adapter or unsafe_adapter):
             raise ValueError("target_modules: an adapter is given, whose modules are repaired. Leave it out.")
-        if adapter is not None and adapter.other_tensors and (self.search is not None or form == "merged"):
-            raise ValueError(
-                f"{self.finetuned}: has more than two factors per linear layer ({next(iter(adapter.other_tensors))}), "
-                "with which it can neither be merged here nor searched. Write form='combined' at a given strength."
-            )
 
     def _check_whole_model(self, adapter: SavedAdapter | None, model: PreTrainedModel, names: Iterable[str]) -> None:
         """
@@ -440,11 +461,26 @@ def _parts(name: str, adapter: SavedAdapter | None, repairs: _Repairs) -> list[F
     return own + ([repairs.of(name)[0]] if name in repairs.vectors else [])
 
 
-def _not_covered(adapter: SavedAdapter | None, directions: SafetyModule) -> tuple[str, ...]:
-    """What a fine-tuned adapter changes beside the modules that have safety directions."""
-    if adapter is None:
-        return ()
-    return (*(name for name in adapter.factors if name not in directions.bases), *adapter.other_tensors)
+def _outside(adapter: SavedAdapter, directions: SafetyModule) -> list[str]:
+    """The adapter's modules that have no safety directions."""
+    return [name for name in adapter.factors if name not in directions.bases]
+
+
+def _trained_beside(adapter: SavedAdapter, model: nn.Module) -> list[str]:
+    """
+    The keys of what an adapter holds beside its factors, without copies of the model's own weights: PEFT saves one of a
+    head, or of embeddings, that it has put factors on.
+    """
+    own = model.state_dict()
+
+    def is_copy(key: str, saved: Tensor) -> bool:
+        weight = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if weight is None or weight.is_meta or weight.shape != saved.shape:
+            return False
+        weight = weight.to(saved.device)
+        return torch.equal(saved.to(weight.dtype), weight) or torch.equal(weight.to(saved.dtype), saved)
+
+    return [key for key, saved in adapter.other_tensors.items() if not is_copy(key, saved)]
 
 
 def _described(

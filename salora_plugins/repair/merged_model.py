@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.model_card import END, START
 from ..adapters.saved import CARD_FILE
+from ..models.embeddings import input_embeddings, output_embeddings
 from ..models.weights import base_layer, is_quantized
 from ..support.files import scratch_folder
 from .updates import Factors
@@ -42,6 +44,32 @@ def check_mergeable(model: PreTrainedModel, names: Iterable[str]) -> None:
             raise ValueError(f"form='merged': {name!r} is offloaded. Load the model without a device_map.")
         if tied := [key for key, value in parameters.items() if value is layer.weight and key != f"{name}.weight"]:
             raise ValueError(f"form='merged': the weight of {name!r} is that of {tied[0]!r}, too. Write an adapter.")
+
+
+@contextmanager
+def untied_head(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
+    """
+    While it is open, a head among these modules that shares the input embeddings' weight has a copy of it, since an
+    adapter on the head alone leaves the embeddings as they are. A model saved meanwhile has no tied embeddings.
+    """
+    embeddings, head = input_embeddings(model), output_embeddings(model)
+    layer: Any = None if head is None else base_layer(head)
+    shared = getattr(embeddings, "weight", None)
+    is_target = any(base_layer(model.get_submodule(name)) is layer for name in names)
+    if not is_target or shared is None or layer.weight is not shared:
+        yield
+        return
+    config = model.config.get_text_config()
+    was_tied = [(part, part.tie_word_embeddings) for part in (model.config, config)]
+    try:
+        layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        for part, _ in was_tied:
+            part.tie_word_embeddings = False
+        yield
+    finally:
+        layer.weight = shared
+        for part, value in was_tied:
+            part.tie_word_embeddings = value
 
 
 def write_merged(

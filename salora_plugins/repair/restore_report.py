@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..adapters.certificate import largest
 from ..adapters.model_card import PACKAGE, TO_LOAD, provenance_rows, table
 from ..safety_module import SafetyModule
 from ..support.module_names import listed
 from ..support.numbers import loss, percent
-from ..support.texts import cell, markdown, markdown_table, one_line
+from ..support.tables import TableOfNames
+from ..support.texts import markdown, markdown_table, one_line
 from .strength import Strength, StrengthSearch
 from .strength_search import Trial
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Form = Literal["combined", "repair", "merged"]
 FORMS: dict[Form, str] = {
@@ -108,22 +106,18 @@ class RestoreReport:
     def _search_lines(self) -> list[str]:
         return [] if self.search is None else [" ".join(_search_told(self.search)), *map(_trial_told, self.trials)]
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(
-            caption="Kept: what of the safety vector lies in the safety directions. Before, now: share of the "
-            "adapter's update in them.",
-            caption_justify="left",
+        result = TableOfNames(
+            "Module",
+            ("directions", "rank", "safety vector", "kept", "repair", "before", "now"),
+            "Kept: what of the safety vector lies in the safety directions. Before, now: share of the adapter's update "
+            "in them.",
         )
-        result.add_column("Module", overflow="fold")
-        for header in ("directions", "rank", "safety vector", "kept", "repair", "before", "now"):
-            result.add_column(header, justify="right")
         for name, module in self.modules.items():
             shares = ("-" if s is None else f"{s:.2g}" for s in (module.share_before, module.share_after))
             numbers = f"{module.delta_norm:.3g}", percent(module.kept_share), f"{module.repair_norm:.3g}"
-            result.add_row(cell(name), str(module.directions), str(module.rank), *numbers, *shares)
+            result.add_row(name, str(module.directions), str(module.rank), *numbers, *shares)
         return result
 
     def card_section(self, safety_module: SafetyModule) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,11 +18,10 @@ from ..adapters.model_card import PACKAGE, TO_LOAD, table
 from ..adapters.saved import SavedAdapter, check_plain_lora
 from ..adapters.writing import check_destination, check_dtype, in_dtype, write_adapter
 from ..models.checkpoint_weights import weight_delta, weights_of
+from ..options import check_number, check_real
 from ..support.module_names import listed
-from ..support.texts import cell, markdown, one_line
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ..support.tables import TableOfNames
+from ..support.texts import markdown, one_line
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -84,21 +83,17 @@ class SafeLoRAReport:
             lines.append(f"Not projected, though the adapter has trained it: {one_line(listed(self.not_covered))}.")
         return "\n".join(lines)
 
-    def table(self) -> Table:
+    def table(self) -> TableOfNames:
         """One row a module."""
-        from rich.table import Table
-
-        result = Table(
-            caption="Cosine: of the update with its projection. Left: the projection's size over the update's.",
-            caption_justify="left",
+        result = TableOfNames(
+            "Module",
+            ("cosine", "left", "projected"),
+            "Cosine: of the update with its projection. Left: the projection's size over the update's.",
         )
-        result.add_column("Module", overflow="fold")
-        for header in ("cosine", "left", "projected"):
-            result.add_column(header, justify="right")
         for name, module in self.modules.items():
             cosine = "-" if module.cosine is None else f"{module.cosine:.4f}"
             size = "-" if module.size is None else f"{module.size:.2%}"
-            result.add_row(cell(name), cosine, size, "yes" if module.projected else "")
+            result.add_row(name, cosine, size, "yes" if module.projected else "")
         return result
 
     def card_section(self) -> str:
@@ -188,7 +183,7 @@ def apply_safe_lora(
         beside = tuple(saved.other_tensors)
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
-    if num_layers is not None and num_layers not in range(1, most + 1):
+    if num_layers is not None and num_layers > most:
         raise ValueError(f"num_layers={num_layers}: give a number from 1 to {most}, the adapter's modules.")
 
     report, new = _project(saved, base, aligned, threshold, num_layers, trust_remote_code)
@@ -206,15 +201,15 @@ def _threshold(threshold: float | None, num_layers: int | None) -> float | None:
     The default where nothing is given.
 
     Raises:
-        ValueError: Both are given, or the threshold is no cosine.
+        ValueError: Both are given, or the threshold is no cosine, or the number none of modules.
     """
     if num_layers is not None:
         if threshold is not None:
             raise ValueError("threshold and num_layers are both set. Choose one of them.")
+        check_number("num_layers", num_layers, 1)
         return None
     threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}: give a cosine, such as 0.5.")
+    check_real("threshold", threshold, "a cosine, such as 0.5", lambda number: -1 <= number <= 1)
     return threshold
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+from ..options import check_number, check_real
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Strength:
             ValueError: A number is none that repairs anything.
         """
         for name, value in (("alpha", self.alpha), ("alpha_1", self.alpha_1)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: give a number above 0, such as 1.0.")
+            check_real(name, value, "a number above 0, such as 1.0", lambda number: number > 0)
 
     def weights(self, singular_values: Tensor) -> Tensor:
         """
@@ -76,11 +76,9 @@ class StrengthSearch:
             strength.check()
         if not self.strengths:
             raise ValueError("alphas and alpha_1s: give at least one of each.")
-        if not self.max_loss_increase >= 0:
-            raise ValueError(f"max_loss_increase={self.max_loss_increase}: give a share such as 0.05.")
+        check_real("max_loss_increase", self.max_loss_increase, "a share such as 0.05", lambda number: number >= 0)
         for name in ("num_requests", "num_task_rows", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a whole number of at least 1.")
+            check_number(name, getattr(self, name), 1)
 
     @property
     def strengths(self) -> list[Strength]:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..options import check_real
 from ..rows.examples import IGNORED, TokenizedExample
 from ..rows.rendering import tokenizer_of
 from ..rows.tokenizing import tokenize_examples
@@ -30,8 +31,7 @@ def check_share(share: float, option: str = "share") -> None:
     Raises:
         ValueError: It is no share of rows.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"{option}={share!r}: give a share of the rows between 0 and 1, such as 0.05.")
+    check_real(option, share, "a share of the rows between 0 and 1, such as 0.05", lambda number: 0 < number < 1)
 
 
 def check_can_be_mixed_into(dataset: Any) -> None:

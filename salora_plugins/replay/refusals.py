@@ -24,6 +24,7 @@ from ..inference.greedy import end_tokens, greedy_answers
 from ..models.embeddings import vocabulary_size
 from ..models.fingerprint import model_fingerprint
 from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..options import check_number
 from ..plugins import judges
 from ..rows.errors import DataError
 from ..rows.examples import Example, select_examples
@@ -95,8 +96,7 @@ def own_refusals(
         DataError: The requests cannot be read, or are no conversations.
         ValueError: There is no judge of that name.
     """
-    if num < 1:
-        raise ValueError(f"num={num}: give a whole number of at least 1.")
+    check_number("num", num, 1)
     if judge not in (known := judges()):
         raise ValueError(f"judge={judge!r} is not registered. Choose one of {', '.join(sorted(known))}.")
     tokenizer = tokenizer_of(tokenizer)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.adapter_config import AdapterConfig
-from ..options import check_number
+from ..options import check_number, check_real
 from .anchor import AnchorOptions, RefusalAnchor
 from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
 from .refusals import own_refusals, refusals_digest
@@ -61,8 +61,7 @@ class RefusalAnchorCallback(TrainerCallback):
     def __init__(
         self, requests: Any = "builtin", *, weight: float = 1.0, every: int = 8, tokenizer: Any = None, **options: Any
     ) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight={weight!r}: give a positive number, such as 1.0.")
+        check_real("weight", weight, "a positive number, such as 1.0", lambda number: number > 0)
         check_number("every", every, 1)
         AnchorOptions(**options)  # now, and not when training begins
         self.anchor = requests if isinstance(requests, RefusalAnchor) else None

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from .errors import DataError, shortened
+from ..support.texts import shortened
+from .errors import DataError
 from .examples import IGNORED, Example, TokenizedExample
 from .rendering import common_prefix_length
 

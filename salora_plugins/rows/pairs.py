@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..support.texts import shortened
 from .batching import check_token_ids
-from .errors import DataError, shortened
+from .errors import DataError
 from .examples import IGNORED, Example, TokenizedExample
 from .formats import parse_row, token_ids
 from .reading import MAX_ROWS

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..plugins import data_sources
 from ..support.hub import hub_dataset, is_dataset_id
-from .errors import DataError, shortened
+from ..support.texts import shortened
+from .errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..support.texts import shortened
 from .batching import check_token_ids
-from .errors import DataError, shortened
+from .errors import DataError
 from .examples import IGNORED, Example, RenderedRequest, TokenizedExample
 from .rendering import Renderer
 

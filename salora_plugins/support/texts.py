@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,32 @@ def one_line(value: Any, longest: int | None = LONGEST) -> str:
     """A value of others as one line of visible text, cut where it is very long, unless `longest` is None."""
     text = " ".join(visible(str(value)).split())
     return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, on one short line."""
+    try:
+        text = " ".join(repr(value).split())
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def how_to_write(value: Any) -> str:
+    """What a message adds where a number was wanted, and is given as something else: nothing, or how to write it."""
+    if isinstance(value, str):
+        try:
+            number: float = int(value)
+        except ValueError:
+            try:
+                number = float(value)
+            except ValueError:
+                return ""
+        # YAML takes 1e-3, without a point, for a text.
+        return f" (this is a text; the number is {number!r})" if math.isfinite(number) else ""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return f" (this is a {type(value).__module__.partition('.')[0]} scalar; give its .item())"
+    return ""
 
 
 def cell(value: Any) -> Text:
