@@ -324,7 +324,7 @@ def measure_devices(model: Any, config: SaLoRAConfig, arguments: argparse.Namesp
     for device in ("cuda", "cpu"):
         module = calibrate_with(model.float().to(device), config)
         bases.append({side: found.bases for side, found in module.sides.items()})
-    result = {}
+    result: dict[str, Any] = {}
     for side, of_gpu in bases[0].items():
         least = {
             name: torch.linalg.svdvals(basis.cpu().double().T @ bases[1][side][name].cpu().double()).min().item()
