@@ -729,7 +729,7 @@ def test_text_is_no_safety_data():
         (
             "a.jsonl",
             '{"prompt": "a", "response": "b"}\n' + '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}",
-            r"a\.jsonl: the JSON value that begins in line 2 cannot be read: maximum recursion depth",
+            r"a\.jsonl: the JSON value that begins in line 2 cannot be read: it is nested too deeply",
         ),
     ],
 )

@@ -238,7 +238,8 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
             "data file holds one JSON object a line, or (.json) a list of objects."
         ) from error
     except (RecursionError, ValueError) as error:  # values nested too deeply, or a number of too many digits
-        raise DataError(f"{path}: the JSON value that begins in line {first_line} cannot be read: {error}") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: the JSON value that begins in line {first_line} cannot be read: {reason}") from error
 
 
 def _parse_csv(text: str, path: Path) -> list[dict[str, str]]:
