@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 
 from salora_plugins import (
@@ -350,3 +351,13 @@ def test_importing_the_declarations_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "peft", "datasets", "numpy"}
     assert not heavy & set(result.stdout.split())
+
+
+def test_numbers_that_yaml_takes_for_texts():
+    """As in `learning_rate: 1e-4`, which Axolotl's own keys take."""
+    text = "refusal_anchor: {weight: 1e-1}\nsae_feature_share: 3.e-1\nrefusal_share: 5e-2\nsafety_rank: 9e-1"
+    read = yaml.safe_load(text)
+    assert isinstance(read["refusal_share"], str)
+    block = SaLoRAOptions.model_validate(read)
+    assert (block.refusal_anchor.weight, block.sae_feature_share, block.refusal_share) == (0.1, 0.3, 0.05)
+    assert block.safety_rank == 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,7 +37,16 @@ from .host_options import check_host_options
 
 ADAPTER = "salora"
 
-_Share = Annotated[float, Field(gt=0, lt=1, strict=True)]
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1, as Axolotl reads it, takes 1e-1 for a text; beside `learning_rate: 1e-4` it is meant as a number."""
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+_Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, strict=True)]
+_PositiveFloat = Annotated[PositiveFloat, BeforeValidator(_number)]
 
 
 def _kind(option: Option) -> Any:
@@ -67,8 +77,10 @@ def _kind(option: Option) -> Any:
 def _key(option: Option) -> tuple[Any, Any]:
     """Type and field of the key for an option, whose value is not converted: a text is no number, and true is not 1."""
     description = option.described(_DEFAULTS_HERE.get(option.name))
+    may_be_float = option.type in (float, Rank)
 
     def check(value: Any) -> Any:
+        value = _number(value) if may_be_float else value
         if value is not None:  # the default
             option.check(value, named=f"salora.{option.name}")
         return value
@@ -98,12 +110,12 @@ class MonitorOptions(BaseModel):
     every_steps: PositiveInt | None = Field(
         default=None, description="Measure at these steps. Default: at every evaluation."
     )
-    stop_at_margin_drop: PositiveFloat | None = Field(
+    stop_at_margin_drop: _PositiveFloat | None = Field(
         default=None,
         description="Stop training once the refusal margin has fallen by this share of the base model's. Default: "
         "never.",
     )
-    max_time_share: PositiveFloat | None = Field(
+    max_time_share: _PositiveFloat | None = Field(
         default=None, description="Share of the training time that measuring may take. Default: 0.05."
     )
     batch_size: PositiveInt | None = Field(default=None, description="Requests per forward pass. Default: 16.")
@@ -114,7 +126,7 @@ class RefusalAnchorOptions(BaseModel):
 
     model_config = _AS_WRITTEN
 
-    weight: PositiveFloat | None = Field(
+    weight: _PositiveFloat | None = Field(
         default=None, description="What the divergence, in nats per token, counts beside the loss. Default: 1.0."
     )
     every: PositiveInt | None = Field(default=None, description="At every so many optimizer steps. Default: 8.")
