@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ..retention.__main__ import named_files
@@ -16,7 +17,9 @@ from .jobs import all_jobs
 from .material import TASKS
 from .methods import METHODS, TARGET_MODULES
 from .results import PUBLISHED, Results
-from .settings import FULL, Scale, Setup
+from .settings import CPU, FULL, Setup
+
+SCALES = {"full": FULL, "cpu": CPU}
 
 
 def main() -> None:
@@ -58,10 +61,11 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--methods", default=",".join(METHODS), help="default: all of %(default)s")
     run.add_argument("--targets", default=",".join(TARGET_MODULES), help="default: %(default)s")
     run.add_argument("--predictions", type=Path, help="text that says what is expected; kept beside the results")
-    run.add_argument("--steps", default=",".join(map(str, FULL.steps)), help="after which is measured; %(default)s")
-    run.add_argument("--seeds", type=int, default=FULL.seeds, help="of the rows that are named (default: %(default)s)")
-    run.add_argument("--num", type=int, default=FULL.requests, help="requests of each set (default: %(default)s)")
-    run.add_argument("--problems", type=int, default=FULL.problems, help="of math (default: %(default)s)")
+    run.add_argument("--scale", choices=list(SCALES), default="full", help="cpu: of a small model on one core")
+    run.add_argument("--steps", help="after which is measured (default: the scale's, 60,240 of the full one)")
+    run.add_argument("--seeds", type=int, help="of the rows that are named (default: the scale's, 3)")
+    run.add_argument("--num", type=int, help="requests of each set (default: the scale's, 100)")
+    run.add_argument("--problems", type=int, help="of math (default: the scale's, 200)")
     run.add_argument("--deadline", type=float, default=1500, help="seconds (default: %(default)s)")
     run.add_argument("--list", action="store_true", help="print the jobs in their order, and do none")
     smoke = commands.add_parser("smoke", help="every kind of job for two steps on the demo's model")
@@ -82,12 +86,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
-    scale = Scale(
-        steps=tuple(int(step) for step in arguments.steps.split(",")),
-        seeds=arguments.seeds,
-        requests=arguments.num,
-        problems=arguments.problems,
-    )
+    steps = None if arguments.steps is None else tuple(int(step) for step in arguments.steps.split(","))
+    given = {"steps": steps, "seeds": arguments.seeds, "requests": arguments.num, "problems": arguments.problems}
+    scale = replace(SCALES[arguments.scale], **{name: value for name, value in given.items() if value is not None})
     setup = Setup(
         models=named_files(parser, "--model", arguments.model, taken=()),
         data=arguments.data,
