@@ -35,9 +35,12 @@ def main() -> None:
                 arguments.out or Path(folder), arguments.device, arguments.workers, arguments.methods.split(",")
             )
             print(f"every kind of job runs: {len(results.points())} points")
+    elif arguments.command == "leaks":
+        measure_leaks(parser, arguments)
     elif arguments.command == "publish":
         published = Results(arguments.to)
         published.add_all(Results(arguments.results).points())
+        published.add_leaks(Results(arguments.results).leaks())
     else:
         from .summary import summarize
 
@@ -71,6 +74,15 @@ def command_line() -> argparse.ArgumentParser:
     smoke = commands.add_parser("smoke", help="every kind of job for two steps on the demo's model")
     smoke.add_argument("--out", type=Path, help="default: none is kept")
     smoke.add_argument("--methods", default=",".join(METHODS), help="default: all")
+    leaks = commands.add_parser("leaks", help="the leak of every way to calibrate, without training")
+    leaks.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
+    leaks.add_argument("--out", type=Path, required=True, help="folder of the results: leaks.jsonl")
+    leaks.add_argument("--set", action="append", default=[], metavar="NAME=FILE", help="harmful requests, one a line")
+    leaks.add_argument("--num", type=int, default=400, help="built-in requests that are asked (default: %(default)s)")
+    leaks.add_argument("--of-set", type=int, default=32, help="requests of each set (default: %(default)s)")
+    leaks.add_argument("--layers", type=int, default=4, help="decoder layers that are looked at (default: %(default)s)")
+    leaks.add_argument("--batch", type=int, default=32, help="requests at once (default: %(default)s)")
+    leaks.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if there is one")
     for command in (run, smoke):
         command.add_argument("--workers", type=int, default=1, help="processes side by side (default: %(default)s)")
         command.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if there is one")
@@ -122,6 +134,32 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
     from .workers import Pool
 
     return Pool(setup, results, jobs, arguments.workers).run(arguments.deadline)
+
+
+def measure_leaks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """A model that is there already is left out."""
+    from transformers import AutoTokenizer
+
+    from .leaks import leaks
+    from .material import read_lines, spread
+    from .workers import load
+
+    results = Results(arguments.out)
+    files = named_files(parser, "--set", arguments.set, taken=("builtin", "everyday"))
+    sets = {name: spread(read_lines(Path(file)), arguments.of_set) for name, file in files.items()}
+    models = named_files(parser, "--model", arguments.model, taken=())
+    setup = Setup(models, arguments.out, arguments.out, device=arguments.device or default_device())
+    for name in [name for name in models if name not in {line["model"] for line in results.leaks()}]:
+        lines = leaks(
+            load(setup, name),
+            AutoTokenizer.from_pretrained(models[name]),
+            sets,
+            num_requests=arguments.num,
+            num_layers=arguments.layers,
+            batch_size=arguments.batch,
+        )
+        results.add_leaks({"model": name, **line} for line in lines)
+        print(f"{name}: measured", flush=True)
 
 
 def default_device() -> str:

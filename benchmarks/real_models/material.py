@@ -73,26 +73,26 @@ class Material:
     @cached_property
     def request_sets(self) -> dict[str, list[str]]:
         """Name -> requests that no calibration and no task sees; the last two of them are harmless."""
-        sets = {name: _lines(Path(file)) for name, file in self.setup.sets.items()}
+        sets = {name: read_lines(Path(file)) for name, file in self.setup.sets.items()}
         sets |= {
             "builtin": plain_english(builtin_prompts("evaluation")),
             "look-alikes": plain_english([row for row in harmless_prompts() if row["split"] == "evaluation"]),
             "everyday": self._everyday()[-self.setup.scale.heldout :],  # no task trains on these
         }
         most = self.setup.scale.requests
-        return {name: _spread(requests, most) for name, requests in sets.items()}
+        return {name: spread(requests, most) for name, requests in sets.items()}
 
     def harmful(self, which: Requests) -> list[Example]:
         """The requests of a calibration."""
         today = [Example(tuple(row["messages"])) if "messages" in row else plain(row["prompt"]) for row in _builtin()]
         if which == "broad":
-            return _spread(today, self.setup.scale.harmful)
+            return spread(today, self.setup.scale.harmful)
         file = self.setup.data / NARROW_FILE
-        narrow = [plain(line) for line in _lines(file)] if file.exists() else _spread(today, NARROW_REQUESTS)
+        narrow = [plain(line) for line in read_lines(file)] if file.exists() else spread(today, NARROW_REQUESTS)
         return narrow[: self.setup.scale.harmful]
 
     def _everyday(self) -> list[str]:
-        return _lines(self.setup.data / "harmless_prompts.txt")[: self.setup.scale.everyday]
+        return read_lines(self.setup.data / "harmless_prompts.txt")[: self.setup.scale.everyday]
 
     # What the model itself answers
 
@@ -244,7 +244,7 @@ class Material:
         return [row for row in load_examples(str(file), option="--task") if isinstance(row, Example) and row.messages]
 
 
-def _lines(file: Path) -> list[str]:
+def read_lines(file: Path) -> list[str]:
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -258,7 +258,7 @@ def plain_english(rows: list[Any]) -> list[str]:
     return [row["prompt"] for row in rows if "prompt" in row and row.get("language", "en") == "en"]
 
 
-def _spread(requests: list[Any], most: int) -> list[Any]:
+def spread(requests: list[Any], most: int) -> list[Any]:
     """At most so many, at equal distances: the built-in sets go by category."""
     if len(requests) <= most:
         return requests

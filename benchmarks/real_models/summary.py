@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .. import tables
 from ..retention.summary import losses
 from ..runs import EVIDENCE, Run
 from ..small_model import DPI, legend_below, new_figure
+from .leaks import LAYERS
 from .material import HARMLESS_SETS, TASKS
 from .measures import FRAMED
 from .methods import METHODS
@@ -23,6 +25,9 @@ from .results import PUBLISHED, Results
 DOCUMENT = EVIDENCE / "real-models.md"
 PLOTTED = ("lora", "lora+replay", "lora+anchor", "paper", "default", "new", "new+replay", "new+anchor")
 MOST_COLUMNS = 4
+LEAK_FACTS = {"model", "kind", "variant", "requests", "rank", "directions", "energy_left", "least", "most", "layers"}
+LEAK_FACTS |= {"gathering_seconds", "versions"}
+"""Of a line of leaks: what is no leak on a set."""
 KINDS = ("refused", "refused_second", "broken", "requests")
 
 Key = tuple[str, str, str, str, float, int]
@@ -41,15 +46,16 @@ def summarize(results: Results, write: bool) -> None:
         tables.write(DOCUMENT, document_tables(results))
         print(f"wrote the tables of {DOCUMENT}")
     else:
-        print(all_runs(measured, bases))
+        print(all_runs(measured, bases), all_leaks(results.leaks()), sep="\n\n")
     for model in dict.fromkeys(key[0] for key in measured):
         draw(model, measured, bases, results.folder / f"{model}.png")
 
 
 def document_tables(results: Results | None = None) -> dict[str, str]:
     """Name -> table of the document, from the published points."""
-    points = (results or Results(PUBLISHED)).points()
-    return {"all runs": all_runs(pooled(points), base_rows(points))}
+    found = results or Results(PUBLISHED)
+    points = found.points()
+    return {"all runs": all_runs(pooled(points), base_rows(points)), "leaks": all_leaks(found.leaks())}
 
 
 def base_rows(points: Iterable[Run]) -> dict[tuple[str, str], Run]:
@@ -131,6 +137,31 @@ def all_runs(measured: dict[Key, Row], bases: dict[tuple[str, str], Run]) -> str
             )
         parts.append(tables.markdown(columns, rows))
     return "\n\n".join(parts)
+
+
+def all_leaks(lines: Iterable[Run]) -> str:
+    """A table a model: a kind of layer, way to calibrate and rank a row."""
+    parts = []
+    for model, of_model in groupby(lines, key=lambda line: line["model"]):
+        rows = list(of_model)
+        sets = [name for name in rows[0] if name not in LEAK_FACTS]
+        parts.append(f"**{model}**, {rows[0]['layers']} of the decoder's layers, median:")
+        columns = ["layers", "V_C from", "requests", "directions", "builtin: least, most", *sets, "energy left"]
+        parts.append(tables.markdown(columns, [_leak_cells(line, sets) for line in rows]))
+    return "\n\n".join(parts)
+
+
+def _leak_cells(line: Run, sets: Iterable[str]) -> list[str]:
+    chosen = f"{line['directions']:g}" + ("" if line["rank"] == "default" else f" by {line['rank']}")
+    measured = [f"{line['least']:.3f}, {line['most']:.3f}", *(f"{line[name]:.3f}" for name in sets)]
+    return [
+        LAYERS[line["kind"]],
+        line["variant"],
+        str(line["requests"]),
+        chosen,
+        *measured,
+        f"{line['energy_left']:.3f}",
+    ]
 
 
 def kept_cell(row: Row, base: Run, name: str) -> str:
