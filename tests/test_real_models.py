@@ -87,6 +87,29 @@ def test_shares_are_of_the_base_models():
     assert summary.kept(row, {"refused": {"x": 0}, "requests": {"x": 100}}, "x") is None
 
 
+def test_the_target_names_what_is_missed():
+    """Against LoRA of the same step: of the steps, the last at which there is another method."""
+    sets = {"own": 40, "builtin": 0, "look-alikes": 10, "everyday": 0}
+
+    def point(method, step, loss, refused, right=50, broken=0):
+        facts = {"model": "m", "task": "math", "targets": "qv", "method": method, "learning_rate": 1e-3, "step": step}
+        counts = {kind: sets | {"own": refused} for kind in ("refused", "refused_second")}
+        counts |= {"broken": dict.fromkeys(sets, broken), "requests": dict.fromkeys(sets, 100)}
+        return facts | counts | {"loss": loss, "right": right, "problems": 100}
+
+    points = [
+        point("lora", 60, 0.5, 10),
+        point("new", 60, 0.505, 39),
+        point("default", 60, 0.52, 36, right=48, broken=2),
+        point("lora", 240, 0.4, 0),
+    ]
+    bases = summary.base_rows([point("base", 0, 1.0, 40)])
+    lines = summary.against_target(summary.pooled(points), bases).splitlines()[2:]
+    missed = {line.split(" | ")[3]: line.split(" | ")[-1].removesuffix(" |") for line in lines}
+    assert missed == {"lora": "kept", "default": "loss, kept, right, broken", "new": "nothing"}
+    assert {line.split(" | ")[2] for line in lines} == {"60"}
+
+
 def test_the_last_number_counts():
     assert last_number("So 3 + 4 = 7. The answer is 1,250.50") == 1250.5
     assert last_number("none") is None
