@@ -133,7 +133,7 @@ def test_leaks(tmp_path):
             batch_size=16,
         )
     )
-    assert len(lines) == len(leaks.LAYERS) * (len(leaks.VARIANTS) + 1)
+    assert len(lines) == leaks.LINES == 4 * 7
     assert {line["rank"] for line in lines} == {"default", "leak:0.05"}
     assert all(0 < line[name] < 10 for line in lines for name in ("builtin", "own"))
     few, many = ([line["requests"] for line in lines if line["variant"] == name] for name in ("narrow", "broad"))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from ..retention.__main__ import named_files
+from ..runs import Run
 from .jobs import all_jobs
 from .material import TASKS
 from .methods import METHODS, TARGET_MODULES
@@ -137,10 +139,10 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
 
 
 def measure_leaks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """A model that is there already is left out."""
+    """A model that is there already, with all lines, is left out."""
     from transformers import AutoTokenizer
 
-    from .leaks import leaks
+    from .leaks import LINES, leaks
     from .material import read_lines, spread
     from .workers import load
 
@@ -149,16 +151,19 @@ def measure_leaks(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     sets = {name: spread(read_lines(Path(file)), arguments.of_set) for name, file in files.items()}
     models = named_files(parser, "--model", arguments.model, taken=())
     setup = Setup(models, arguments.out, arguments.out, device=arguments.device or default_device())
-    for name in [name for name in models if name not in {line["model"] for line in results.leaks()}]:
-        lines = leaks(
+    known = Counter(line["model"] for line in results.leaks())
+    for name in [name for name in models if known[name] < LINES]:
+        found: list[Run] = []
+        for line in leaks(
             load(setup, name),
             AutoTokenizer.from_pretrained(models[name]),
             sets,
             num_requests=arguments.num,
             num_layers=arguments.layers,
             batch_size=arguments.batch,
-        )
-        results.add_leaks({"model": name, **line} for line in lines)
+        ):
+            found.append({"model": name, **line})
+            results.add_leaks(found)
         print(f"{name}: measured", flush=True)
 
 

@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[bool, float, float]] = {
 """Name -> few requests, weight of the tokens of the request, weight of those behind it. All are of the prompt."""
 RULE, TARGET = "broad, header 10 times", 0.05
 """What the smallest rank is looked for with, and the leak that it is to reach: `input_safety_rank="leak:0.05"`."""
+LINES = len(LAYERS) * (len(VARIANTS) + 1)
+"""Of a model."""
 LEAST_RANK, MOST_RANK = 16, 512
 ANSWER_TOKENS = 8
 HELD_OUT, MOST_HELD_OUT = 5, 64  # one of so many requests, as a calibration holds them out
