@@ -326,7 +326,7 @@ def draw(model: str, measured: dict[Key, Row], bases: dict[tuple[str, str], Run]
         axis.set_ylim(bottom=-3)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    legend_below(figure, handles, columns=5, fontsize=9)
+    legend_below(figure, handles, columns=min(5, 3 * columns), fontsize=9)
     figure.savefig(path, dpi=DPI)
     print(f"\nwrote {path}")
 
