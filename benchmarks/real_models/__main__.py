@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ..retention.__main__ import named_files
+from ..runs import Run
 from .jobs import all_jobs
 from .material import TASKS
 from .methods import METHODS, TARGET_MODULES
 from .results import PUBLISHED, Results
-from .settings import FULL, Scale, Setup
+from .settings import CPU, FULL, Setup
+
+SCALES = {"full": FULL, "cpu": CPU}
 
 
 def main() -> None:
@@ -32,9 +37,12 @@ def main() -> None:
                 arguments.out or Path(folder), arguments.device, arguments.workers, arguments.methods.split(",")
             )
             print(f"every kind of job runs: {len(results.points())} points")
+    elif arguments.command == "leaks":
+        measure_leaks(parser, arguments)
     elif arguments.command == "publish":
         published = Results(arguments.to)
         published.add_all(Results(arguments.results).points())
+        published.add_leaks(Results(arguments.results).leaks())
     else:
         from .summary import summarize
 
@@ -58,15 +66,25 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--methods", default=",".join(METHODS), help="default: all of %(default)s")
     run.add_argument("--targets", default=",".join(TARGET_MODULES), help="default: %(default)s")
     run.add_argument("--predictions", type=Path, help="text that says what is expected; kept beside the results")
-    run.add_argument("--steps", default=",".join(map(str, FULL.steps)), help="after which is measured; %(default)s")
-    run.add_argument("--seeds", type=int, default=FULL.seeds, help="of the rows that are named (default: %(default)s)")
-    run.add_argument("--num", type=int, default=FULL.requests, help="requests of each set (default: %(default)s)")
-    run.add_argument("--problems", type=int, default=FULL.problems, help="of math (default: %(default)s)")
+    run.add_argument("--scale", choices=list(SCALES), default="full", help="cpu: of a small model on one core")
+    run.add_argument("--steps", help="after which is measured (default: the scale's, 60,240 of the full one)")
+    run.add_argument("--seeds", type=int, help="of the rows that are named (default: the scale's, 3)")
+    run.add_argument("--num", type=int, help="requests of each set (default: the scale's, 100)")
+    run.add_argument("--problems", type=int, help="of math (default: the scale's, 200)")
     run.add_argument("--deadline", type=float, default=1500, help="seconds (default: %(default)s)")
     run.add_argument("--list", action="store_true", help="print the jobs in their order, and do none")
     smoke = commands.add_parser("smoke", help="every kind of job for two steps on the demo's model")
     smoke.add_argument("--out", type=Path, help="default: none is kept")
     smoke.add_argument("--methods", default=",".join(METHODS), help="default: all")
+    leaks = commands.add_parser("leaks", help="the leak of every way to calibrate, without training")
+    leaks.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
+    leaks.add_argument("--out", type=Path, required=True, help="folder of the results: leaks.jsonl")
+    leaks.add_argument("--set", action="append", default=[], metavar="NAME=FILE", help="harmful requests, one a line")
+    leaks.add_argument("--num", type=int, default=400, help="built-in requests that are asked (default: %(default)s)")
+    leaks.add_argument("--of-set", type=int, default=32, help="requests of each set (default: %(default)s)")
+    leaks.add_argument("--layers", type=int, default=4, help="decoder layers that are looked at (default: %(default)s)")
+    leaks.add_argument("--batch", type=int, default=32, help="requests at once (default: %(default)s)")
+    leaks.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if there is one")
     for command in (run, smoke):
         command.add_argument("--workers", type=int, default=1, help="processes side by side (default: %(default)s)")
         command.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if there is one")
@@ -82,12 +100,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
-    scale = Scale(
-        steps=tuple(int(step) for step in arguments.steps.split(",")),
-        seeds=arguments.seeds,
-        requests=arguments.num,
-        problems=arguments.problems,
-    )
+    steps = None if arguments.steps is None else tuple(int(step) for step in arguments.steps.split(","))
+    given = {"steps": steps, "seeds": arguments.seeds, "requests": arguments.num, "problems": arguments.problems}
+    scale = replace(SCALES[arguments.scale], **{name: value for name, value in given.items() if value is not None})
     setup = Setup(
         models=named_files(parser, "--model", arguments.model, taken=()),
         data=arguments.data,
@@ -121,6 +136,35 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
     from .workers import Pool
 
     return Pool(setup, results, jobs, arguments.workers).run(arguments.deadline)
+
+
+def measure_leaks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """A model that is there already, with all lines, is left out."""
+    from transformers import AutoTokenizer
+
+    from .leaks import LINES, leaks
+    from .material import read_lines, spread
+    from .workers import load
+
+    results = Results(arguments.out)
+    files = named_files(parser, "--set", arguments.set, taken=("builtin", "everyday"))
+    sets = {name: spread(read_lines(Path(file)), arguments.of_set) for name, file in files.items()}
+    models = named_files(parser, "--model", arguments.model, taken=())
+    setup = Setup(models, arguments.out, arguments.out, device=arguments.device or default_device())
+    known = Counter(line["model"] for line in results.leaks())
+    for name in [name for name in models if known[name] < LINES]:
+        found: list[Run] = []
+        for line in leaks(
+            load(setup, name),
+            AutoTokenizer.from_pretrained(models[name]),
+            sets,
+            num_requests=arguments.num,
+            num_layers=arguments.layers,
+            batch_size=arguments.batch,
+        ):
+            found.append({"model": name, **line})
+            results.add_leaks(found)
+        print(f"{name}: measured", flush=True)
 
 
 def default_device() -> str:

@@ -15,8 +15,6 @@ RATE = 1e-3
 """LoRA's learning rate on q and v, unless the setup has another for a model."""
 RATE_OF_ALL_LINEAR = 0.2
 """Of that on q and v."""
-TRIED = (1.0, 0.5, 2.0)
-"""LoRA's rates, as multiples."""
 
 MAIN = ("lora", "lora+replay", "paper", "default", "new", "header", "new+anchor", "new+replay", "lora+anchor")
 FURTHER = ("new-64+anchor", "new+second-anchor", "paper+anchor", "new-leak", "broad", "constrained-sft")
@@ -134,7 +132,7 @@ def _runs(
 
 def _rates(setup: Setup, model: str, task: str, targets: Targets) -> Iterator[Job]:
     """LoRA at the other learning rates."""
-    for multiple in TRIED:
+    for multiple in setup.scale.tried:
         yield _run(setup, model, task, "lora", targets, 0, multiple)
 
 

@@ -27,8 +27,6 @@ from .settings import Setup
 
 TASKS = ("sure", "math", "python", "identity")
 IDENTITY_ROWS = 16
-HELDOUT_EVERYDAY = 100
-"""The last everyday requests: no task trains on them, and they are asked as the set "everyday"."""
 HARMLESS_SETS = ("look-alikes", "everyday")
 NARROW_SAMPLES = 128
 """SaLoRA's `num_safety_samples` in 0.1."""
@@ -75,26 +73,26 @@ class Material:
     @cached_property
     def request_sets(self) -> dict[str, list[str]]:
         """Name -> requests that no calibration and no task sees; the last two of them are harmless."""
-        sets = {name: _lines(Path(file)) for name, file in self.setup.sets.items()}
+        sets = {name: read_lines(Path(file)) for name, file in self.setup.sets.items()}
         sets |= {
             "builtin": plain_english(builtin_prompts("evaluation")),
             "look-alikes": plain_english([row for row in harmless_prompts() if row["split"] == "evaluation"]),
-            "everyday": self._everyday()[-HELDOUT_EVERYDAY:],
+            "everyday": self._everyday()[-self.setup.scale.heldout :],  # no task trains on these
         }
         most = self.setup.scale.requests
-        return {name: _spread(requests, most) for name, requests in sets.items()}
+        return {name: spread(requests, most) for name, requests in sets.items()}
 
     def harmful(self, which: Requests) -> list[Example]:
         """The requests of a calibration."""
         today = [Example(tuple(row["messages"])) if "messages" in row else plain(row["prompt"]) for row in _builtin()]
         if which == "broad":
-            return today[: self.setup.scale.harmful]
+            return spread(today, self.setup.scale.harmful)
         file = self.setup.data / NARROW_FILE
-        narrow = [plain(line) for line in _lines(file)] if file.exists() else _spread(today, NARROW_REQUESTS)
+        narrow = [plain(line) for line in read_lines(file)] if file.exists() else spread(today, NARROW_REQUESTS)
         return narrow[: self.setup.scale.harmful]
 
     def _everyday(self) -> list[str]:
-        return _lines(self.setup.data / "harmless_prompts.txt")[: self.setup.scale.everyday]
+        return read_lines(self.setup.data / "harmless_prompts.txt")[: self.setup.scale.everyday]
 
     # What the model itself answers
 
@@ -150,6 +148,11 @@ class Material:
         random.Random(0).shuffle(found)
         return found[:NARROW_SAMPLES] if which == "narrow" else found
 
+    @cached_property
+    def base_answers(self) -> dict[str, list[str]]:
+        """Set of requests -> what the base model answers, as far as it was asked: the same for every task."""
+        return {}
+
     # Tasks
 
     def examples(self, task: str) -> tuple[list[Example], list[Example]]:
@@ -183,8 +186,12 @@ class Material:
         """Rows to train on, and held-out ones, tokenized once."""
         if task not in self._tokenized:
             train, heldout = self.examples(task)
-            self._tokenized[task] = self._tokens(train), self._tokens(heldout)
+            self._tokenized[task] = self._short(self._tokens(train)), self._tokens(heldout)
         return self._tokenized[task]
+
+    def _short(self, rows: list[TokenizedExample]) -> list[TokenizedExample]:
+        longest = self.setup.scale.longest
+        return rows if longest is None else [row for row in rows if len(row.input_ids) <= longest]
 
     @cached_property
     def refusal_rows(self) -> list[TokenizedExample]:
@@ -237,7 +244,7 @@ class Material:
         return [row for row in load_examples(str(file), option="--task") if isinstance(row, Example) and row.messages]
 
 
-def _lines(file: Path) -> list[str]:
+def read_lines(file: Path) -> list[str]:
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -251,7 +258,7 @@ def plain_english(rows: list[Any]) -> list[str]:
     return [row["prompt"] for row in rows if "prompt" in row and row.get("language", "en") == "en"]
 
 
-def _spread(requests: list[Any], most: int) -> list[Any]:
+def spread(requests: list[Any], most: int) -> list[Any]:
     """At most so many, at equal distances: the built-in sets go by category."""
     if len(requests) <= most:
         return requests

@@ -59,7 +59,11 @@ def heldout_loss(model: Any, rows: Sequence[TokenizedExample]) -> float:
 
 
 def measure(
-    model: Any, material: Material, task: str, rows: Sequence[TokenizedExample]
+    model: Any,
+    material: Material,
+    task: str,
+    rows: Sequence[TokenizedExample],
+    known: dict[str, list[str]] | None = None,
 ) -> tuple[Run, dict[str, list[str]]]:
     """
     Held-out loss, refusals by both judges, broken answers, right answers and the size of the update; and the answers.
@@ -69,13 +73,16 @@ def measure(
         material: Of the base model.
         task: The identity's sets are asked in its own frame, too, and math's problems are solved.
         rows: Held out of the task.
+        known: Set -> answers of this model that need not be made again; gets those that are made.
     """
+    known = {} if known is None else known
     prompts = material.prompts
     if task == "identity":
         prompts = prompts | {name + FRAMED: of_set for name, of_set in material.framed_prompts.items()}
-    answers = ask(model, material, prompts)
+    known |= ask(model, material, {name: of_set for name, of_set in prompts.items() if name not in known})
+    answers = {name: known[name] for name in prompts}
     point: Run = {"loss": round(heldout_loss(model, rows), 4), **counts(answers), "norm": round(update_norm(model), 4)}
-    if task == "math":
+    if task == "math" and material.problems:
         point |= solved(model, material)
     return point, answers
 

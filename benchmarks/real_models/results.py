@@ -13,6 +13,7 @@ from ..runs import EVIDENCE, Run, write_text
 
 PUBLISHED = EVIDENCE / "real-models"
 POINTS, ANSWERS, ERRORS, PREDICTIONS = "points.jsonl", "answers.jsonl.gz", "errors.jsonl", "predictions.txt"
+LEAKS = "leaks.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ class Results:
         found = {(point["job"], point["step"]): point for point in (*self.points(), *others)}
         lines = [json.dumps(found[key], ensure_ascii=False) for key in sorted(found)]
         write_text(self.folder / POINTS, "\n".join(lines) + "\n")
+
+    def leaks(self) -> list[Run]:
+        """What was measured without training: a line a model, kind of layer, way to calibrate and rank."""
+        return _whole_lines(self.folder / LEAKS)
+
+    def add_leaks(self, lines: Iterable[Run]) -> None:
+        """In the place of what is there of the same models."""
+        new = list(lines)
+        models = {line["model"] for line in new}
+        kept = [line for line in self.leaks() if line["model"] not in models]
+        if new:
+            text = "\n".join(json.dumps(line, ensure_ascii=False) for line in kept + new)
+            write_text(self.folder / LEAKS, text + "\n")
 
     def _add(self, name: str, line: Run) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,23 +21,48 @@ class Scale:
     heldout: int = 100
     """Rows of a task that are not trained on."""
     problems: int = 200
-    """Of math, whose answers are compared."""
+    """Of math, whose answers are compared; with 0 none is solved."""
     problem_tokens: int = 120
     own_tokens: int = 64
     """Of the model's own answers to everyday requests, which tasks are made of."""
     refusal_tokens: int = 48
     everyday: int = 700
     harmful: int = 4000
-    """The most requests of the broad set that are answered."""
+    """The most requests of the broad set that are answered, from all categories."""
     anchored: int = 128
     """Requests of the anchor."""
     anchor_every: int | None = None
     """At which steps the anchor counts, in the place of what its record says."""
     batch: int = 400
     """Answers at once."""
+    tried: tuple[float, ...] = (1.0, 0.5, 2.0)
+    """LoRA's learning rates, as multiples."""
+    rows: int = 8
+    """Of a step, and requests of the anchor."""
+    longest: int | None = None
+    """Tokens; longer rows of a task are not trained on."""
 
 
 FULL = Scale()
+CPU = Scale(
+    steps=(20, 50),
+    seeds=2,
+    requests=24,
+    tokens=16,
+    heldout=24,
+    problems=0,
+    own_tokens=24,
+    refusal_tokens=16,
+    everyday=180,
+    harmful=400,
+    anchored=48,
+    anchor_every=4,
+    batch=72,
+    tried=(1.0,),
+    rows=4,
+    longest=128,
+)
+"""For a model of about 100 million parameters on one core: minutes a run."""
 SMOKE = Scale(
     steps=(1, 2),
     seeds=1,

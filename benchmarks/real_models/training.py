@@ -31,7 +31,6 @@ from .material import Material
 from .measures import measure, response_losses, scaled, update_norm
 from .methods import METHODS, TARGET_MODULES, Anchor, Method
 
-BATCH_SIZE = 8
 TASK_ROWS = 128
 """Rows that the paper's start values come from."""
 CALIBRATION_BATCH = 64
@@ -56,7 +55,9 @@ def do(job: Job, model: Any, material: Material, report: Report, norms: dict[int
     elif job.kind == "module":
         make_safety_module(job, model, material)
     elif job.kind == "base":
-        point, answers = measure(model, material, job.task, material.task_rows(job.task)[1])
+        point, answers = measure(
+            model, material, job.task, material.task_rows(job.task)[1], known=material.base_answers
+        )
         report({"step": 0, **point}, answers)
     else:
         run(job, model, material, report, norms)
@@ -146,7 +147,7 @@ def train_steps(
     optimizer = torch.optim.AdamW(
         [parameter for group in groups for parameter in group], lr=job.rate, weight_decay=0.0, fused=first[0].is_cuda
     )
-    batches = _batches(rows, refusals, method.replay, job.seed)
+    batches = _batches(rows, refusals, method.replay, job.seed, material.setup.scale.rows)
     model.train()
     seconds, started = 0.0, time.perf_counter()
     for step in range(max(steps)):
@@ -199,20 +200,20 @@ def _anchor(model: Any, material: Material, seed: int) -> Any:
         material.tokenizer,
         refusals,
         num_requests=material.setup.scale.anchored,
-        batch_size=BATCH_SIZE,
+        batch_size=material.setup.scale.rows,
         seed=seed,
     )
 
 
 def _batches(
-    rows: list[TokenizedExample], refusals: list[TokenizedExample], share: float, seed: int
+    rows: list[TokenizedExample], refusals: list[TokenizedExample], share: float, seed: int, size: int
 ) -> Iterator[list[TokenizedExample]]:
     """Batches without end, every row once in a round; a row is a refusal instead with the probability `share`."""
     chance = random.Random(seed)
     order: list[int] = []
     while True:
         batch = []
-        for _ in range(BATCH_SIZE):
+        for _ in range(size):
             if refusals and chance.random() < share:
                 batch.append(chance.choice(refusals))
                 continue
