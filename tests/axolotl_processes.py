@@ -1,4 +1,4 @@
-"""Runs of `axolotl train` in two processes, as on two GPUs."""
+"""Runs of `axolotl train` in two processes of a CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from processes import AS_ON_GPUS, CPUS_AS_GPUS, run_ranks
 from tiny import llama, refusal_rows, sum_rows, tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ON_CPUS = """
+# Axolotl takes every process of several to have a GPU, also where accelerate has told it otherwise.
+torch.cuda.can_device_access_peer = lambda *devices: True
+from accelerate.parallelism_config import ParallelismConfig
+from transformers import PreTrainedModel
+build_device_mesh, load = ParallelismConfig.build_device_mesh, PreTrainedModel.from_pretrained.__func__
+ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
+PreTrainedModel.from_pretrained = classmethod(lambda cls, *args, device_map=None, **rest: load(cls, *args, **rest))
+"""
 TRAIN = (
-    AS_ON_GPUS
+    ON_CPUS
     + """
 import os
-from accelerate.parallelism_config import ParallelismConfig
-build_device_mesh = ParallelismConfig.build_device_mesh
-ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
 
 if __name__ == "__main__":  # what Axolotl starts imports this file
     from axolotl.cli.main import cli
@@ -34,7 +40,9 @@ if __name__ == "__main__":  # what Axolotl starts imports this file
 )
 
 
-def axolotl_train(folder: Path, example: str, changes: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
+def axolotl_train(
+    folder: Path, example: str, changes: dict[str, Any], runs: dict[str, dict[str, Any]], *, as_on_gpus: bool = True
+) -> None:
     """
     Train a tiny model in four steps with a configuration of examples/, once for every run; a checkpoint is at two.
 
@@ -43,6 +51,7 @@ def axolotl_train(folder: Path, example: str, changes: dict[str, Any], runs: dic
         example: Name of the file in examples/.
         changes: Of its keys, for all runs; None removes one.
         runs: Name -> further changes.
+        as_on_gpus: Sharded runs need it; DDP knows CPUs.
     """
     llama().save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
@@ -68,4 +77,7 @@ def axolotl_train(folder: Path, example: str, changes: dict[str, Any], runs: dic
         files.append(folder / f"{name}.yml")
         files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
     own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    run_ranks(TRAIN, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+    if as_on_gpus:
+        run_ranks(AS_ON_GPUS + TRAIN, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+    else:
+        run_ranks(TRAIN, folder, *map(str, files), **own)

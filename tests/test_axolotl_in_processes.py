@@ -1,4 +1,4 @@
-"""`axolotl train` under FSDP2, in two processes of a CPU."""
+"""`axolotl train` in two processes of a CPU: FSDP2 and DDP, which end with the same weights."""
 
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from tiny import relative_difference
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fsdp")
+    folder = tmp_path_factory.mktemp("runs")
     salora = {"safety_rank": 8, "safety_data": str(folder / "safety.jsonl")}
     changes = {"whole": {}, "resumed": {"resume_from_checkpoint": str(folder / "whole" / "checkpoint-2")}}
     axolotl_train(folder, "axolotl-fsdp2.yml", {"salora": salora}, changes)
+    without_fsdp = {"salora": salora, "val_set_size": None}
+    axolotl_train(folder, "axolotl-ddp.yml", without_fsdp, {"ddp": {}}, as_on_gpus=False)
     return folder
 
 
@@ -60,9 +62,17 @@ def test_what_is_saved_is_what_was_trained(runs):
         assert (loaded(tokens).logits - before).abs().max() > 1e-2
 
 
-@pytest.mark.compatibility("Resuming", "Axolotl under FSDP2")
-def test_a_resumed_run_ends_with_the_same_weights(runs):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resumed", marks=pytest.mark.compatibility("Resuming", "Axolotl under FSDP2")),
+        pytest.param(
+            "ddp", marks=pytest.mark.compatibility("Several processes", "DDP with Axolotl (examples/axolotl-ddp.yml)")
+        ),
+    ],
+)
+def test_another_way_to_the_same_weights(runs, name):
     expected = load_file(runs / "whole" / "adapter_model.safetensors")
-    found = load_file(runs / "resumed" / "adapter_model.safetensors")
+    found = load_file(runs / name / "adapter_model.safetensors")
     assert all(relative_difference(found[key], value) < 1e-5 for key, value in expected.items())
-    assert largest_share_inside(runs / "resumed") <= 1e-5
+    assert largest_share_inside(runs / name) <= 1e-5
