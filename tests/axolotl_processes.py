@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from processes import AS_ON_GPUS, CPUS_AS_GPUS, run_ranks
+from processes import AS_ON_GPUS, CPUS_AS_GPUS, free_port, run_ranks
 from tiny import llama, refusal_rows, sum_rows, tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,6 +24,7 @@ PreTrainedModel.from_pretrained = classmethod(lambda cls, *args, device_map=None
 TRAIN = (
     ON_CPUS
     + """
+import json
 import os
 
 if __name__ == "__main__":  # what Axolotl starts imports this file
@@ -77,7 +78,8 @@ def axolotl_train(
         files.append(folder / f"{name}.yml")
         files[-1].write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
     own = {"SALORA_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    ports = json.dumps([free_port() for _ in files])  # on which the ranks of each run meet
     if as_on_gpus:
-        run_ranks(AS_ON_GPUS + TRAIN, folder, *map(str, files), **CPUS_AS_GPUS, **own)
+        run_ranks(AS_ON_GPUS + TRAIN, folder, ports, *map(str, files), **CPUS_AS_GPUS, **own)
     else:
-        run_ranks(TRAIN, folder, *map(str, files), **own)
+        run_ranks(TRAIN, folder, ports, *map(str, files), **own)

@@ -25,6 +25,7 @@ LONGEST = (
     "test_trainers.py",
     "test_replay.py",
     "test_scale_out.py",
+    "test_axolotl_in_processes.py",
     "test_real_models.py",
     "test_demo.py",
     "test_distribution.py",

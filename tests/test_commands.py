@@ -99,7 +99,7 @@ def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
             ("--target-modules", "nothing"),
             "no module of LlamaForCausalLM, whose linear layers are called q_proj, k_proj",
         ),
-        (("--engine", "fast"), "calibration_engine='fast': choose one of"),
+        (("--engine", "fast"), "--engine='fast': choose one of"),
     ],
 )
 def test_wrong_options(folder, tmp_path, more, message):

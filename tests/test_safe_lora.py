@@ -194,7 +194,7 @@ def test_another_dtype_of_the_same_weights_is_no_alignment(simple, tmp_path):
     [
         ({"threshold": 0.5, "num_layers": 1}, "threshold and num_layers are both set"),
         ({"threshold": 2.0}, "threshold=2.0"),
-        ({"num_layers": 0}, "num_layers=0: give a number from 1 to 4"),
+        ({"num_layers": 0}, "num_layers=0: give a whole number of at least 1"),
         ({"num_layers": 5}, "num_layers=5"),
         ({"num_layers": 1.5}, "num_layers=1.5"),
         ({"dtype": "int8"}, "dtype='int8'"),
