@@ -45,7 +45,7 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
-_Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, strict=True)]
+_Share = Annotated[float, Field(gt=0, lt=1, strict=True), BeforeValidator(_number)]
 _PositiveFloat = Annotated[PositiveFloat, BeforeValidator(_number)]
 
 
