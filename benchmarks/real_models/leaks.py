@@ -192,7 +192,7 @@ def _masks(batch: Sequence[Sequence[int]], counts: Sequence[bool], headers: Head
     for row, (prompt, is_counted) in enumerate(zip(batch, counts, strict=True)):
         if is_counted:
             end = headers.length(prompt)
-            header[row, -end:] = True
+            header[row, longest - end :] = True
             text[row, longest - len(prompt) : longest - end] = True
     return header, text
 

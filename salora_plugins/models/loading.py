@@ -13,8 +13,6 @@ from ..support.hub import is_model_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG_NAME = "adapter_config.json"
-"""Of a saved adapter, as PEFT calls it."""
 NO_PICKLES = "Pickles are not read, as they can run code: save the model as safetensors (save_pretrained does)"
 """What is said of a model that has no weights but pickles, such as pytorch_model.bin."""
 
@@ -108,6 +106,8 @@ def check_whole_model(folder: str) -> None:
     Raises:
         ValueError: The folder holds an adapter, which transformers would load on its base model without a word.
     """
+    from peft.utils import CONFIG_NAME
+
     file = os.path.join(folder, CONFIG_NAME)
     if os.path.isfile(file):
         base_model = read_json_object(Path(file)).get("base_model_name_or_path")
