@@ -14,6 +14,7 @@ The answers are `errors` (name -> text, or null where there was none), `failed` 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -54,6 +55,9 @@ def main(job_file: str) -> None:
 
     entry_points = host.entry_points
     for name, arguments in job["commands"].items():
+        # Axolotl and its hosts collect garbage at every turn, among all that they imported: most of the time of a run.
+        gc.collect()
+        gc.freeze()
         print(f"=== axolotl {' '.join(arguments)}", flush=True)
         # A run leaves variables behind; with those of torch_compile every later one would compile its model.
         os.environ.clear()

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -39,6 +40,16 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts_are_no_garbage() -> None:
+    """
+    Trainers collect garbage again and again, among all that was imported; what is there before the tests of a file is
+    not looked through any more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

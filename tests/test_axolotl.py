@@ -619,6 +619,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
                 "HF_HUB_OFFLINE": "1",
                 "HF_DATASETS_CACHE": str(folder / "cache"),
                 "OMP_NUM_THREADS": "1",
+                "NUMBA_DISABLE_JIT": "1",  # of sample packing: it compiles for 20 seconds what then takes none
             },
             check=False,
             timeout=1200,
