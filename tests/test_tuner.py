@@ -193,6 +193,25 @@ def test_the_input_side_by_default(tmp_path):
         get_peft_model(llama(), config(safety_module=given, input_safety_rank=3))
 
 
+def test_data_beside_a_safety_module_is_not_left_out_without_a_word(tmp_path):
+    rows = [json.dumps(row) + "\n" for row in refusal_rows()]
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    own.write_text("".join(rows))
+    other.write_text("".join(rows[:4]))
+    shared = {"target_modules": ["q_proj"], "safety_rank": 4}
+    given = calibrate(llama(), tokenizer(), safety_data=str(own), **shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for options in ({}, {"safety_data": own}, {"num_safety_samples": len(rows)}):
+            get_peft_model(llama(), SaLoRAConfig(safety_module=given, **shared, **options))
+    for options, message in (
+        ({"safety_data": other}, r"safety_data='.*other.jsonl' has no effect .* computed from '.*own.jsonl'"),
+        ({"num_safety_samples": 2}, f"num_safety_samples=2 has no effect .* computed from {len(rows)} examples"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            get_peft_model(llama(), SaLoRAConfig(safety_module=given, **shared, **options))
+
+
 def test_a_pattern_of_the_calibration_is_no_rank_of_the_training():
     """The default rank of a training is its own, however many directions single modules of the file have."""
     targets = {"target_modules": ["q_proj", "down_proj"], "input_safety_rank": 4}

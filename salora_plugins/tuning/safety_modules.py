@@ -134,6 +134,7 @@ def _given(config: SaLoRAConfig) -> SafetyModule:
     _check_variant(config, safety_module)
     if not config.weights_follow:  # a saved adapter is trained on with its own, whatever it was called
         _check_method(config, safety_module)
+        _warn_about_unread_data(config, safety_module)
     positions = safety_module.provenance.get("safety_positions")
     if config.safety_positions is not None and positions not in (None, config.safety_positions):
         raise ValueError(
@@ -212,6 +213,25 @@ def _check_method(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
                 f"{name}={value!r:.80}, but the safety module was computed by {method!r} "
                 f"{'without it' if found is None else f'with {found!r:.80}'}. Leave {name} unset, or calibrate again."
             )
+
+
+def _warn_about_unread_data(config: SaLoRAConfig, safety_module: SafetyModule) -> None:
+    """Say that a safety module skips the calibration that safety data beside it would be for, unless it is of them."""
+    known, values = safety_module.provenance, config.to_dict()  # data by its name, as in the provenance
+    data, most = values["safety_data"], values["num_safety_samples"]
+    unread = {}
+    if data not in (OPTIONS["safety_data"].default, known.get("safety_data")):
+        source = known.get("safety_data")
+        unread[f"safety_data={data!r:.80}"] = "without safety data" if source is None else f"from {source!r:.80}"
+    if most != OPTIONS["num_safety_samples"].default and known.get("safety_samples", 0) > most:
+        unread[f"num_safety_samples={most}"] = f"from {known.get('safety_samples')} examples"
+    for option, found in unread.items():
+        warnings.warn(
+            f"{option} has no effect beside safety_module, which was computed {found}: leave it out, or leave "
+            "safety_module out to calibrate in this run.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _ranks(config: SaLoRAConfig, safety_module: SafetyModule, names: Sequence[str]) -> SideRanks:
