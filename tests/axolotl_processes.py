@@ -24,12 +24,15 @@ PreTrainedModel.from_pretrained = classmethod(lambda cls, *args, device_map=None
 TRAIN = (
     ON_CPUS
     + """
+import gc
 import json
 import os
 
 if __name__ == "__main__":  # what Axolotl starts imports this file
     from axolotl.cli.main import cli
 
+    gc.collect()
+    gc.freeze()  # Axolotl collects garbage at every turn, among all that it imported
     for port, file in zip(json.loads(sys.argv[2]), sys.argv[3:], strict=True):
         child = os.fork()  # a run leaves more behind than can be undone
         if not child:
