@@ -210,9 +210,11 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         if self.init is None:
             self.init = "zero" if self.has_input_side and not given else "task"
             return
+        if self.init == "task":
+            return
         if "task_data" in given and self._measures_leak:
-            given = [name for name in given if name != "task_data"]  # which the leak is measured against
-        if self.init != "task" and given:
+            given.remove("task_data")  # which the leak is measured against
+        if given:
             warnings.warn(
                 f"{', '.join(given)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
                 UserWarning,
@@ -224,6 +226,8 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         """Whether a calibration for this configuration measures the leak."""
         if not self.has_input_side or self.safety_module is not None:
             return False
+        if self.basis_method == "salora":
+            return True  # the usual case; the others ask all plugins
         needs = basis_needs().get(self.basis_method)
         return needs is not None and needs.reads_safety_rows(True)
 
