@@ -114,7 +114,8 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
             "organization/name"). "advbench", "harmbench", "strongreject" and "xstest-unsafe" are registered, too, for
             those who have access to these sets on the hub.
         task_data (`str`, path, `datasets.Dataset` or list, *optional*):
-            Training examples for `init="task"`. `None` takes the first batch that is trained on.
+            Training examples for `init="task"`. The leak is measured against them, too, whatever the start is. `None`
+            takes the first batch that is trained on, and built-in everyday requests for the leak.
         safety_module (`str`, path or [`SafetyModule`], *optional*):
             A safety module computed before, as a file, a folder or a repository of the Hugging Face hub
             ("organization/name", or "organization/name@revision"); skips calibration.
@@ -208,12 +209,27 @@ class SaLoRAConfig(AdapterOptions, LoraConfig):
         given += [name for name in ("task_rank", "num_task_samples") if getattr(self, name) != OPTIONS[name].default]
         if self.init is None:
             self.init = "zero" if self.has_input_side and not given else "task"
-        elif self.init != "task" and given:
+            return
+        if self.init == "task":
+            return
+        if "task_data" in given and self._measures_leak:
+            given.remove("task_data")  # which the leak is measured against
+        if given:
             warnings.warn(
                 f"{', '.join(given)} has no effect with init={self.init!r}: leave it out, or set init='task'.",
                 UserWarning,
                 stacklevel=4,
             )
+
+    @property
+    def _measures_leak(self) -> bool:
+        """Whether a calibration for this configuration measures the leak."""
+        if not self.has_input_side or self.safety_module is not None:
+            return False
+        if self.basis_method == "salora":
+            return True  # the usual case; the others ask all plugins
+        needs = basis_needs().get(self.basis_method)
+        return needs is not None and needs.reads_safety_rows(True)
 
     def _resolve_sails(self) -> None:
         """Take the start and the method of the variant; refuse others, and what is about protection."""

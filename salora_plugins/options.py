@@ -114,7 +114,7 @@ class AdapterOptions:
     task_data: Any = field(
         default=None,
         metadata=about(
-            "Examples for the start 'task': a file, a folder or a hub data set.",
+            "Examples for the start 'task', and what the leak is measured against: a file, a folder or a hub data set.",
             if_none="the first training batch",
             holds="rows",
         ),

@@ -84,10 +84,19 @@ def test_default_start():
 @pytest.mark.parametrize("option", [{"task_data": "rows.jsonl"}, {"task_rank": 8}, {"num_task_samples": 8}])
 def test_options_of_another_start_are_not_ignored_in_silence(option):
     with pytest.warns(UserWarning, match=f"{next(iter(option))} has no effect with init='zero'"):
-        SaLoRAConfig(**option, init="zero")
+        SaLoRAConfig(**option, init="zero", input_safety_rank=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SaLoRAConfig(**option, init="task")
+
+
+def test_the_tasks_rows_count_for_the_leak_with_any_start():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SaLoRAConfig(task_data="rows.jsonl", init="zero")
+    for option in ({"safety_module": "safety.safetensors"}, {"task_rank": 8}):
+        with pytest.warns(UserWarning, match="has no effect with init='zero'"):
+            SaLoRAConfig(task_data="rows.jsonl", init="zero", **option)
 
 
 def test_configuration_without_a_model_round_trips(tmp_path):

@@ -259,6 +259,7 @@ def test_too_few_rows_and_no_input_side_are_told():
 def test_the_tasks_own_rows_where_they_are_known():
     rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
     assert calibrated(task_data=rows).provenance["leak_everyday"] == "task_data"
+    assert calibrated(task_data=rows, init="zero").provenance["leak_everyday"] == "task_data"
     assert calibrated(task_data=rows[:8]).provenance["leak_everyday"] == "builtin"
 
 

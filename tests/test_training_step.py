@@ -7,10 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Adafactor
 
 from benchmarks.measuring import python_calls
+from certificate import largest_share_inside
 from salora_plugins import calibrate
 from salora_plugins.parametrization import EffectiveWeight, SafeFactor, trained_factor
 from salora_plugins.tuning import basis_stack
@@ -139,6 +143,62 @@ def test_training_is_the_same_as_with_every_weight_alone(init, optimizer):
     alone = losses_of(each_alone(salora(form, init=init)), optimizer)
     assert ((together - alone).abs() / alone).max() <= 1e-6
     assert together[-1] < together[0]
+
+
+def of_bitsandbytes(parameters: list) -> torch.optim.Optimizer:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("its optimizers need a GPU before 0.50")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=0)
+
+
+def of_transformers(parameters: list) -> torch.optim.Optimizer:
+    return Adafactor(parameters, lr=1e-2, scale_parameter=False, relative_step=False)
+
+
+# The first two are not counted as writes by torch.
+OPTIMIZERS = {
+    "AdamW, fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+    "8-bit AdamW of bitsandbytes": of_bitsandbytes,
+    "Adafactor of transformers": of_transformers,
+}
+
+
+def trained_by(optimizer: str, model: PeftModel) -> tuple[PeftModel, PeftModel]:
+    """After steps with scaled losses and clipped gradients: the model, and a moving average of it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    made, scaler = OPTIMIZERS[optimizer](trained), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    model.train()
+    for step in range(6):
+        tokens = token_batch(seed=step % 2)
+        scaler.scale(model(input_ids=tokens, labels=tokens).loss).backward()
+        scaler.unscale_(made)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(made)
+        scaler.update()
+        made.zero_grad()
+        average.update_parameters(model)
+    return model.eval(), average.module.eval()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("init", ["zero", "pissa"])
+def test_whatever_optimizer_takes_the_steps(init, optimizer, tmp_path):
+    """The same as with every weight alone, and outside; what is saved is what was trained, averaged or merged."""
+    tokens = token_batch()
+    base = llama()(input_ids=tokens).logits
+    alone, _ = trained_by(optimizer, each_alone(salora("default", init=init)))
+    for kind, model in zip(("trained", "average"), trained_by(optimizer, salora("default", init=init)), strict=True):
+        logits = model(input_ids=tokens).logits
+        assert relative_difference(logits, base) > 0.05
+        if kind == "trained":  # an 8-bit state makes more of a rounding
+            assert relative_difference(logits, alone(input_ids=tokens).logits) <= 1e-3
+        model.save_pretrained(tmp_path / kind)
+        assert largest_share_inside(tmp_path / kind) <= 1e-5
+        saved = PeftModel.from_pretrained(llama(), tmp_path / kind)
+        assert relative_difference(saved(input_ids=tokens).logits, logits) <= 1e-5
+        assert relative_difference(model.merge_and_unload()(input_ids=tokens).logits, logits) <= 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [False, True, None])

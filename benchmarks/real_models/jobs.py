@@ -19,7 +19,7 @@ RATE_OF_ALL_LINEAR = 0.2
 MAIN = ("lora", "lora+replay", "paper", "default", "new", "header", "new+anchor", "new+replay", "lora+anchor")
 FURTHER = ("new-64+anchor", "new+second-anchor", "paper+anchor", "new-leak", "broad", "constrained-sft")
 ON_ALL_LINEAR = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
-NAMED = ("lora", "lora+replay", "default", "new", "header", "new+anchor")
+NAMED = ("lora", "lora+replay", "lora+anchor", "default", "new", "new+anchor")
 """The methods that get all seeds."""
 CONTROLS = ("random-directions", "lora-at-norm")
 
