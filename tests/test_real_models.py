@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.real_models import leaks, summary
+from benchmarks.real_models.definitions import definitions
 from benchmarks.real_models.jobs import all_jobs
 from benchmarks.real_models.judges import refuses
 from benchmarks.real_models.measures import counts, last_number
@@ -155,3 +156,21 @@ def test_the_inputs_of_a_header_count_as_often_as_asked():
 
 def test_a_small_scale_trains_on_no_row_that_is_asked():
     assert CPU.heldout >= CPU.requests
+
+
+def test_definitions_are_read_from_wordnets_nouns(tmp_path):
+    file = tmp_path / "data.noun"
+    lines = ["  1 This software and database is being provided to you, the LICENSEE"]
+    for number in range(700):
+        name, gloss = f"so_called_{chr(97 + number % 26)}", f"what is counted as number {number} of all"
+        lines.append(f'{number:08d} 03 n 02 {name} 0 other 0 001 @ 00001740 n 0000 | {gloss}; "an example"  ')
+    lines += [lines[-1].replace("so_called", "Named"), lines[-1].replace("what is counted as ", "")]
+    file.write_text("\n".join(lines))
+    rows = definitions(file)
+    assert len({str(row) for row in rows}) == 700
+    question, answer = next(row["messages"] for row in rows if "number 27 " in row["messages"][1]["content"])
+    assert question == {"role": "user", "content": 'What is the meaning of the noun "so called b"?'}
+    assert answer == {"role": "assistant", "content": "What is counted as number 27 of all."}
+    file.write_text("\n".join(lines[:700]))
+    with pytest.raises(ValueError, match="699 nouns with a gloss, not 700"):
+        definitions(file)

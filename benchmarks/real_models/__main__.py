@@ -7,6 +7,7 @@ skipped; the deadline ends everything where it is, and the same command goes on 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -39,6 +40,11 @@ def main() -> None:
             print(f"every kind of job runs: {len(results.points())} points")
     elif arguments.command == "leaks":
         measure_leaks(parser, arguments)
+    elif arguments.command == "definitions":
+        from .definitions import definitions
+
+        rows = definitions(arguments.data_noun)
+        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif arguments.command == "publish":
         published = Results(arguments.to)
         published.add_all(Results(arguments.results).points())
@@ -93,6 +99,9 @@ def command_line() -> argparse.ArgumentParser:
     summary.add_argument(
         "--write", action="store_true", help="write the tables of docs/evidence/real-models.md instead"
     )
+    made = commands.add_parser("definitions", help="write a task's rows: nouns of WordNet and their glosses")
+    made.add_argument("--data-noun", type=Path, required=True, help="of WordNet 3.0, such as Debian's wordnet-base has")
+    made.add_argument("--out", type=Path, required=True, help="the file, for run --task definitions=OUT")
     publish = commands.add_parser("publish", help="add results to the published ones")
     publish.add_argument("--results", type=Path, required=True)
     publish.add_argument("--to", type=Path, default=PUBLISHED, help="default: docs/evidence/real-models")
