@@ -222,7 +222,7 @@ def _warn_about_unread_data(config: SaLoRAConfig, safety_module: SafetyModule) -
     unread = {}
     if data not in (OPTIONS["safety_data"].default, known.get("safety_data")):
         source = known.get("safety_data")
-        unread[f"safety_data={data!r:.80}"] = "without safety data" if source is None else f"from {source!r:.80}"
+        unread[f"safety_data={data!r}"] = "without safety data" if source is None else f"from {source!r}"
     if most != OPTIONS["num_safety_samples"].default and known.get("safety_samples", 0) > most:
         unread[f"num_safety_samples={most}"] = f"from {known.get('safety_samples')} examples"
     for option, found in unread.items():
