@@ -12,7 +12,7 @@ from .calibrate import NOT_OF_CALIBRATION
 from .config_options import takes_config_options
 from .loading_options import takes_loading_options
 from .parameters import target_modules_of
-from .printing import print_report
+from .printing import print_report, working
 
 
 @takes_config_options([option for name, option in OPTIONS.items() if name not in NOT_OF_CALIBRATION])
@@ -35,14 +35,16 @@ def doctor(
 
     With a model it takes the options of `salora calibrate`; no weights are read or downloaded. Exit code 1: a problem.
     """
-    from ..config import SaLoRAConfig
-    from ..doctor import Diagnosis, examine_installation, examine_model
+    with working("Importing torch, transformers and what is installed beside them"):
+        from ..config import SaLoRAConfig
+        from ..doctor import Diagnosis, examine_installation, examine_model
 
-    findings = examine_installation()
+        findings = examine_installation()
     if model is not None:
         loading.check()
         config = SaLoRAConfig(target_modules=target_modules_of(target_modules), **options)
-        findings += examine_model(model, config, loading)
+        with working(f"Looking at {model}"):
+            findings += examine_model(model, config, loading)
     elif target_modules or options != {n: OPTIONS[n].default for n in options} or loading != LoadingOptions():
         raise ValueError("These options are about a model. Name it: salora doctor MODEL.")
     diagnosis = Diagnosis(findings)

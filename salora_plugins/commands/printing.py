@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.console import RenderableType
 
 _AS_WIDE_AS_IT_IS = 10_000
@@ -37,6 +39,14 @@ def print_table(table: RenderableType) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _AS_WIDE_AS_IT_IS
     console.print(table, crop=False)
+
+
+def working(on: str) -> AbstractContextManager[Any]:
+    """While it lasts, a line on a terminal says what takes so long; a file or a pipe gets none."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    return Console(stderr=True).status(f"{escape(on)} ...")
 
 
 def print_report(report: Report, *, as_json: bool) -> None:
