@@ -32,7 +32,12 @@ from .tuning.start_values import (
     start_factors,
     synchronize,
 )
-from .tuning.state_dicts import check_that_more_than_a_copy_is_loaded, put_effective_weights, take_factors
+from .tuning.state_dicts import (
+    check_saved_as_trained,
+    check_that_more_than_a_copy_is_loaded,
+    put_effective_weights,
+    take_factors,
+)
 
 
 class SaLoRAModel(LoraModel):
@@ -280,6 +285,8 @@ class SaLoRAModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The weights as an ordinary LoRA adapter: effective, in float32, under LoRA's own keys."""
+        if isinstance(config, SaLoRAConfig):
+            check_saved_as_trained(model, adapter_name, config)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         put_effective_weights(selected, model, adapter_name)
         return selected

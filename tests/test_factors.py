@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -466,6 +467,58 @@ def test_what_others_put_beside_a_factor_has_its_part():
         linear.parametrizations.weight.register_forward_hook(lambda *_: calls.append(1))
     logits(model)
     assert len(calls) >= len(linears(model))
+
+    with pytest.raises(ValueError, match=r"TimesTen, another parametrization.*Take it off"):
+        get_peft_model_state_dict(model)
+
+
+def set_option(option: str, value):
+    def change(model: PeftModel) -> None:
+        setattr(model.peft_config["default"], option, value)
+
+    return change
+
+
+def scale_layers(model: PeftModel) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_option("lora_alpha", 64), "scaling 2, .* saved with 16. lora_alpha"),
+        (set_option("alpha_pattern", {"layers.1.self_attn.v_proj": 4}), "layers.1.self_attn.v_proj: .* saved with 1"),
+        (set_option("use_rslora", True), "scaling 2, .* saved with 4"),
+        (set_option("r", 2), "has rank 8 .* saved with 4. r, rank_pattern and init"),
+        (set_option("init", "zero"), "has rank 8 .* saved with 4"),
+        (scale_layers, "scaling 1, .* saved with 2.*put it back"),
+    ],
+)
+def test_what_is_changed_after_the_adapter_was_made_is_not_saved(change, message, tmp_path):
+    """The layers compute as before, and the file would say otherwise."""
+    model = fresh("pissa")
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_layers_that_were_replaced_are_not_saved(tmp_path):
+    """By wider ones, in which nothing projects."""
+    model = fresh("zero")
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    with pytest.raises(RuntimeError, match=r"layers were replaced after it was made.*prepare_model_for_compiled"):
+        train(model).save_pretrained(tmp_path)
+
+
+def test_patterns_are_saved_as_they_are_computed(tmp_path):
+    """rsLoRA, and patterns of names, of their ends and of regular expressions."""
+    options = {"use_rslora": True, "rank_pattern": {r"^model\.layers\.0.*q_proj": 2, "v_proj": 3}}
+    model = train(fresh("pissa", **options, alpha_pattern={"layers.1.self_attn.v_proj": 32}))
+    model.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
 
 
 def test_a_replica_of_data_parallel_computes_its_weight():

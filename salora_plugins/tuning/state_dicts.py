@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,9 +10,43 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..adapters.certificate import lies_inside
-from ..parametrization import SafeFactor, safe_factor, trained_factor
-from .layers import COMPILED, salora_linears
+from ..adapters.saved import PREFIX, SavedAdapter
+from ..config import SaLoRAConfig
+from ..parametrization import SafeFactor, safe_factor, trained_factor, weight_holder
+from .layers import COMPILED, lora_linears, salora_layers, salora_linears
 from .start_values import is_at_start
+
+
+def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRAConfig) -> None:
+    """
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+        config: Its configuration, as it will be saved.
+
+    Raises:
+        ValueError: What is saved would compute something else than the adapter: its configuration or its scaling was
+            changed since the adapter was made, or others have a part in what its factors compute.
+    """
+    saved = SavedAdapter(config.to_lora_config().to_dict(), {}, {})
+    for name, layer in salora_layers(model, adapter_name):
+        module, linears = name.removeprefix(PREFIX), lora_linears(layer, adapter_name)
+        rank, scaling = linears["input"].out_features, float(layer.scaling[adapter_name])
+        if rank != saved.rank_of(module):
+            raise ValueError(
+                f"{module}: adapter {adapter_name!r} has rank {rank} there, and its configuration would be saved with "
+                f"{saved.rank_of(module)}. r, rank_pattern and init have no effect once the adapter is made: set them "
+                "back, and give them to get_peft_model."
+            )
+        if not math.isclose(scaling, saved.scaling(module), rel_tol=1e-6):
+            raise ValueError(
+                f"{module}: adapter {adapter_name!r} computes with the scaling {scaling:g}, and its configuration "
+                f"would be saved with {saved.scaling(module):g}. lora_alpha, alpha_pattern and use_rslora have no "
+                "effect once the adapter is made: set them back, and give them to get_peft_model. A scaling that was changed "
+                "in the layers (set_scale, rescale_adapter_scale) is not saved: put it back before saving."
+            )
+        for linear in linears.values():
+            _check_alone(linear, module)
 
 
 def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str) -> None:
@@ -112,6 +147,20 @@ def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
     key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
     plain = key.replace(COMPILED, "")
     return key, plain, f"base_model.model.{plain}"
+
+
+def _check_alone(linear: nn.Linear, name: str) -> None:
+    """
+    Raises:
+        ValueError: Another parametrization has a part in what the factor computes.
+    """
+    holder = weight_holder(linear)
+    # Hooks say nothing: DeepSpeed has some on every module.
+    if (other := holder._modules.get("1")) is not None:
+        raise ValueError(
+            f"{name}: {type(other).__name__}, another parametrization, has a part in the adapter's weights, of which a "
+            "saved adapter knows nothing. Take it off before saving."
+        )
 
 
 def _check_gathered(factor: Tensor) -> None:
