@@ -42,8 +42,8 @@ def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRACo
             raise ValueError(
                 f"{module}: adapter {adapter_name!r} computes with the scaling {scaling:g}, and its configuration "
                 f"would be saved with {saved.scaling(module):g}. lora_alpha, alpha_pattern and use_rslora have no "
-                "effect once the adapter is made: set them back, and give them to get_peft_model. A scaling that was changed "
-                "in the layers (set_scale, rescale_adapter_scale) is not saved: put it back before saving."
+                "effect once the adapter is made: set them back, and give them to get_peft_model. A scaling that was "
+                "changed in the layers (set_scale, rescale_adapter_scale) is not saved: put it back before saving."
             )
         for linear in linears.values():
             _check_alone(linear, module)
