@@ -110,6 +110,20 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     return {name: saved.scaling(name) * b.double() @ a.double() for name, (a, b) in saved.factors.items()}
 
 
+def test_a_tilde_is_the_home_folder_as_the_host_has_it(own, tmp_path, monkeypatch, hub):
+    """PEFT writes into a folder of that name, trainers into the home folder: no adapter is in two places."""
+    model = load_for_training(base(), own)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("~/saved")
+    assert {path.name for path in (tmp_path / "~" / "saved").iterdir()} == {path.name for path in own.iterdir()}
+    assert not (tmp_path / "home").exists()
+    checkpoint = Path(shutil.copytree(own, tmp_path / "home" / "outputs" / "checkpoint-2"))
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint("~/outputs") == str(checkpoint)
+    assert push_to_hub("~/outputs/checkpoint-2", NAME) == "commit"
+
+
 # Older PEFT and servers
 
 

@@ -148,7 +148,8 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
     advice = (
         "Do not use this file. Either the adapter's layers were replaced after it was made, and with them what "
         "computes their weights (prepare_model_for_compiled_hotswap, remove_parametrizations): make it anew. Or the "
-        f"installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows: install a supported version."
+        f"installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows: install a "
+        "supported version."
     )
     tensors = load_file(weights)
     for name in safety_module.bases:
