@@ -117,6 +117,27 @@ def test_models_that_carry_adapters_already(tmp_path):
         load_for_training(saved, tmp_path)
 
 
+def test_a_weight_that_two_layers_share():
+    """Merged, one layer would get the update of the other, not kept out of its directions; modules may be shared."""
+    model, module = tiny.llama(), tiny.llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    told = refused_before_any_forward(model, "2 of 4 have their weight in common with another layer")
+    options = {"init": "zero", "safety_data": tiny.token_rows(8), "input_safety_rank": 8}
+    pattern = re.search(r"exclude_modules=r'(.*?)'", told).group(1)
+    get_peft_model(model, tiny.salora_config(exclude_modules=pattern, **options))
+    module.model.layers[1].self_attn.q_proj = module.model.layers[0].self_attn.q_proj
+    get_peft_model(module, tiny.salora_config(**options))
+
+
+def test_targets_that_other_options_leave_out_are_told_with_them():
+    refused_before_any_forward(
+        tiny.llama(),
+        r"matches no module of LlamaForCausalLM together with layers_to_transform=\[7\].*the first is 'model.layers.0.",
+        layers_to_transform=[7],
+    )
+
+
 def test_encoder_decoders():
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=259, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
