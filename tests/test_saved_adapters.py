@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -671,6 +672,11 @@ def _not_finite(own: Path) -> None:
     _add(own, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.full((8, 64), torch.nan))
 
 
+def _codes(own: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(own / "adapter_model.safetensors")
+    save_file({key: value.to(dtype) for key, value in tensors.items()}, own / "adapter_model.safetensors")
+
+
 def _add(own: Path, key: str, value: torch.Tensor) -> None:
     tensors = load_file(own / "adapter_model.safetensors")
     save_file({**tensors, key: value}, own / "adapter_model.safetensors")
@@ -685,6 +691,8 @@ def _add(own: Path, key: str, value: torch.Tensor) -> None:
         pytest.param(_bias, "lora_B.bias", marks=saved_adapters(AREA, "`salora export` with `lora_bias`")),
         pytest.param(_embedding, "lora_embedding_A", marks=saved_adapters(AREA, "`salora export` of embeddings")),
         (_not_finite, "not finite"),
+        (partial(_codes, dtype=torch.float8_e4m3fn), "are torch.float8_e4m3fn, which are not read as numbers"),
+        (partial(_codes, dtype=torch.int8), "are torch.int8, which are not read as numbers"),
     ],
 )
 def test_what_cannot_be_exported(own, tmp_path, spoil, message, refusal):
