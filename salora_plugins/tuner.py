@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class SaLoRAModel(LoraModel):
         if not isinstance(given, SaLoRAConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             return
+        _refuse_loading_by_transformers(model)
         warn_of_unsupported(*in_use())
         given.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, given)
@@ -308,3 +310,21 @@ class SaLoRAModel(LoraModel):
             tuner._first_batch_starts.settle(adapter_name)
         others = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**others, **factors, **states}
+
+
+def _refuse_loading_by_transformers(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: transformers' `load_adapter` makes this adapter, with a configuration that it was given. It knows no
+            seam by which a tuner takes saved weights apart, and would leave the adapter at its start.
+    """
+
+    def is_of_transformers(variables: Mapping[str, Any]) -> bool:
+        return variables.get("self") is model and "adapter_state_dict" in variables
+
+    if argument_of_caller("peft_config", "load_adapter", is_of_transformers) is not None:
+        raise ValueError(
+            "peft_config: load_adapter of transformers cannot load weights into a SaLoRA adapter in training, which "
+            "would stay at its start. Use salora_plugins.load_for_training(model, folder); for inference leave "
+            "peft_config out."
+        )
