@@ -12,6 +12,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from certificate import largest_share_inside
 from salora_plugins import calibrate, load_for_training
@@ -179,6 +180,20 @@ def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own
     assert not torch.equal(trained_factor(linears(copied)[1]), start)
     assert model.base_model.waiting_for_task_data == ["default"] and not copied.base_model.waiting_for_task_data
     assert torch.equal(trained_factor(linears(model)[1]), start)
+
+
+def test_averages_in_a_copy_from_before_the_first_batch_are_not_saved(tmp_path):
+    """The copy has another start than the parameters that are averaged in it."""
+    model = fresh()
+    early = AveragedModel(model)
+    train(model, 1)
+    late = AveragedModel(model)
+    for averaged in (early, late):
+        averaged.update_parameters(model)
+    with pytest.raises(ValueError, match=r"waits for its first training batch.*after the first step"):
+        early.module.save_pretrained(tmp_path)
+    late.module.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
 
 
 def test_a_whole_model_is_not_pickled(tmp_path):

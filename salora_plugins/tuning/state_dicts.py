@@ -47,6 +47,7 @@ def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRACo
             )
         for linear in linears.values():
             _check_alone(linear, module)
+        _check_start(linears["output"], adapter_name)
 
 
 def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str) -> None:
@@ -160,6 +161,24 @@ def _check_alone(linear: nn.Linear, name: str) -> None:
         raise ValueError(
             f"{name}: {type(other).__name__}, another parametrization, has a part in the adapter's weights, of which a "
             "saved adapter knows nothing. Take it off before saving."
+        )
+
+
+def _check_start(linear: nn.Linear, adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: A factor was changed while its start is still to come. That is what becomes of a copy of a model
+            from before the first training batch that takes averages of the model's parameters: the start of these is
+            another one, and the copy would compute with the difference of the two.
+    """
+    factor, parameter = safe_factor(linear), trained_factor(linear)
+    if not factor.awaits_task_data or isinstance(parameter, DTensor) or not parameter.numel():
+        return
+    if not is_at_start(linear):
+        raise ValueError(
+            f"Adapter {adapter_name!r} waits for its first training batch, and its factors were changed meanwhile, as "
+            "in a copy that was made before that batch and averages the parameters (EMA, SWA). Make the copy after the "
+            "first step, or give task_data; or set init='pissa' or 'zero', which wait for nothing."
         )
 
 
