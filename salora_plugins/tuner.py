@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from .adapters.adapter_config import AdapterConfig, read_config
+from .adapters.saved import ADAPTER_CONFIG_FILE
 from .calibration import task_bases
 from .config import CONFIG_FILE, SaLoRAConfig
 from .models.targets import check_layer_type, say_what_is_left_out, target_module_names
@@ -262,6 +263,8 @@ class SaLoRAModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
+        if folder is not None:
+            _refuse_best_of_another_adapter(Path(folder), adapter_name)
         if not isinstance(config, AdapterConfig) or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
             return
         of_checkpoint = read_config(folder)
@@ -310,6 +313,22 @@ class SaLoRAModel(LoraModel):
             tuner._first_batch_starts.settle(adapter_name)
         others = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**others, **factors, **states}
+
+
+def _refuse_best_of_another_adapter(folder: Path, adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: A trainer loads its best checkpoint into an adapter that was saved in a folder of its own within it:
+            what the checkpoint itself holds is the adapter "default".
+    """
+    own = folder / adapter_name
+    loads_best = argument_of_caller("best_safe_adapter_model_path", "_load_best_model", lambda _: True) is not None
+    if loads_best and (own / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"load_best_model_at_end: the trainer would load the adapter 'default' of {folder} into {adapter_name!r}, "
+            f"which is in {own}. Leave it at False, and after the training load the best one yourself: "
+            f"model.load_adapter({str(own)!r}, {adapter_name!r})."
+        )
 
 
 def _refuse_loading_by_transformers(model: nn.Module) -> None:
