@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
@@ -159,6 +159,13 @@ def test_a_state_without_its_start_is_refused():
     with pytest.warns(UserWarning, match="does not tell which safety module"):
         other.load_state_dict(only_parameters, strict=False)
     assert torch.equal(logits(other), logits(model))
+
+
+def test_a_state_of_plain_lora_is_refused():
+    """With strict=False it would be passed over."""
+    plain = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match=r"lora_A.default.weight: the state dict is of a model with plain LoRA"):
+        fresh("zero").load_state_dict(plain.state_dict(), strict=False)
 
 
 def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own_answer(caplog):
