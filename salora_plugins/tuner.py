@@ -18,6 +18,7 @@ from .adapters.saved import ADAPTER_CONFIG_FILE
 from .calibration import task_bases
 from .config import CONFIG_FILE, SaLoRAConfig
 from .models.targets import check_layer_type, say_what_is_left_out, target_module_names
+from .models.weights import check_loaded, check_not_offloaded
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .support.callers import argument_of_caller
 from .support.hosts import in_use, warn_of_unsupported
@@ -81,6 +82,9 @@ class SaLoRAModel(LoraModel):
         names = target_module_names(model, given)
         if not self.targeted_module_names:  # the first adapter of this tuner
             check_without_other_adapters(model, adapter_name, names)
+        check_not_offloaded(model, names)
+        if given.safety_module is not None:
+            check_loaded(model, names)
         say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
         if twin is not None and isinstance(given, AdapterConfig):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN
@@ -136,6 +137,22 @@ def test_targets_that_other_options_leave_out_are_told_with_them():
         r"matches no module of LlamaForCausalLM together with layers_to_transform=\[7\].*the first is 'model.layers.0.",
         layers_to_transform=[7],
     )
+
+
+def test_layers_without_weights_in_this_process(tmp_path):
+    """Offloaded by accelerate, some of them, or not loaded; and offloaded when the adapter is there."""
+    offloaded = tiny.llama()
+    disk_offload(offloaded.model.layers[1], str(tmp_path), torch.device("cpu"))
+    told = refused_before_any_forward(offloaded, "device_map: 2 of 4 target layers are offloaded")
+    pattern = re.search(r"exclude_modules=r'(.*?)'", told).group(1)
+    options = {"init": "zero", "safety_data": tiny.token_rows(8), "input_safety_rank": 8, "exclude_modules": pattern}
+    model = get_peft_model(offloaded, tiny.salora_config(**options))
+    module = model.base_model.safety_module()
+    with torch.device("meta"):
+        absent = tiny.llama()
+    refused_before_any_forward(absent, "on the meta device, without weights", **options, safety_module=module)
+    with pytest.raises(RuntimeError, match="factors are on the meta device"):
+        model.to("meta").save_pretrained(tmp_path / "adapter")
 
 
 def test_encoder_decoders():

@@ -190,6 +190,11 @@ def _check_gathered(factor: Tensor) -> None:
             "cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and give the result to "
             "save_pretrained(state_dict=...) on one."
         )
+    if factor.is_meta:
+        raise RuntimeError(
+            "The factors are on the meta device, so that there is nothing to save: the model was offloaded "
+            "(cpu_offload, dispatch_model, to('meta')) after it was trained. Save the adapter before that."
+        )
     if factor.numel() == 0:
         raise RuntimeError(
             "The factors are sharded by DeepSpeed ZeRO-3. Save with the trainer's save_model, with "
