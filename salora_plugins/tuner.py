@@ -37,6 +37,7 @@ from .tuning.start_values import (
 )
 from .tuning.state_dicts import (
     check_saved_as_trained,
+    check_scaling_of_file,
     check_that_more_than_a_copy_is_loaded,
     put_effective_weights,
     take_factors,
@@ -269,6 +270,8 @@ class SaLoRAModel(LoraModel):
         folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
         if folder is not None:
             _refuse_best_of_another_adapter(Path(folder), adapter_name)
+            if (Path(folder) / ADAPTER_CONFIG_FILE).is_file():
+                check_scaling_of_file(Path(folder), self.model, adapter_name)
         if not isinstance(config, AdapterConfig) or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
             return
         of_checkpoint = read_config(folder)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..adapters.certificate import lies_inside
-from ..adapters.saved import PREFIX, SavedAdapter
+from ..adapters.saved import ADAPTER_CONFIG_FILE, PREFIX, SavedAdapter
 from ..config import SaLoRAConfig
-from ..parametrization import SafeFactor, safe_factor, trained_factor, weight_holder
+from ..lora_options import check_lora_entries
+from ..parametrization import LORA_FACTORS, SafeFactor, safe_factor, trained_factor, weight_holder
+from ..support.files import read_json_object
+from ..support.module_names import listed
 from .layers import COMPILED, lora_linears, salora_layers, salora_linears
 from .start_values import is_at_start
+
+# Ends of the keys of saved factors.
+_FACTORS = tuple(f".{factor}.weight" for factor in LORA_FACTORS.values())
 
 
 def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRAConfig) -> None:
@@ -48,6 +55,34 @@ def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRACo
         for linear in linears.values():
             _check_alone(linear, module)
         _check_start(linears["output"], adapter_name)
+
+
+def check_scaling_of_file(folder: Path, model: nn.Module, adapter_name: str) -> None:
+    """
+    Args:
+        folder: Of a saved adapter, whose weights are to be loaded into one that is there.
+        model: The model with that.
+        adapter_name: That adapter.
+
+    Raises:
+        ValueError: It would multiply the same factors by another scaling; or a file cannot be read.
+    """
+    file = folder / ADAPTER_CONFIG_FILE
+    config = read_json_object(file)
+    if config.get("peft_type") != "LORA":
+        return  # none of its weights are taken
+    check_lora_entries({"r": None, "lora_alpha": None, **config}, file)
+    saved = SavedAdapter(config, {}, {})
+    for name, layer in salora_layers(model, adapter_name):
+        module, scaling = name.removeprefix(PREFIX), float(layer.scaling[adapter_name])
+        if saved.rank_of(module) != lora_linears(layer, adapter_name)["input"].out_features:
+            return  # told by the shapes of the weights
+        if not math.isclose(scaling, saved.scaling(module), rel_tol=1e-6):
+            raise ValueError(
+                f"{module}: the weights in {folder} were trained with the scaling {saved.scaling(module):g}, and "
+                f"adapter {adapter_name!r} has {scaling:g}, with which they compute something else. Go on with the "
+                "lora_alpha, r, alpha_pattern, rank_pattern and use_rslora of that adapter, as load_for_training does."
+            )
 
 
 def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str) -> None:
@@ -91,9 +126,10 @@ def take_factors(
 
     Returns:
         The trained factors, and what else a state dict of the model holds of them, both under the model's keys.
-
+        ValueError: A weight does not fit this adapter, lies in the directions that it protects, or is of a layer that
     Raises:
-        ValueError: A weight does not fit this adapter, or lies in the directions that it protects.
+        ValueError: A weight does not fit this adapter, or lies in the directions that it protects; or is of another
+            layer.
     """
     factors, states = {}, {}
     for name, linear in salora_linears(model, adapter_name):
@@ -103,6 +139,13 @@ def take_factors(
         prefix = f"{name}.parametrizations.weight."
         factors[f"{prefix}original"] = _load_factor(linear, state_dict.pop(key), name.replace(f".{adapter_name}", ""))
         states.update(_states_of_loaded(safe_factor(linear), f"{prefix}0."))
+    left = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in state_dict if key.endswith(_FACTORS)}
+    if factors and left:
+        raise ValueError(
+            f"The saved adapter has weights of {len(left)} layers that adapter {adapter_name!r} does not have "
+            f"({listed(sorted(left))}), and they would be lost. Create it with the target_modules that it was trained "
+            "with (load_for_training reads them)."
+        )
     return factors, states
 
 
