@@ -357,6 +357,12 @@ def test_load_for_training_needs_the_side_files(tmp_path):
         load_for_training(llama(), tmp_path)
 
 
+@pytest.mark.parametrize("argument", ["revision", "subfolder", "is_trainable", "config", "token", "cache_dir"])
+def test_arguments_that_load_for_training_would_pass_over(argument):
+    with pytest.raises(TypeError, match=rf"{argument}=None: load_for_training does not take it: \w"):
+        load_for_training(llama(), "organization/name", **{argument: None})
+
+
 def test_a_hub_repository_can_be_trained_further(tmp_path, monkeypatch):
     """From the hub's cache on disk, as it is after a download."""
     import huggingface_hub.constants
