@@ -73,8 +73,8 @@ def load_for_training(
 
 def load_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str, *, is_trainable: bool = False) -> None:
     """
-    Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference for DPO (TRL's
-    `ref_adapter_name`).
+    Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference in a training loop of
+    your own. TRL's trainers make their reference themselves.
 
     `model.load_adapter` finds a plain LoRA adapter in the folder, which PEFT does not combine with one in training.
 
