@@ -527,6 +527,17 @@ def test_what_is_changed_after_the_adapter_was_made_is_not_saved(change, message
     assert not (tmp_path / "adapter_config.json").exists()
 
 
+def test_weights_that_were_unfrozen_are_told(tmp_path):
+    """Of the model they are trained, and no file of an adapter has them."""
+    model = fresh("zero", modules_to_save=["lm_head"], bias="lora_only", trainable_token_indices=[5])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not part of the adapter")
+        model.save_pretrained(tmp_path)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 trainable parameters are not part of the adapter .*norm.weight"):
+        model.save_pretrained(tmp_path)
+
+
 def test_layers_that_were_replaced_are_not_saved(tmp_path):
     """By wider ones, in which nothing projects."""
     model = fresh("zero")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRACo
         for linear in linears.values():
             _check_alone(linear, module)
         _check_start(linears["output"], adapter_name)
+    _warn_of_what_is_not_saved(model, config)
 
 
 def check_scaling_of_file(folder: Path, model: nn.Module, adapter_name: str) -> None:
@@ -191,6 +193,23 @@ def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
     key = f"{name.removesuffix(f'.{adapter_name}')}.weight"
     plain = key.replace(COMPILED, "")
     return key, plain, f"base_model.model.{plain}"
+
+
+def _warn_of_what_is_not_saved(model: nn.Module, config: SaLoRAConfig) -> None:
+    """Such as base weights that were unfrozen by hand: an adapter's file has none, and no safety module protects them."""
+    saved = (".lora_", ".modules_to_save.", ".trainable_tokens_delta", "._flat_param")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lost = [name for name in trained if not any(part in f".{name}" for part in saved)]
+    if config.bias != "none":
+        lost = [name for name in lost if not name.endswith("bias")]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trainable parameters are not part of the adapter ({listed(lost)}): they are not saved with "
+            "it, so that what is loaded is not what was trained, and the safety module does not protect them. Freeze "
+            "them, or name their modules in modules_to_save.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _check_alone(linear: nn.Linear, name: str) -> None:
