@@ -196,7 +196,7 @@ def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
 
 
 def _warn_of_what_is_not_saved(model: nn.Module, config: SaLoRAConfig) -> None:
-    """Such as base weights that were unfrozen by hand: no file of an adapter has them, no safety module protects them."""
+    """Such as base weights that were unfrozen by hand: no adapter's file has them, no safety module protects them."""
     saved = (".lora_", ".modules_to_save.", ".trainable_tokens_delta", "._flat_param")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     lost = [name for name in trained if not any(part in f".{name}" for part in saved)]
