@@ -189,6 +189,22 @@ def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own
     assert torch.equal(trained_factor(linears(model)[1]), start)
 
 
+def test_training_in_evaluation_mode_is_told(tmp_path, caplog):
+    """In which a model is that `from_pretrained` has loaded, and in which no batch sets the start."""
+    model = fresh().eval()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(2):
+        assert "evaluation mode" not in caplog.text
+        model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+        optimizer.step()
+        if step == 0:
+            with pytest.raises(ValueError, match=r"evaluation mode, where model\.train\(\) was forgotten"):
+                model.save_pretrained(tmp_path)
+    assert "trained in evaluation mode" in caplog.text and "call model.train()" in caplog.text
+    model.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
+
+
 def test_averages_in_a_copy_from_before_the_first_batch_are_not_saved(tmp_path):
     """The copy has another start than the parameters that are averaged in it."""
     model = fresh()
@@ -210,7 +226,7 @@ def test_a_whole_model_is_not_pickled(tmp_path):
 
 @row("`get_peft_model_state_dict` of a compiled model")
 @pytest.mark.parametrize("compiled", ["whole", "layers"])
-def test_the_adapter_of_a_compiled_model(compiled):
+def test_the_adapter_of_a_compiled_model(compiled, tmp_path):
     model = train(fresh())
     expected = get_peft_model_state_dict(model)
     other = fresh()
@@ -224,10 +240,9 @@ def test_the_adapter_of_a_compiled_model(compiled):
             for i, layer in enumerate(layers):
                 layers[i] = torch.compile(layer, backend="eager")
     found = get_peft_model_state_dict(model)
-    assert {key.replace("_orig_mod.", ""): value.sum() for key, value in found.items()} == {
-        key: value.sum() for key, value in expected.items()
-    }
-    assert not any("_extra_state" in key or "parametrizations" in key for key in found)
+    assert {key: value.sum() for key, value in found.items()} == {key: value.sum() for key, value in expected.items()}
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == expected.keys()
     result = set_peft_model_state_dict(wrapped, expected)
     assert not result.unexpected_keys
     assert relative_difference(logits(other), logits(model)) <= 1e-6

@@ -112,7 +112,8 @@ def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapt
         state, start = (state_dict.pop(f"{key}{part}_extra_state", None) for part in ("0.", "0.start."))
         if state is not None:
             factor.check_state(state, name)
-        state_dict[f"{name}.weight"] = factor.exact(state_dict.pop(f"{key}original"), start)
+        # Compiled layers are called by another name in this process only.
+        state_dict[f"{name}.weight".replace(COMPILED, "")] = factor.exact(state_dict.pop(f"{key}original"), start)
 
 
 def take_factors(
@@ -239,8 +240,9 @@ def _check_start(linear: nn.Linear, adapter_name: str) -> None:
     if not is_at_start(linear):
         raise ValueError(
             f"Adapter {adapter_name!r} waits for its first training batch, and its factors were changed meanwhile, as "
-            "in a copy that was made before that batch and averages the parameters (EMA, SWA). Make the copy after the "
-            "first step, or give task_data; or set init='pissa' or 'zero', which wait for nothing."
+            "in a copy that was made before that batch and averages the parameters (EMA, SWA), which is to be made "
+            "after the first step; or by training in evaluation mode, where model.train() was forgotten. Or give "
+            "task_data, or set init='pissa' or 'zero', which wait for nothing."
         )
 
 
