@@ -19,7 +19,7 @@ from ..parametrization import LORA_FACTORS, SafeFactor, safe_factor, trained_fac
 from ..support.files import read_json_object
 from ..support.module_names import listed
 from .layers import COMPILED, lora_linears, salora_layers, salora_linears
-from .start_values import is_at_start
+from .start_values import is_at_start, is_managed
 
 # Ends of the keys of saved factors.
 _FACTORS = tuple(f".{factor}.weight" for factor in LORA_FACTORS.values())
@@ -234,8 +234,7 @@ def _check_start(linear: nn.Linear, adapter_name: str) -> None:
             from before the first training batch that takes averages of the model's parameters: the start of these is
             another one, and the copy would compute with the difference of the two.
     """
-    factor, parameter = safe_factor(linear), trained_factor(linear)
-    if not factor.awaits_task_data or isinstance(parameter, DTensor) or not parameter.numel():
+    if not safe_factor(linear).awaits_task_data or is_managed(trained_factor(linear)):
         return
     if not is_at_start(linear):
         raise ValueError(
