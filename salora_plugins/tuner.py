@@ -304,6 +304,17 @@ class SaLoRAModel(LoraModel):
         return selected
 
     @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Raises:
+            ValueError: Always. What is saved is the difference to the initial model already.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion: leave it out. A SaLoRA adapter is saved as an ordinary LoRA "
+            "adapter for the unchanged base model, whatever its init."
+        )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -553,6 +553,14 @@ def test_weights_that_were_unfrozen_are_told(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_a_conversion_of_the_start_is_refused(tmp_path):
+    """PEFT's for PiSSA, whose base weights it takes to be changed."""
+    model = fresh("pissa")
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion: leave it out"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
 def test_layers_that_were_replaced_are_not_saved(tmp_path):
     """By wider ones, in which nothing projects."""
     model = fresh("zero")
