@@ -129,10 +129,10 @@ def take_factors(
 
     Returns:
         The trained factors, and what else a state dict of the model holds of them, both under the model's keys.
-        ValueError: A weight does not fit this adapter, lies in the directions that it protects, or is of a layer that
+
     Raises:
-        ValueError: A weight does not fit this adapter, or lies in the directions that it protects; or is of another
-            layer.
+        ValueError: A weight does not fit this adapter, lies in the directions that it protects, or is of a layer that
+            the adapter does not have.
     """
     factors, states = {}, {}
     for name, linear in salora_linears(model, adapter_name):
