@@ -21,6 +21,7 @@ from .ranks import Rank, Side, ranks_of
 from .rows.sources import sources_of
 from .safety_module import DEFAULT_FILE
 from .support.files import read_json_object
+from .support.texts import placeholder
 
 CONFIG_FILE = "salora_config.json"
 """Beside the weights of a trained adapter: the configuration that it was trained with."""
@@ -488,7 +489,7 @@ def _name_of(value: Any) -> str | None:
         return os.fspath(value)
     if (several := sources_of(value, "safety_data")) is not None:
         return ", ".join(map(str, several))
-    return f"<{type(value).__name__}>"
+    return placeholder(value)
 
 
 def read_side_config(folder: str | os.PathLike) -> dict[str, Any] | None:

@@ -520,6 +520,7 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     own_class.__setattr__ = _assign
     vars(linear)["_pass_weight"] = None
     own_class.weight = property(_getter(own_class.weight.fget), own_class.weight.fset)
+    linear.register_load_state_dict_pre_hook(_check_of_factors)
     weight_holder(linear).register_load_state_dict_pre_hook(_check_loaded)
     linear.out_features, linear.in_features = linear.weight.shape
 
@@ -578,6 +579,16 @@ def _check_loaded(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any)
             "model's they compute something else.",
             UserWarning,
             stacklevel=2,
+        )
+
+
+def _check_of_factors(linear: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse the weight itself, of which torch tells nobody where it is asked with strict=False."""
+    if f"{prefix}weight" in state_dict and has_safe_factor(linear):
+        raise ValueError(
+            f"{prefix}weight: the state dict is of a model with plain LoRA, and this one computes the weight from a "
+            "trained factor, so that nothing would be loaded. A saved SaLoRA adapter is loaded with load_for_training "
+            "or set_peft_model_state_dict; weights of plain LoRA cannot be trained on."
         )
 
 

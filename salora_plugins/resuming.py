@@ -17,6 +17,16 @@ from .config import CONFIG_FILE, SaLoRAConfig
 from .support.hub import hub_folder, is_hub_id
 from .tuner import SaLoRAModel
 
+_BY_THE_HUB = "download the repository with huggingface_hub.snapshot_download, which takes it, and name its folder"
+# Of what `PeftModel.from_pretrained` takes, what would be passed over here, and what to do instead.
+_NOT_PASSED_ON = {
+    "revision": 'name it with the repository, "organization/name@revision"',
+    "subfolder": "name the folder that the adapter is in; of a repository, download it first",
+    "is_trainable": "what is loaded here is trained; PeftModel.from_pretrained loads it for inference",
+    "config": "it is read from the folder",
+    **dict.fromkeys(("token", "cache_dir", "force_download", "local_files_only", "proxies"), _BY_THE_HUB),
+}
+
 
 def load_for_training(
     model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
@@ -40,7 +50,7 @@ def load_for_training(
     Raises:
         FileNotFoundError: The folder has no `salora_config.json`, so there is no safety module to train with.
         SafetyModuleError: The safety module is damaged or belongs to another model.
-        TypeError: `model` is no model.
+        TypeError: `model` is no model, or an argument is one that PEFT takes and this function does not.
         ValueError: A file cannot be read, or the weights are not those that were saved with the safety module.
 
     Example:
@@ -52,6 +62,8 @@ def load_for_training(
             f"load_for_training takes the base model and then the adapter's folder, not a {type(model).__name__}. "
             "Load it: AutoModelForCausalLM.from_pretrained(...)."
         )
+    for name in _NOT_PASSED_ON.keys() & kwargs.keys():
+        raise TypeError(f"{name}={kwargs[name]!r}: load_for_training does not take it: {_NOT_PASSED_ON[name]}.")
     folder, config = _saved_config(folder)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
     return cls.from_pretrained(
@@ -61,8 +73,8 @@ def load_for_training(
 
 def load_adapter(model: PeftModel, folder: str | os.PathLike, adapter_name: str, *, is_trainable: bool = False) -> None:
     """
-    Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference for DPO (TRL's
-    `ref_adapter_name`).
+    Load a saved SaLoRA adapter into a model that has one already, such as a frozen reference in a training loop of
+    your own. TRL's trainers make their reference themselves.
 
     `model.load_adapter` finds a plain LoRA adapter in the folder, which PEFT does not combine with one in training.
 

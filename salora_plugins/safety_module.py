@@ -23,6 +23,7 @@ from .support.files import atomic_write
 from .support.hub import hub_file, is_hub_id
 from .support.linear_algebra import MOST_DEVIATION, deviation_from_orthonormal
 from .support.module_names import advice_to_leave_out, listed
+from .support.texts import is_placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -402,6 +403,11 @@ def _file_of(source: str | os.PathLike) -> Path:
         path = path / DEFAULT_FILE
     elif not path.exists() and isinstance(source, str) and is_hub_id(source):
         path = hub_file(source, DEFAULT_FILE, option="safety_module")
+    if not path.is_file() and is_placeholder(str(source)):
+        raise FileNotFoundError(
+            f"safety_module={str(source)!r}: a saved configuration has only the type of what was an object. Give the "
+            "safety module again, or its file."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"safety_module: there is no file {str(path)!r}. Give a safety module file, a folder that holds "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from .adapters.adapter_config import AdapterConfig, read_config
+from .adapters.saved import ADAPTER_CONFIG_FILE
 from .calibration import task_bases
 from .config import CONFIG_FILE, SaLoRAConfig
 from .models.targets import check_layer_type, say_what_is_left_out, target_module_names
+from .models.weights import check_loaded, check_not_offloaded
 from .safety_module import DEFAULT_FILE, SafetyModule
 from .support.callers import argument_of_caller
 from .support.hosts import in_use, warn_of_unsupported
@@ -32,7 +35,13 @@ from .tuning.start_values import (
     start_factors,
     synchronize,
 )
-from .tuning.state_dicts import check_that_more_than_a_copy_is_loaded, put_effective_weights, take_factors
+from .tuning.state_dicts import (
+    check_saved_as_trained,
+    check_scaling_of_file,
+    check_that_more_than_a_copy_is_loaded,
+    put_effective_weights,
+    take_factors,
+)
 
 
 class SaLoRAModel(LoraModel):
@@ -68,11 +77,15 @@ class SaLoRAModel(LoraModel):
         if not isinstance(given, SaLoRAConfig):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             return
+        _refuse_loading_by_transformers(model)
         warn_of_unsupported(*in_use())
         given.warn_about_weights_outside_the_safety_module()
         names = target_module_names(model, given)
         if not self.targeted_module_names:  # the first adapter of this tuner
             check_without_other_adapters(model, adapter_name, names)
+        check_not_offloaded(model, names)
+        if given.safety_module is not None:
+            check_loaded(model, names)
         say_what_is_left_out(model, given)
         twin = self._adapter_of(given, besides=adapter_name)
         if twin is not None and isinstance(given, AdapterConfig):
@@ -255,6 +268,10 @@ class SaLoRAModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         folder = argument_of_caller("model_id", "load_adapter", lambda variables: variables.get("self") is model)
+        if folder is not None:
+            _refuse_best_of_another_adapter(Path(folder), adapter_name)
+            if (Path(folder) / ADAPTER_CONFIG_FILE).is_file():
+                check_scaling_of_file(Path(folder), self.model, adapter_name)
         if not isinstance(config, AdapterConfig) or folder is None or not (Path(folder) / CONFIG_FILE).is_file():
             return
         of_checkpoint = read_config(folder)
@@ -280,9 +297,22 @@ class SaLoRAModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The weights as an ordinary LoRA adapter: effective, in float32, under LoRA's own keys."""
+        if isinstance(config, SaLoRAConfig):
+            check_saved_as_trained(model, adapter_name, config)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         put_effective_weights(selected, model, adapter_name)
         return selected
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Raises:
+            ValueError: Always. What is saved is the difference to the initial model already.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion: leave it out. A SaLoRA adapter is saved as an ordinary LoRA "
+            "adapter for the unchanged base model, whatever its init."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -301,3 +331,37 @@ class SaLoRAModel(LoraModel):
             tuner._first_batch_starts.settle(adapter_name)
         others = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return {**others, **factors, **states}
+
+
+def _refuse_best_of_another_adapter(folder: Path, adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: A trainer loads its best checkpoint into an adapter that was saved in a folder of its own within it:
+            what the checkpoint itself holds is the adapter "default".
+    """
+    own = folder / adapter_name
+    loads_best = argument_of_caller("best_safe_adapter_model_path", "_load_best_model", lambda _: True) is not None
+    if loads_best and (own / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"load_best_model_at_end: the trainer would load the adapter 'default' of {folder} into {adapter_name!r}, "
+            f"which is in {own}. Leave it at False, and after the training load the best one yourself: "
+            f"model.load_adapter({str(own)!r}, {adapter_name!r})."
+        )
+
+
+def _refuse_loading_by_transformers(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: transformers' `load_adapter` makes this adapter, with a configuration that it was given. It knows no
+            seam by which a tuner takes saved weights apart, and would leave the adapter at its start.
+    """
+
+    def is_of_transformers(variables: Mapping[str, Any]) -> bool:
+        return variables.get("self") is model and "adapter_state_dict" in variables
+
+    if argument_of_caller("peft_config", "load_adapter", is_of_transformers) is not None:
+        raise ValueError(
+            "peft_config: load_adapter of transformers cannot load weights into a SaLoRA adapter in training, which "
+            "would stay at its start. Use salora_plugins.load_for_training(model, folder); for inference leave "
+            "peft_config out."
+        )

@@ -228,11 +228,13 @@ def test_where_an_adapter_is_that_the_named_folder_is_not(tmp_path, safety_modul
     monkeypatch.chdir(tmp_path)
     for step in (9, 10):
         save_adapter(tmp_path / "outputs" / f"checkpoint-{step}")
+    save_adapter(tmp_path / "named" / "mine")
     (tmp_path / "file").write_text("")
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").write_text("{}")
     for folder, message in {
         "outputs": "has no adapter_config.json.* outputs/checkpoint-10 has one: name that, or save",
+        "named": "has no adapter_config.json.* named/mine has one: name that",
         "gone": "gone: there is no such folder .looked in ",
         "file": "file is a file",
         "whole": "holds a whole model",

@@ -553,6 +553,24 @@ def test_transformers_add_adapter(tmp_path):
     assert relative_difference(reloaded(tokens).logits, model(tokens).logits) < 1e-5
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers loads adapters with PEFT {MIN_PEFT_VERSION} or newer only",
+)
+@adapters_row("transformers' `model.load_adapter` with a `SaLoRAConfig`")
+def test_transformers_load_adapter(tmp_path, refusal):
+    """Without it, the folder is loaded as plain LoRA."""
+    model = add(llama(), config())
+    train(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load_for_training") as caught:
+        llama().load_adapter(str(tmp_path), peft_config=SaLoRAConfig.from_pretrained(tmp_path))
+    refusal(caught.value)
+    other = llama()
+    other.load_adapter(str(tmp_path))
+    assert relative_difference(other.eval()(token_batch()).logits, model(token_batch()).logits) < 1e-5
+
+
 @adapters_row("Copies and pickles of the configuration")
 def test_configuration_copies():
     options = config()

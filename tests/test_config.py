@@ -132,6 +132,12 @@ def test_objects_are_not_written(tmp_path):
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["safety_data"] == "<list>" and "tokenizer" not in saved
+    for options, message in (
+        ({"safety_data": "<list>"}, "safety_data='<list>': a saved configuration .* Give the data again"),
+        ({"safety_module": "<SafetyModule>"}, "safety_module='<SafetyModule>': a saved configuration .*, or its file"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            get_peft_model(llama(), SaLoRAConfig(target_modules=["q_proj"], **options))
 
 
 def test_an_adapters_configuration_is_compared_and_made_anew_as_a_configuration():

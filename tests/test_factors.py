@@ -7,10 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from certificate import largest_share_inside
 from salora_plugins import calibrate, load_for_training
@@ -159,6 +161,13 @@ def test_a_state_without_its_start_is_refused():
     assert torch.equal(logits(other), logits(model))
 
 
+def test_a_state_of_plain_lora_is_refused():
+    """With strict=False it would be passed over."""
+    plain = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match=r"lora_A.default.weight: the state dict is of a model with plain LoRA"):
+        fresh("zero").load_state_dict(plain.state_dict(), strict=False)
+
+
 def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own_answer(caplog):
     waiting = fresh().state_dict()
     model = fresh()
@@ -180,6 +189,36 @@ def test_the_first_batch_leaves_changed_factors_alone_and_a_state_brings_its_own
     assert torch.equal(trained_factor(linears(model)[1]), start)
 
 
+def test_training_in_evaluation_mode_is_told(tmp_path, caplog):
+    """In which a model is that `from_pretrained` has loaded, and in which no batch sets the start."""
+    model = fresh().eval()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(2):
+        assert "evaluation mode" not in caplog.text
+        model(input_ids=token_batch(), labels=token_batch()).loss.backward()
+        optimizer.step()
+        if step == 0:
+            with pytest.raises(ValueError, match=r"evaluation mode, where model\.train\(\) was forgotten"):
+                model.save_pretrained(tmp_path)
+    assert "trained in evaluation mode" in caplog.text and "call model.train()" in caplog.text
+    model.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
+
+
+def test_averages_in_a_copy_from_before_the_first_batch_are_not_saved(tmp_path):
+    """The copy has another start than the parameters that are averaged in it."""
+    model = fresh()
+    early = AveragedModel(model)
+    train(model, 1)
+    late = AveragedModel(model)
+    for averaged in (early, late):
+        averaged.update_parameters(model)
+    with pytest.raises(ValueError, match=r"waits for its first training batch.*after the first step"):
+        early.module.save_pretrained(tmp_path)
+    late.module.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
+
+
 def test_a_whole_model_is_not_pickled(tmp_path):
     with pytest.raises(TypeError, match=r"Save model\.state_dict\(\)"):
         torch.save(fresh(), tmp_path / "model.pt")
@@ -187,7 +226,7 @@ def test_a_whole_model_is_not_pickled(tmp_path):
 
 @row("`get_peft_model_state_dict` of a compiled model")
 @pytest.mark.parametrize("compiled", ["whole", "layers"])
-def test_the_adapter_of_a_compiled_model(compiled):
+def test_the_adapter_of_a_compiled_model(compiled, tmp_path):
     model = train(fresh())
     expected = get_peft_model_state_dict(model)
     other = fresh()
@@ -201,10 +240,9 @@ def test_the_adapter_of_a_compiled_model(compiled):
             for i, layer in enumerate(layers):
                 layers[i] = torch.compile(layer, backend="eager")
     found = get_peft_model_state_dict(model)
-    assert {key.replace("_orig_mod.", ""): value.sum() for key, value in found.items()} == {
-        key: value.sum() for key, value in expected.items()
-    }
-    assert not any("_extra_state" in key or "parametrizations" in key for key in found)
+    assert {key: value.sum() for key, value in found.items()} == {key: value.sum() for key, value in expected.items()}
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == expected.keys()
     result = set_peft_model_state_dict(wrapped, expected)
     assert not result.unexpected_keys
     assert relative_difference(logits(other), logits(model)) <= 1e-6
@@ -466,6 +504,77 @@ def test_what_others_put_beside_a_factor_has_its_part():
         linear.parametrizations.weight.register_forward_hook(lambda *_: calls.append(1))
     logits(model)
     assert len(calls) >= len(linears(model))
+
+    with pytest.raises(ValueError, match=r"TimesTen, another parametrization.*Take it off"):
+        get_peft_model_state_dict(model)
+
+
+def set_option(option: str, value):
+    def change(model: PeftModel) -> None:
+        setattr(model.peft_config["default"], option, value)
+
+    return change
+
+
+def scale_layers(model: PeftModel) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_option("lora_alpha", 64), "scaling 2, .* saved with 16. lora_alpha"),
+        (set_option("alpha_pattern", {"layers.1.self_attn.v_proj": 4}), "layers.1.self_attn.v_proj: .* saved with 1"),
+        (set_option("use_rslora", True), "scaling 2, .* saved with 4"),
+        (set_option("r", 2), "has rank 8 .* saved with 4. r, rank_pattern and init"),
+        (set_option("init", "zero"), "has rank 8 .* saved with 4"),
+        (scale_layers, "scaling 1, .* saved with 2.*put it back"),
+    ],
+)
+def test_what_is_changed_after_the_adapter_was_made_is_not_saved(change, message, tmp_path):
+    """The layers compute as before, and the file would say otherwise."""
+    model = fresh("pissa")
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_weights_that_were_unfrozen_are_told(tmp_path):
+    """Of the model they are trained, and no file of an adapter has them."""
+    model = fresh("zero", modules_to_save=["lm_head"], bias="lora_only", trainable_token_indices=[5])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not part of the adapter")
+        model.save_pretrained(tmp_path)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 trainable parameters are not part of the adapter .*norm.weight"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_conversion_of_the_start_is_refused(tmp_path):
+    """PEFT's for PiSSA, whose base weights it takes to be changed."""
+    model = fresh("pissa")
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion: leave it out"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
+def test_layers_that_were_replaced_are_not_saved(tmp_path):
+    """By wider ones, in which nothing projects."""
+    model = fresh("zero")
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    with pytest.raises(RuntimeError, match=r"layers were replaced after it was made.*prepare_model_for_compiled"):
+        train(model).save_pretrained(tmp_path)
+
+
+def test_patterns_are_saved_as_they_are_computed(tmp_path):
+    """rsLoRA, and patterns of names, of their ends and of regular expressions."""
+    options = {"use_rslora": True, "rank_pattern": {r"^model\.layers\.0.*q_proj": 2, "v_proj": 3}}
+    model = train(fresh("pissa", **options, alpha_pattern={"layers.1.self_attn.v_proj": 32}))
+    model.save_pretrained(tmp_path)
+    assert relative_difference(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model)) < 1e-5
 
 
 def test_a_replica_of_data_parallel_computes_its_weight():

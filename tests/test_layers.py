@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN
@@ -115,6 +116,43 @@ def test_models_that_carry_adapters_already(tmp_path):
         refused_before_any_forward(wrapped, r"is a (PeftModel\w*|SaLoRAModel) already.*merge_and_unload")
     with pytest.raises(ValueError, match=r"is a PeftModel.* already"):
         load_for_training(saved, tmp_path)
+
+
+def test_a_weight_that_two_layers_share():
+    """Merged, one layer would get the update of the other, not kept out of its directions; modules may be shared."""
+    model, module = tiny.llama(), tiny.llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    told = refused_before_any_forward(model, "2 of 4 have their weight in common with another layer")
+    options = {"init": "zero", "safety_data": tiny.token_rows(8), "input_safety_rank": 8}
+    pattern = re.search(r"exclude_modules=r'(.*?)'", told).group(1)
+    get_peft_model(model, tiny.salora_config(exclude_modules=pattern, **options))
+    module.model.layers[1].self_attn.q_proj = module.model.layers[0].self_attn.q_proj
+    get_peft_model(module, tiny.salora_config(**options))
+
+
+def test_targets_that_other_options_leave_out_are_told_with_them():
+    refused_before_any_forward(
+        tiny.llama(),
+        r"matches no module of LlamaForCausalLM together with layers_to_transform=\[7\].*the first is 'model.layers.0.",
+        layers_to_transform=[7],
+    )
+
+
+def test_layers_without_weights_in_this_process(tmp_path):
+    """Offloaded by accelerate, some of them, or not loaded; and offloaded when the adapter is there."""
+    offloaded = tiny.llama()
+    disk_offload(offloaded.model.layers[1], str(tmp_path), torch.device("cpu"))
+    told = refused_before_any_forward(offloaded, "device_map: 2 of 4 target layers are offloaded")
+    pattern = re.search(r"exclude_modules=r'(.*?)'", told).group(1)
+    options = {"init": "zero", "safety_data": tiny.token_rows(8), "input_safety_rank": 8, "exclude_modules": pattern}
+    model = get_peft_model(offloaded, tiny.salora_config(**options))
+    module = model.base_model.safety_module()
+    with torch.device("meta"):
+        absent = tiny.llama()
+    refused_before_any_forward(absent, "on the meta device, without weights", **options, safety_module=module)
+    with pytest.raises(RuntimeError, match="factors are on the meta device"):
+        model.to("meta").save_pretrained(tmp_path / "adapter")
 
 
 def test_encoder_decoders():

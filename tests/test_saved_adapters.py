@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     """Module name -> s B A, dense, float64, as PEFT computes it."""
     saved = SavedAdapter.load(folder)
     return {name: saved.scaling(name) * b.double() @ a.double() for name, (a, b) in saved.factors.items()}
+
+
+def test_a_tilde_is_the_home_folder_as_the_host_has_it(own, tmp_path, monkeypatch, hub):
+    """PEFT writes into a folder of that name, trainers into the home folder: no adapter is in two places."""
+    model = load_for_training(base(), own)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("~/saved")
+    assert {path.name for path in (tmp_path / "~" / "saved").iterdir()} == {path.name for path in own.iterdir()}
+    assert not (tmp_path / "home").exists()
+    checkpoint = Path(shutil.copytree(own, tmp_path / "home" / "outputs" / "checkpoint-2"))
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint("~/outputs") == str(checkpoint)
+    assert push_to_hub("~/outputs/checkpoint-2", NAME) == "commit"
 
 
 # Older PEFT and servers
@@ -657,6 +672,11 @@ def _not_finite(own: Path) -> None:
     _add(own, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.full((8, 64), torch.nan))
 
 
+def _codes(own: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(own / "adapter_model.safetensors")
+    save_file({key: value.to(dtype) for key, value in tensors.items()}, own / "adapter_model.safetensors")
+
+
 def _add(own: Path, key: str, value: torch.Tensor) -> None:
     tensors = load_file(own / "adapter_model.safetensors")
     save_file({**tensors, key: value}, own / "adapter_model.safetensors")
@@ -671,6 +691,8 @@ def _add(own: Path, key: str, value: torch.Tensor) -> None:
         pytest.param(_bias, "lora_B.bias", marks=saved_adapters(AREA, "`salora export` with `lora_bias`")),
         pytest.param(_embedding, "lora_embedding_A", marks=saved_adapters(AREA, "`salora export` of embeddings")),
         (_not_finite, "not finite"),
+        (partial(_codes, dtype=torch.float8_e4m3fn), "are torch.float8_e4m3fn, which are not read as numbers"),
+        (partial(_codes, dtype=torch.int8), "are torch.int8, which are not read as numbers"),
     ],
 )
 def test_what_cannot_be_exported(own, tmp_path, spoil, message, refusal):

@@ -517,6 +517,19 @@ def test_load_best_model_at_end(folder, tmp_path, safety):
     check_result(trainer, base_model(folder), tmp_path / "adapter")
 
 
+def test_the_best_of_another_adapter_is_not_loaded(folder, tmp_path, safety):
+    """transformers loads what lies in the checkpoint itself, which is "default", into the active adapter."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer = token_trainer(folder, tmp_path, safety, **options, load_best_model_at_end=True)
+    trainer.model.add_adapter("second", config(safety_module=safety))
+    trainer.model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"'default' of .*checkpoint-1 into 'second'.*yourself: model.load_adapter"):
+        trainer.train()
+    before = logits_of(trainer.model)
+    trainer.model.load_adapter(tmp_path / "checkpoint-1" / "second", "second")
+    assert relative_difference(logits_of(trainer.model), before) < 1e-5
+
+
 class ShortOfMemory(Trainer):
     """Fails as an accelerator does where more than two examples do not fit."""
 

@@ -320,6 +320,24 @@ def test_a_saved_adapter_is_loaded_beside_one_in_training(tmp_path, is_trainable
         load_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path, "reference")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 64}, r"trained with the scaling 2, and adapter 'default' has 16.*lora_alpha"),
+        ({"use_rslora": True}, r"scaling 2, .* has 4"),
+        ({"init": "zero", "r": 8}, r"scaling 2, .* has 1"),  # factors of the same shapes
+        ({"target_modules": ["q_proj"]}, r"of 2 layers that adapter 'default' does not have .*v_proj"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:task_rank")
+def test_what_would_be_loaded_as_something_else_is_refused(options, message, tmp_path):
+    """As a run that is resumed with other options does."""
+    get_peft_model(llama(), config(init="pissa")).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config(**{"init": "pissa", **options}))
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+
+
 def test_a_pickle_beside_older_weights_is_refused(tmp_path):
     """PEFT would load the older file, and the safety module's files would certify it."""
     model = get_peft_model(llama(), config(init="zero"))
@@ -356,6 +374,12 @@ def test_load_for_training_needs_the_side_files(tmp_path):
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no salora_config\.json"):
         load_for_training(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["revision", "subfolder", "is_trainable", "config", "token", "cache_dir"])
+def test_arguments_that_load_for_training_would_pass_over(argument):
+    with pytest.raises(TypeError, match=rf"{argument}=None: load_for_training does not take it: \w"):
+        load_for_training(llama(), "organization/name", **{argument: None})
 
 
 def test_a_hub_repository_can_be_trained_further(tmp_path, monkeypatch):

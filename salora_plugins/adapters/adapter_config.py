@@ -95,7 +95,7 @@ class AdapterConfig(SaLoRAConfig):
             save_directory (`str`): Folder to write to; created where it is missing.
             kwargs: As for [`~peft.PeftConfig.save_pretrained`]; `auto_mapping_dict` is written.
         """
-        folder = Path(save_directory)
+        folder = Path(save_directory).absolute()  # PEFT has put the weights into a folder "~", not into the home folder
         make_folder(folder)
         check_saved_factors(folder, self.safety_module_in_force)
         self.safety_module_in_force.save(folder / DEFAULT_FILE)

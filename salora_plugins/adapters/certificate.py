@@ -146,8 +146,10 @@ def check_saved_factors(folder: Path, safety_module: SafetyModule) -> None:
             "load instead. Leave safe_serialization at True, or save into another folder."
         )
     advice = (
-        f"The installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows. Do not use "
-        "this file; install a PEFT version that salora-plugins supports."
+        "Do not use this file. Either the adapter's layers were replaced after it was made, and with them what "
+        "computes their weights (prepare_model_for_compiled_hotswap, remove_parametrizations): make it anew. Or the "
+        f"installed PEFT {version('peft')} saves adapters in another way than salora-plugins knows: install a "
+        "supported version."
     )
     tensors = load_file(weights)
     for name in safety_module.bases:

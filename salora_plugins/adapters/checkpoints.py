@@ -35,7 +35,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
         >>> trainer.train(resume_from_checkpoint=last_complete_checkpoint("outputs"))
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()  # as a trainer does
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
     steps = {step: folder for folder in folders if (step := numbered_checkpoint(folder)) is not None}
     for step in sorted(steps, reverse=True):

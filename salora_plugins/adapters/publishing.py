@@ -54,7 +54,7 @@ def push_to_hub(
 
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(adapter, str | os.PathLike):
-            folder = Path(adapter)
+            folder = Path(adapter).expanduser()
             renew_card(folder)
         else:
             folder = Path(scratch)

@@ -29,6 +29,9 @@ CARD_FILE = "README.md"
 # Initializations that leave the base weights as they are; the others need a base model that was changed with them.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
+# Of factors that mean something without scales beside them.
+_NUMBERS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PREFIX = "base_model.model."
 """Of the keys in an adapter's file, before a module's name in the base model."""
@@ -135,6 +138,11 @@ def check_plain_lora(saved: SavedAdapter, folder: Path, *, purpose: str) -> None
             f"lora_B). Such adapters cannot be {purpose}."
         )
     for name, (a, b) in saved.factors.items():
+        if unread := {a.dtype, b.dtype} - _NUMBERS:
+            raise ValueError(
+                f"{folder}: the factors of {name} are {', '.join(map(str, unread))}, which are not read as numbers. "
+                f"Adapters in float32, bfloat16 or float16 can be {purpose}."
+            )
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{folder}: the weights of {name} are not finite.")
         ranks = {a.shape[0], b.shape[1], saved.rank_of(name)}
@@ -162,10 +170,11 @@ def without_file(folder: Path, name: str) -> str:
 
 
 def adapter_within(folder: Path, name: str) -> str:
-    """Which checkpoint in a trainer's folder is an adapter where the folder itself is none; else nothing."""
-    found = {step: path for path in folder.glob(f"*/{name}") if (step := numbered_checkpoint(path.parent)) is not None}
-    if not found:
-        return ""
+    """Which checkpoint in a trainer's folder, or named adapter in PEFT's, is one where the folder itself is none."""
+    paths = sorted(folder.glob(f"*/{name}"))
+    found = {step: path for path in paths if (step := numbered_checkpoint(path.parent)) is not None}
+    if not found:  # PEFT saves into a folder of its name what is not called "default"
+        return f"{paths[0].parent} has one: name that." if paths else ""
     return f"{found[max(found)].parent} has one: name that, or save the result with trainer.save_model()."
 
 

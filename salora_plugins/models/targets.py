@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -88,11 +88,15 @@ def target_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
     left_out = set(too_narrow(model, given, names))
     names = [name for name in names if name not in left_out]
     if not names:
+        narrowing = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+        given_too = [f"{option}={value!r}" for option in narrowing if (value := getattr(config, option, None))]
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}, whose linear "
-            f"layers are called {_linear_names(model)}."
+            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}"
+            f"{' together with ' + ', '.join(given_too) if given_too else ''}. Its linear layers are called "
+            f"{_linear_names(model)}{f' (the first is {first!r})' if (first := _first_linear(model)) else ''}."
         )
     _check_not_tied(model, names)
+    _check_not_shared(model, names)
     return names
 
 
@@ -202,6 +206,11 @@ def check_reached_by_text(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def _first_linear(model: nn.Module) -> str | None:
+    """The whole name of a linear layer."""
+    return next((name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))), None)
+
+
 def _linear_names(model: nn.Module) -> str:
     """The last parts of the names of a model's linear layers, such as "q_proj"."""
     linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
@@ -221,6 +230,31 @@ def _check_not_tied(model: nn.Module, names: Iterable[str]) -> None:
                 f"target_modules: {name!r} has the weight of the input embeddings, which merging the adapter would "
                 "change with it. Leave it out, or load the model with tie_word_embeddings=False."
             )
+
+
+def _check_not_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: The weight of a target is that of another layer, too, which merging would change as well: by this
+            layer's update, which is not kept out of the other's directions.
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
+    shared: dict[str, list[str]] = {}
+    for name in names:
+        layer = base_layer(model.get_submodule(name))
+        others = [other for other, module in owners.get(id(getattr(layer, "weight", None)), ()) if module is not layer]
+        if others:
+            shared[name] = others
+    if shared:
+        name, others = next(iter(shared.items()))
+        raise ValueError(
+            f"target_modules: {len(shared)} of {len(names)} have their weight in common with another layer "
+            f"({name!r} with {listed(others)}), which merging the adapter would change, too. Leave them out: "
+            f"{advice_to_leave_out(list(shared), names)}; or give every layer a weight of its own."
+        )
 
 
 def check_layer_type(name: str, module: nn.Module) -> None:

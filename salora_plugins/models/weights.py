@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..support.distributed import rank_and_world_size
 from ..support.linear_algebra import values_of
+from ..support.module_names import advice_to_leave_out, listed
 
 _BITSANDBYTES_PARAMETERS = ("Params4bit", "Int8Params")
 
@@ -131,6 +132,36 @@ def unreachable_weight(model: nn.Module, names: Iterable[str]) -> str | None:
             if parameter.is_meta and not has_offloaded_params(layer):
                 return f"The weight of {name!r} is on the meta device"
     return PLACEHOLDERS if has_placeholders(model, names) else None
+
+
+def check_not_offloaded(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: accelerate has offloaded target layers, where an adapter can be loaded and not be trained: PEFT puts
+            it where the weights are.
+    """
+    layers: dict[str, Any] = {name: base_layer(model.get_submodule(name)) for name in names}
+    offloaded = [name for name, layer in layers.items() if layer.weight.is_meta and has_offloaded_params(layer)]
+    if offloaded:
+        raise ValueError(
+            f"device_map: {len(offloaded)} of {len(names)} target layers are offloaded to the CPU or the disk "
+            f"({listed(offloaded)}), where no adapter is trained. Load the model onto one device, quantized where it "
+            f"does not fit; or leave them out: {advice_to_leave_out(offloaded, names)}."
+        )
+
+
+def check_loaded(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: Target layers have no weights yet, from which an adapter could start.
+    """
+    layers: dict[str, Any] = {name: base_layer(model.get_submodule(name)) for name in names}
+    absent = [name for name, layer in layers.items() if layer.weight.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(names)} target layers are on the meta device, without weights ({listed(absent)}). "
+            "Load the model's weights before the adapter is made."
+        )
 
 
 PLACEHOLDERS = "The weights are in the first process only, as FSDP loads them with fsdp_cpu_ram_efficient_loading"

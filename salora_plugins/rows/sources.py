@@ -16,7 +16,7 @@ from typing import Any
 
 from ..plugins import data_sources
 from ..support.hub import hub_dataset, is_dataset_id
-from ..support.texts import shortened
+from ..support.texts import is_placeholder, shortened
 from .errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,8 @@ def _read_path(source: str | Path, option: str, where: str) -> Any:
         return _read_file(path, where)
     if isinstance(source, str) and is_dataset_id(source) and path.suffix not in SUFFIXES:
         return _read_hub(source, option, where)
+    if is_placeholder(str(source)):
+        raise DataError(f"{where}: a saved configuration has only the type of what was an object. Give the data again.")
     raise DataError(f"{where}: there is no such file or folder (looked in {Path.cwd()}). Check the path.")
 
 

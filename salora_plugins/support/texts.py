@@ -98,3 +98,13 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def placeholder(value: object) -> str:
+    """What a file has in the place of an object that only a process can hold."""
+    return f"<{type(value).__name__}>"
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a text was read where `placeholder` was written."""
+    return text.startswith("<") and text.endswith(">")

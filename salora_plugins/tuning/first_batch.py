@@ -18,7 +18,7 @@ from ..models.running import adapters_disabled, evaluation_mode
 from ..parametrization import SafeFactor, safe_factor, trained_factor
 from ..support.distributed import gather_from_all_ranks
 from .layers import lora_linears, salora_layers, salora_linears
-from .start_values import check_writable, is_at_start, restrict_layers_to_task
+from .start_values import check_writable, is_at_start, is_managed, restrict_layers_to_task
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,26 @@ class FirstBatchStarts:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the starts that are still to come, where this is a forward pass of training."""
-        if module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             for adapter_name in self.waiting:
-                self._initialize(adapter_name, module, args, kwargs)
+                if module.training:
+                    self._initialize(adapter_name, module, args, kwargs)
+                else:
+                    self._notice_training(adapter_name)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _notice_training(self, adapter_name: str) -> None:
+        """In evaluation mode, where a pass with gradients may be anything: whether an optimizer has made a step."""
+        linears = [linear for _, linear in salora_linears(self._tuner.model, adapter_name)]
+        if any(is_managed(trained_factor(linear)) for linear in linears) or all(map(is_at_start, linears)):
+            return
+        self.settle(adapter_name)
+        logger.warning(
+            "Adapter %r: it is trained in evaluation mode, in which no batch sets its start: that is the one of "
+            "init='pissa'. Stop, and call model.train() before the first step, or give task_data.",
+            adapter_name,
+        )
 
     # torch.compile would trace it for the one time that it runs.
     @torch.compiler.disable

@@ -147,12 +147,16 @@ def check_writable(parameter: nn.Parameter) -> None:
     Raises:
         RuntimeError: The factor is sharded.
     """
-    sharded = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-    if sharded:
+    if is_managed(parameter):
         raise RuntimeError(
             "The task initialization cannot be set from the first training batch once DeepSpeed or FSDP manages the "
             "factors. Set task_data in SaLoRAConfig, so that it is known before, or init='pissa' or 'zero'."
         )
+
+
+def is_managed(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed or FSDP has a part in what a factor is."""
+    return any(hasattr(parameter, mark) for mark in ("device_mesh", "ds_id", "_hp_mapping"))
 
 
 def is_at_start(linear: nn.Linear) -> bool:

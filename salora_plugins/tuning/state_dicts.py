@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..adapters.certificate import lies_inside
-from ..parametrization import SafeFactor, safe_factor, trained_factor
-from .layers import COMPILED, salora_linears
-from .start_values import is_at_start
+from ..adapters.saved import ADAPTER_CONFIG_FILE, PREFIX, SavedAdapter
+from ..config import SaLoRAConfig
+from ..lora_options import check_lora_entries
+from ..parametrization import LORA_FACTORS, SafeFactor, safe_factor, trained_factor, weight_holder
+from ..support.files import read_json_object
+from ..support.module_names import listed
+from .layers import COMPILED, lora_linears, salora_layers, salora_linears
+from .start_values import is_at_start, is_managed
+
+# Ends of the keys of saved factors.
+_FACTORS = tuple(f".{factor}.weight" for factor in LORA_FACTORS.values())
+
+
+def check_saved_as_trained(model: nn.Module, adapter_name: str, config: SaLoRAConfig) -> None:
+    """
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+        config: Its configuration, as it will be saved.
+
+    Raises:
+        ValueError: What is saved would compute something else than the adapter: its configuration or its scaling was
+            changed since the adapter was made, or others have a part in what its factors compute.
+    """
+    saved = SavedAdapter(config.to_lora_config().to_dict(), {}, {})
+    for name, layer in salora_layers(model, adapter_name):
+        module, linears = name.removeprefix(PREFIX), lora_linears(layer, adapter_name)
+        rank, scaling = linears["input"].out_features, float(layer.scaling[adapter_name])
+        if rank != saved.rank_of(module):
+            raise ValueError(
+                f"{module}: adapter {adapter_name!r} has rank {rank} there, and its configuration would be saved with "
+                f"{saved.rank_of(module)}. r, rank_pattern and init have no effect once the adapter is made: set them "
+                "back, and give them to get_peft_model."
+            )
+        if not math.isclose(scaling, saved.scaling(module), rel_tol=1e-6):
+            raise ValueError(
+                f"{module}: adapter {adapter_name!r} computes with the scaling {scaling:g}, and its configuration "
+                f"would be saved with {saved.scaling(module):g}. lora_alpha, alpha_pattern and use_rslora have no "
+                "effect once the adapter is made: set them back, and give them to get_peft_model. A scaling that was "
+                "changed in the layers (set_scale, rescale_adapter_scale) is not saved: put it back before saving."
+            )
+        for linear in linears.values():
+            _check_alone(linear, module)
+        _check_start(linears["output"], adapter_name)
+    _warn_of_what_is_not_saved(model, config)
+
+
+def check_scaling_of_file(folder: Path, model: nn.Module, adapter_name: str) -> None:
+    """
+    Args:
+        folder: Of a saved adapter, whose weights are to be loaded into one that is there.
+        model: The model with that.
+        adapter_name: That adapter.
+
+    Raises:
+        ValueError: It would multiply the same factors by another scaling; or a file cannot be read.
+    """
+    file = folder / ADAPTER_CONFIG_FILE
+    config = read_json_object(file)
+    if config.get("peft_type") != "LORA":
+        return  # none of its weights are taken
+    check_lora_entries({"r": None, "lora_alpha": None, **config}, file)
+    saved = SavedAdapter(config, {}, {})
+    for name, layer in salora_layers(model, adapter_name):
+        module, scaling = name.removeprefix(PREFIX), float(layer.scaling[adapter_name])
+        if saved.rank_of(module) != lora_linears(layer, adapter_name)["input"].out_features:
+            return  # told by the shapes of the weights
+        if not math.isclose(scaling, saved.scaling(module), rel_tol=1e-6):
+            raise ValueError(
+                f"{module}: the weights in {folder} were trained with the scaling {saved.scaling(module):g}, and "
+                f"adapter {adapter_name!r} has {scaling:g}, with which they compute something else. Go on with the "
+                "lora_alpha, r, alpha_pattern, rank_pattern and use_rslora of that adapter, as load_for_training does."
+            )
 
 
 def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str) -> None:
@@ -39,7 +112,8 @@ def put_effective_weights(state_dict: dict[str, Tensor], model: nn.Module, adapt
         state, start = (state_dict.pop(f"{key}{part}_extra_state", None) for part in ("0.", "0.start."))
         if state is not None:
             factor.check_state(state, name)
-        state_dict[f"{name}.weight"] = factor.exact(state_dict.pop(f"{key}original"), start)
+        # Compiled layers are called by another name in this process only.
+        state_dict[f"{name}.weight".replace(COMPILED, "")] = factor.exact(state_dict.pop(f"{key}original"), start)
 
 
 def take_factors(
@@ -57,7 +131,8 @@ def take_factors(
         The trained factors, and what else a state dict of the model holds of them, both under the model's keys.
 
     Raises:
-        ValueError: A weight does not fit this adapter, or lies in the directions that it protects.
+        ValueError: A weight does not fit this adapter, lies in the directions that it protects, or is of a layer that
+            the adapter does not have.
     """
     factors, states = {}, {}
     for name, linear in salora_linears(model, adapter_name):
@@ -67,6 +142,13 @@ def take_factors(
         prefix = f"{name}.parametrizations.weight."
         factors[f"{prefix}original"] = _load_factor(linear, state_dict.pop(key), name.replace(f".{adapter_name}", ""))
         states.update(_states_of_loaded(safe_factor(linear), f"{prefix}0."))
+    left = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in state_dict if key.endswith(_FACTORS)}
+    if factors and left:
+        raise ValueError(
+            f"The saved adapter has weights of {len(left)} layers that adapter {adapter_name!r} does not have "
+            f"({listed(sorted(left))}), and they would be lost. Create it with the target_modules that it was trained "
+            "with (load_for_training reads them)."
+        )
     return factors, states
 
 
@@ -114,6 +196,55 @@ def _checkpoint_keys(name: str, adapter_name: str) -> tuple[str, ...]:
     return key, plain, f"base_model.model.{plain}"
 
 
+def _warn_of_what_is_not_saved(model: nn.Module, config: SaLoRAConfig) -> None:
+    """Such as base weights that were unfrozen by hand: no adapter's file has them, no safety module protects them."""
+    saved = (".lora_", ".modules_to_save.", ".trainable_tokens_delta", "._flat_param")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lost = [name for name in trained if not any(part in f".{name}" for part in saved)]
+    if config.bias != "none":
+        lost = [name for name in lost if not name.endswith("bias")]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trainable parameters are not part of the adapter ({listed(lost)}): they are not saved with "
+            "it, so that what is loaded is not what was trained, and the safety module does not protect them. Freeze "
+            "them, or name their modules in modules_to_save.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _check_alone(linear: nn.Linear, name: str) -> None:
+    """
+    Raises:
+        ValueError: Another parametrization has a part in what the factor computes.
+    """
+    holder = weight_holder(linear)
+    # Hooks say nothing: DeepSpeed has some on every module.
+    if (other := holder._modules.get("1")) is not None:
+        raise ValueError(
+            f"{name}: {type(other).__name__}, another parametrization, has a part in the adapter's weights, of which a "
+            "saved adapter knows nothing. Take it off before saving."
+        )
+
+
+def _check_start(linear: nn.Linear, adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: A factor was changed while its start is still to come. That is what becomes of a copy of a model
+            from before the first training batch that takes averages of the model's parameters: the start of these is
+            another one, and the copy would compute with the difference of the two.
+    """
+    if not safe_factor(linear).awaits_task_data or is_managed(trained_factor(linear)):
+        return
+    if not is_at_start(linear):
+        raise ValueError(
+            f"Adapter {adapter_name!r} waits for its first training batch, and its factors were changed meanwhile, as "
+            "in a copy that was made before that batch and averages the parameters (EMA, SWA), which is to be made "
+            "after the first step; or by training in evaluation mode, where model.train() was forgotten. Or give "
+            "task_data, or set init='pissa' or 'zero', which wait for nothing."
+        )
+
+
 def _check_gathered(factor: Tensor) -> None:
     if isinstance(factor, DTensor):
         raise RuntimeError(
@@ -121,6 +252,11 @@ def _check_gathered(factor: Tensor) -> None:
             "gather them on every rank with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
             "cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and give the result to "
             "save_pretrained(state_dict=...) on one."
+        )
+    if factor.is_meta:
+        raise RuntimeError(
+            "The factors are on the meta device, so that there is nothing to save: the model was offloaded "
+            "(cpu_offload, dispatch_model, to('meta')) after it was trained. Save the adapter before that."
         )
     if factor.numel() == 0:
         raise RuntimeError(
