@@ -97,7 +97,7 @@ def test_a_second_run_says_that_it_used_the_cache(folder, tmp_path, caplog):
         (("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit are both given"),
         (
             ("--target-modules", "nothing"),
-            "no module of LlamaForCausalLM, whose linear layers are called q_proj, k_proj",
+            "no module of LlamaForCausalLM. Its linear layers are called q_proj, k_proj",
         ),
         (("--engine", "fast"), "--engine='fast': choose one of"),
     ],
