@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def definitions(data_noun: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: The file has too few of them, so that it is another one.
     """
-    rows = [row for row, _ in zip(_rows(data_noun), range(NUM_ROWS), strict=False)]
+    rows = list(islice(_rows(data_noun), NUM_ROWS))
     if len(rows) < NUM_ROWS:
         raise ValueError(f"{data_noun}: {len(rows)} nouns with a gloss, not {NUM_ROWS}. Is it WordNet's data.noun?")
     random.Random(0).shuffle(rows)
