@@ -87,10 +87,12 @@ def leaks(
     layers = _layers(model, num_layers)
     with evaluation_mode(model), torch.no_grad():
         inputs = _gather(model, tokenizer, layers, sets, num_requests, batch_size)
+    layer_names = list(layers)
+    del model, layers  # room for the decompositions, if nobody else has them
     counts = {True: inputs.few, False: inputs.all}
     common = {"layers": num_layers, "gathering_seconds": round(time.monotonic() - started), "versions": versions()}
     for kind in LAYERS:
-        names = [name for name in layers if name.endswith(kind)]
+        names = [name for name in layer_names if name.endswith(kind)]
         for variant in VARIANTS:
             of_layers = [_of_layer(inputs, name, variant) for name in names]
             for which in of_layers[0]:
@@ -222,12 +224,11 @@ def _of_layer(inputs: Inputs, name: str, variant: str) -> dict[str, Run]:
 def weighted(grams: Grams, name: str, only_few: bool, of_text: float, of_header: float) -> Tensor:
     """The sum of the outer products of a layer's inputs (d_in, d_in), in float64, weighted by where a token stands."""
     weights = {False: of_text, True: of_header}
-    parts = [
-        weights[is_header] * gram.double()
-        for (layer, is_few, is_header), gram in grams.items()
-        if layer == name and (is_few or not only_few)
-    ]
-    return torch.stack(parts).sum(0)
+    parts = {key: gram for key, gram in grams.items() if key[0] == name and (key[1] or not only_few)}
+    total = torch.zeros_like(next(iter(parts.values())), dtype=torch.float64)
+    for (_, _, is_header), gram in parts.items():
+        total.add_(gram, alpha=weights[is_header])  # without copies: each may be hundreds of megabytes
+    return total
 
 
 def _leaks_with(inputs: Inputs, name: str, basis: Tensor) -> Run:
