@@ -221,6 +221,30 @@ def test_recomputed_layers_take_the_weights_of_the_forward_pass(reentrant):
         assert relative_difference(gradient, other) <= 1e-5
 
 
+def test_recomputed_layers_take_no_weights_of_an_earlier_pass():
+    """
+    Reentrant checkpointing behind a pass with gradients that had none, as that of a refusal anchor, and an optimizer
+    whose writes torch does not count.
+    """
+
+    def trained(model):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        tokens, losses = token_batch(), []
+        model.eval()(input_ids=tokens)  # layers are checkpointed in training only
+        model.train()
+        for _ in range(4):
+            losses.append(model(input_ids=tokens, labels=tokens).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses).detach()
+
+    found, expected = trained(salora("default", init="pissa")), trained(each_alone(salora("default", init="pissa")))
+    assert relative_difference(found, expected) <= 1e-5
+
+
 def test_a_layer_that_is_not_used_gets_no_gradient():
     model = salora("default").train()
     layer = model.base_model.model.model.layers[1]

@@ -48,6 +48,8 @@ class ForwardScope:
         self.running: list[int] = []
         """The ids of the entry points that are running, the outermost first."""
         self.passes = 0
+        self.with_gradients = False
+        """Whether the pass that runs was entered with gradients, so that a backward pass may follow."""
 
     def watch(self, entry: nn.Module) -> list[RemovableHandle]:
         """Call `enter` and `leave` around every forward pass of a module, also where it fails."""
@@ -65,6 +67,7 @@ class ForwardScope:
                 batch.close()
         if not self.running:
             self.passes += 1
+            self.with_gradients = torch.is_grad_enabled()
         self.running.append(id(module))
 
     def leave(self, module: nn.Module, *_: Any) -> None:
@@ -159,6 +162,8 @@ class FactorBatch:
             if found is None or found.forward_pass != self.scope.passes:
                 self._stop()
                 self.weights.pop(grad, None)  # the memory of the last pass, before that of this one
+                if self.scope.with_gradients:
+                    self._forget_earlier_pass()
                 found = self.weights[grad] = self._compute()
                 self._run(found, task)
         if found.weights[index] is None or found.factors[index] is not factor:
@@ -167,6 +172,15 @@ class FactorBatch:
             return None
         found.used[index] = True
         return found.weights[index]
+
+    def _forget_earlier_pass(self) -> None:
+        """
+        Reentrant checkpointing takes no weights with gradients, and its backward pass is not to find those of a pass
+        before: the factors' counts of writes do not tell them, since fused optimizers write uncounted.
+        """
+        found = self.weights.get(True)
+        if found is not None and found.forward_pass != self.scope.passes:
+            del self.weights[True]
 
     def _run(self, found: _Weights, number: int) -> None:
         """Let the layers find these weights at once in a pass."""
