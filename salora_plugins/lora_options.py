@@ -51,8 +51,6 @@ WHAT_TO_USE_INSTEAD = {
     "lora_bias": "A bias on lora_B would be trained outside the safety module: set lora_bias=False.",
     "layer_replication": "Replicated layers share their weights but need safety bases of their own: replicate the "
     "layers in the base model first.",
-    "loftq_config": "LoftQ changes the base weights, which SaLoRA never does: quantize the base model with "
-    "bitsandbytes instead.",
 }
 
 # Of the entries of a LoRA configuration that are needed to read an adapter or to train it: what they may be.
