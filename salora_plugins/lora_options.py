@@ -51,8 +51,6 @@ WHAT_TO_USE_INSTEAD = {
     "lora_bias": "A bias on lora_B would be trained outside the safety module: set lora_bias=False.",
     "layer_replication": "Replicated layers share their weights but need safety bases of their own: replicate the "
     "layers in the base model first.",
-    "loftq_config": "LoftQ changes the base weights, which SaLoRA never does: quantize the base model with "
-    "bitsandbytes instead.",
 }
 
 # Of the entries of a LoRA configuration that are needed to read an adapter or to train it: what they may be.
@@ -73,7 +71,7 @@ _OF_CONFIGURATIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda value: isinstance(value, str) and value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "layers_to_transform": (lambda value: value is None or _all_numbers(value), "a layer's number or a list of them"),
     "trainable_token_indices": (
-        lambda value: value is None or _all_numbers(value) or isinstance(value, Mapping),
+        lambda value: value is None or _are_tokens(value),
         "a list of tokens' numbers or a mapping of modules to such",
     ),
     **dict.fromkeys(
@@ -106,6 +104,11 @@ def _all_texts(value: Any) -> bool:
 def _all_numbers(value: Any) -> bool:
     parts = value if isinstance(value, (list, tuple, range)) else [value]
     return all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
+
+
+def _are_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, Mapping) else [value]
+    return all(isinstance(tokens, (list, tuple, range)) and _all_numbers(tokens) for tokens in lists)
 
 
 def check_lora_options(config: Any) -> None:

@@ -214,9 +214,14 @@ class SafeFactor(nn.Module):
             weight = self.batch.weight_of(self.index, factor)
             if weight is not None:
                 return weight
-        weight = self.compute(factor)
-        inside = (self.batch is not None and self.batch.in_forward) or in_backward()
-        if inside or type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
+        if (self.batch is not None and self.batch.in_forward) or in_backward():
+            return self.compute(factor)
+        if torch.is_inference_mode_enabled():  # whose tensors count no writes
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.compute(factor)
+        else:
+            weight = self.compute(factor)
+        if type(weight) is not Tensor or is_functorch_wrapped_tensor(weight):
             return weight
         return EffectiveWeight.of(weight, self, factor)
 
@@ -290,6 +295,7 @@ class SafeFactor(nn.Module):
             )
         return self.take_over(weight.detach()).to(weight.dtype)
 
+    @torch.inference_mode(False)  # the start factor that it may make is for training, too
     @torch.no_grad()
     def adopt(self, factor: Tensor, weight: Tensor) -> None:
         """

@@ -383,6 +383,9 @@ def test_the_command(two, tmp_path):
         result = run(two[0], option, value)
         assert isinstance(result.exception, FileExistsError) and "--overwrite" in str(result.exception)
     assert out.read_bytes() == before
+    tables = tmp_path / "tables.md"
+    assert isinstance(run(two[0], "--out", tables, "--plots", folder).exception, FileExistsError)
+    assert not tables.exists()
     assert run(two[0], "--out", out, "--overwrite").exit_code == 0
     assert "<title>First</title>" in out.read_text()
 

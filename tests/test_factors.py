@@ -402,6 +402,29 @@ def test_a_write_takes_effect_projected(write, init):
         assert trained_factor(linear).requires_grad and has_safe_factor(linear)
 
 
+@inits
+def test_inference_mode(init):
+    """A weight is read and written, a layer runs by itself, and an adapter is merged as outside of it."""
+    model = train(fresh(init))
+    linear = linears(model)[0]
+    layer, inputs, expected = (
+        model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"),
+        torch.ones(1, 64),
+        logits(model),
+    )
+    of_layer = layer(inputs)
+    with torch.inference_mode():
+        assert torch.equal(layer(inputs), of_layer)
+        assert linear.weight.norm() > 0
+        merged = copy.deepcopy(model).merge_and_unload()
+    assert relative_difference(merged(token_batch()).logits, expected) < 1e-5
+    value = torch.randn(linear.weight.shape)
+    with torch.inference_mode():
+        linear.weight.copy_(value)
+    assert torch.allclose(linear.weight, projected(linear, value), atol=1e-5)
+    train(model)
+
+
 def test_what_is_written_back_unchanged_changes_nothing():
     model = train(fresh("pissa"))
     before = copy.deepcopy(model.state_dict())

@@ -301,6 +301,8 @@ def test_the_command_says_what_its_option_is_called(option: Option, capsys, monk
         ({"lora_dropout": -0.1}, "^lora_dropout=-0.1: give a share"),
         ({"lora_dropout": None}, "^lora_dropout=None: give a share"),
         ({"target_modules": 5}, "^target_modules=5: give a text or a list of texts"),
+        ({"trainable_token_indices": 5}, "^trainable_token_indices=5: give a list of tokens' numbers"),
+        ({"trainable_token_indices": {"embed_tokens": 5}}, "^trainable_token_indices=.*give a list of tokens' numbers"),
         ({"target_modules": ["q_proj", 1]}, r"^target_modules=\['q_proj', 1\]: give a text or a list of texts"),
         ({"use_rslora": "no"}, "^use_rslora='no': give true or false"),
         ({"bias": True}, "^bias=True: give none, all or lora_only"),

@@ -325,6 +325,14 @@ def test_push_to_hub(adapter, own, hub):
         push_to_hub(own, NAME)
 
 
+def test_no_repository_without_weights(adapter, tmp_path, hub):
+    """Pickles are not uploaded, and an adapter without its weights is none."""
+    load_for_training(base(), adapter).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin is a pickle.*safe_serialization=True"):
+        push_to_hub(tmp_path, NAME)
+    assert not hub.exists()
+
+
 def test_pefts_own_push_uploads_the_same_files_without_our_part_of_the_card(adapter, monkeypatch, hub):
     """Why there is a function of our own: transformers writes its card last, over the one that was saved."""
     uploaded = {}

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 import warnings
 from collections import Counter
 
@@ -219,6 +220,60 @@ def test_recomputed_layers_take_the_weights_of_the_forward_pass(reentrant):
     expected = gradients(each_alone(salora("default", init="pissa")), None)
     for gradient, other in zip(found, expected, strict=True):
         assert relative_difference(gradient, other) <= 1e-5
+
+
+def test_recomputed_layers_take_no_weights_of_an_earlier_pass():
+    """
+    Reentrant checkpointing behind a pass with gradients that had none, as that of a refusal anchor, and an optimizer
+    whose writes torch does not count.
+    """
+
+    def trained(model):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        tokens, losses = token_batch(), []
+        model.eval()(input_ids=tokens)  # layers are checkpointed in training only
+        model.train()
+        for _ in range(4):
+            losses.append(model(input_ids=tokens, labels=tokens).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses).detach()
+
+    found, expected = trained(salora("default", init="pissa")), trained(each_alone(salora("default", init="pissa")))
+    assert relative_difference(found, expected) <= 1e-5
+
+
+def test_threads_leave_one_another_alone():
+    """A pass that another thread begins and ends in the middle of one."""
+    model, tokens = salora("default", init="pissa").eval(), token_batch()
+    expected = model(input_ids=tokens).logits.detach()
+    layer = model.base_model.model.model.layers[1]
+    found = []
+
+    def weight_type() -> type:
+        return type(layer.self_attn.q_proj.lora_A["default"].weight)
+
+    def other_pass() -> None:
+        with torch.no_grad():
+            found.append(model(input_ids=tokens).logits)
+
+    def in_the_middle(*_) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=other_pass)
+            thread.start()
+            thread.join()
+            found.append(weight_type())
+
+    layer.register_forward_pre_hook(in_the_middle)
+    logits = model(input_ids=tokens).logits
+    assert relative_difference(logits, expected) <= 1e-6 and logits.requires_grad
+    of_other, inside = found
+    assert relative_difference(of_other, expected) <= 1e-6
+    assert inside is torch.Tensor  # computed with the others still
+    assert weight_type() is EffectiveWeight
 
 
 def test_a_layer_that_is_not_used_gets_no_gradient():

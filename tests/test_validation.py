@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_random_directions_are_not_special(demo):
     assert "does not hold refusals" in report.summary()
     again = validate(module, model, tokenizer, **requests, progress=False)
     assert again == report
+
+
+def test_nothing_is_said_of_the_harmless_rows_as_of_safety_data(caplog, capfd):
+    """Their directions are found by the steps of a calibration, and they are enough to measure a leak on."""
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    module = calibrate(model, tokenizer, safety_data=tiny.refusal_rows(), target_modules=["q_proj"], safety_rank=2)
+    harmless = [Request(f"Count to {i} and back!", response=f"{i}, {i + 1}, {i}.") for i in range(48)]
+    capfd.readouterr()
+    with caplog.at_level(logging.INFO, logger="salora_plugins"):
+        validate(module, model, tokenizer, harmful=[Request("?")], harmless=harmless, batch_size=48, progress=False)
+    said = caplog.text + "".join(capfd.readouterr())
+    assert "leak" not in said.lower() and "Safety module" not in said
 
 
 def test_answers_in_the_data_are_used(demo):

@@ -179,14 +179,19 @@ class SaLoRAOptions(_Keys):
         return data
 
 
-def _refuse_options_outside_of_the_block(config: type[BaseModel], data: Mapping[str, Any]) -> None:
+def _refuse_what_axolotl_passes_over(config: type[BaseModel], data: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: A key of the block stands beside it, where Axolotl passes over what it does not know.
+        ValueError: A key of the block stands beside it, or the block's own name is misspelled: Axolotl passes over what
+            it does not know.
     """
-    for key in SaLoRAOptions.model_fields:
-        if key in data and key not in config.model_fields:
+    for key in data:
+        if key in config.model_fields:
+            continue
+        if key in SaLoRAOptions.model_fields:
             raise ValueError(f"{key}: this is an option of the block. Write it below salora:, as salora.{key}.")
+        if difflib.get_close_matches(str(key).lower(), [ADAPTER], cutoff=0.8):
+            raise ValueError(f"{key}: there is no such key. Did you mean salora:, the block of options?")
 
 
 class SaLoRAArgs(BaseModel):
@@ -217,7 +222,7 @@ class SaLoRAArgs(BaseModel):
         with in_one_sentence():
             if data.get("adapter") == ADAPTER:
                 check_host_options(data)
-                _refuse_options_outside_of_the_block(cls, data)
+                _refuse_what_axolotl_passes_over(cls, data)
                 if data.get("salora") is not None:
                     check_block(SaLoRAOptions, data["salora"], "salora")
             elif data.get("salora") is not None:

@@ -53,6 +53,11 @@ def check_host_options(data: Mapping[str, Any]) -> None:
                 f"{key}: {data[key]}: not supported with adapter: salora, because every process would see only a part "
                 "of the weights. Use DDP, or DeepSpeed ZeRO stage 1 or 2."
             )
+    for key in ("lora_r", "lora_alpha"):
+        if data.get(key) == 0:
+            raise ValueError(
+                f"{key}: 0: nothing would be trained. Give at least 1, or leave it out for the default, 16."
+            )
     if data.get("peft_init_lora_weights") not in (None, True):
         raise ValueError(
             f"peft_init_lora_weights: {data['peft_init_lora_weights']}: not supported with adapter: salora, which "

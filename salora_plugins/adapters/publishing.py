@@ -11,7 +11,7 @@ from ..config import CONFIG_FILE, NOTES_KEY, read_side_config
 from ..safety_module import DEFAULT_FILE, SafetyModule
 from .adapter_config import read_config
 from .digest import check_saved_together
-from .saved import ADAPTER_CONFIG_FILE
+from .saved import ADAPTER_CONFIG_FILE, WEIGHTS_FILE, without_file
 from .training_card import write_training_card
 
 # What transformers' trainers leave out of an upload, and files that only resuming needs.
@@ -47,7 +47,7 @@ def push_to_hub(
         Address of the commit.
 
     Raises:
-        FileNotFoundError: The folder does not hold a SaLoRA adapter.
+        FileNotFoundError: The folder does not hold a SaLoRA adapter, or its weights are not in safetensors.
         ValueError: Its weights are not those that its safety module was saved with.
     """
     from huggingface_hub import HfApi
@@ -56,6 +56,8 @@ def push_to_hub(
         if isinstance(adapter, str | os.PathLike):
             folder = Path(adapter).expanduser()
             renew_card(folder)
+            if not (folder / WEIGHTS_FILE).is_file():  # a pickle is left out of the upload
+                raise FileNotFoundError(without_file(folder, WEIGHTS_FILE))
         else:
             folder = Path(scratch)
             adapter.save_pretrained(folder)

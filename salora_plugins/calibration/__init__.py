@@ -9,8 +9,16 @@ goes the line where not every process has the weights; `task` is the line of the
 
 from ..activations.errors import CalibrationError
 from ..rows.errors import DataError
-from .pipeline import calibrate, calibrate_with
+from .pipeline import calibrate, calibrate_with, directions_of_rows
 from .sharded import calibrate_wherever
 from .task import task_bases
 
-__all__ = ["CalibrationError", "DataError", "calibrate", "calibrate_wherever", "calibrate_with", "task_bases"]
+__all__ = [
+    "CalibrationError",
+    "DataError",
+    "calibrate",
+    "calibrate_wherever",
+    "calibrate_with",
+    "directions_of_rows",
+    "task_bases",
+]

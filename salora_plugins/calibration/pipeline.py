@@ -102,6 +102,28 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
     return safety_module
 
 
+def directions_of_rows(model: nn.Module, config: SaLoRAConfig) -> dict[Side, SideBases]:
+    """
+    The directions that the layers' outputs and inputs take on rows of any kind, by the steps of a calibration.
+
+    They are no safety module: nothing of it is measured, kept or told.
+
+    Args:
+        model: The base model, its adapters disabled.
+        config: Its `safety_data` are the rows, and its `basis_method` is "salora".
+    """
+    settings = safety_settings(model, config)
+    rows = safety_rows(settings.rows)
+    with on_accelerator(model), evaluation_mode(model):
+        check_weights(model, settings.names)
+        answered = answered_rows(rows, model, settings)
+        positions = safety_positions(answered.tokenizer, settings)
+        statistics = safety_statistics(model, answered.examples, positions, settings, "gathering directions")
+        return compute_bases(
+            statistics, settings.ranks, settings.basis_method, settings.method_name, settings.default_ranks
+        )
+
+
 @dataclass(frozen=True)
 class _Found:
     """What came out of the passes over the data."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .printing import print_table
+
+if TYPE_CHECKING:
+    from ..evaluation.reports.plots import Plot
 
 
 def compare(
@@ -42,22 +45,23 @@ def compare(
         print_table(table(comparison.report))
         for note in comparison.notes:
             typer.echo(f"Note: {visible(note)}")
-    if out is not None and out.suffix.lower() == ".md":
-        from ..evaluation.reports.markdown import write_markdown
+    is_page = out is not None and out.suffix.lower() == ".html"
+    drawn: list[Plot] = []
+    if is_page or plots is not None:
+        from ..evaluation.reports.plots import draw, write_plots
 
-        write_markdown(out, comparison)
-        typer.echo(f"Wrote {out}.", err=as_json)
-        out = None
-    if out is None and plots is None:
-        return
-    from ..evaluation.reports.plots import draw, write_plots
-
-    drawn = draw(comparison.report)
-    if plots is not None:
+        drawn = draw(comparison.report)
+    if plots is not None:  # before `out`, which is not to be written where one of them exists
         for file in write_plots(plots, drawn, overwrite=overwrite):
             typer.echo(f"Wrote {file}.", err=as_json)
-    if out is not None:
+    if out is None:
+        return
+    if is_page:
         from ..evaluation.reports.page import write_page
 
         write_page(out, comparison, drawn)
-        typer.echo(f"Wrote {out}.", err=as_json)
+    else:
+        from ..evaluation.reports.markdown import write_markdown
+
+        write_markdown(out, comparison)
+    typer.echo(f"Wrote {out}.", err=as_json)

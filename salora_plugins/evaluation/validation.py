@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..activations.errors import CalibrationError
-from ..calibration import calibrate
+from ..calibration import directions_of_rows
+from ..config import SaLoRAConfig
 from ..models.fingerprint import check_belongs
 from ..models.running import adapters_disabled
 from ..ranks import Side, of_side
 from ..rows.examples import Asked
-from ..safety_module import SafetyModule
+from ..safety_module import SafetyModule, SideBases
 from .first_tokens import refusal_margins
 from .intervals import Mean
 from .metrics import response_loss
@@ -79,7 +80,7 @@ def validate(
             probe = _Probe(model, tokenizer, [request.asked for request in harmful], rows, batch_size, bar)
             unchanged = probe.measure()
             sides = {
-                side: _without_side(probe, side, found.bases, ordinary.sides[side].bases, seed)
+                side: _without_side(probe, side, found.bases, ordinary[side].bases, seed)
                 for side, found in safety_module.sides.items()
             }
     settings = {
@@ -138,24 +139,23 @@ class _Probe:
 
 def _ordinary_directions(
     model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], safety_module: SafetyModule, batch_size: int
-) -> SafetyModule:
+) -> dict[Side, SideBases]:
     """The top directions on the harmless rows, as many as the safety module has, on the same sides of each layer."""
     ranks: dict[str, Any] = {"input_safety_rank": 0}
     for side, found in safety_module.sides.items():
         ranks[of_side(side, "safety_rank")] = found.least_rank
         ranks[of_side(side, "safety_rank_pattern")] = _exact(found.bases)
     try:
-        return calibrate(
-            model,
-            tokenizer,
+        config = SaLoRAConfig(
+            tokenizer=tokenizer,
             safety_data=[{"messages": [*row["prompt"], *row["completion"]]} for row in rows],
             target_modules=list(safety_module.bases),
             safety_positions=safety_module.provenance.get("safety_positions"),
             num_safety_samples=len(rows),
             calibration_batch_size=batch_size,
-            calibration_cache=False,
             **ranks,
         )
+        return directions_of_rows(model, config)
     except CalibrationError as error:
         raise ValueError(
             f"harmless: as many directions as the safety module has cannot be found in these {len(rows)} rows. Give "

@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -40,14 +41,27 @@ _Kind = tuple[torch.Size, torch.dtype, torch.device, bool]
 
 
 class ForwardScope:
-    """Knows whether one of a model's entry points is running: its methods are their hooks."""
+    """
+    Knows whether one of a model's entry points is running: its methods are their hooks.
+
+    Only one thread at a time has a pass here. In others that run the model meanwhile, every layer computes its own
+    weights.
+    """
 
     def __init__(self) -> None:
         self.batches: dict[str, FactorBatch] = {}
         """Of every adapter."""
         self.running: list[int] = []
         """The ids of the entry points that are running, the outermost first."""
+        self.thread = 0
+        """Where they run."""
         self.passes = 0
+        self.with_gradients = False
+        """Whether the pass that runs was entered with gradients, so that a backward pass may follow."""
+
+    def is_here(self) -> bool:
+        """Whether an entry point is running in this thread."""
+        return bool(self.running) and self.thread == get_ident()
 
     def watch(self, entry: nn.Module) -> list[RemovableHandle]:
         """Call `enter` and `leave` around every forward pass of a module, also where it fails."""
@@ -57,7 +71,7 @@ class ForwardScope:
         ]
 
     def enter(self, module: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (self.running and self.thread != get_ident()):
             return
         if id(module) in self.running:
             self.running.clear()  # a pass that Ctrl-C ended, of which hooks hear nothing
@@ -65,10 +79,12 @@ class ForwardScope:
                 batch.close()
         if not self.running:
             self.passes += 1
+            self.thread = get_ident()
+            self.with_gradients = torch.is_grad_enabled()
         self.running.append(id(module))
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling() or id(module) not in self.running:
+        if torch.compiler.is_compiling() or self.thread != get_ident() or id(module) not in self.running:
             return
         del self.running[self.running.index(id(module)) :]
         if not self.running:
@@ -113,6 +129,7 @@ class FactorBatch:
         # Weak: the factors refer to this object.
         self._linears: list[weakref.ref[Any]] = [weakref.ref(linear) for linear in linears]
         self._holders: list[weakref.ref[Any]] = [weakref.ref(weight_holder(linear)) for linear in linears]
+        self._no_weights: list[Tensor | None] = [None] * len(linears)  # no empty list: another thread may look
         self._groups: list[_Group] = []
         self._grouped: list[tuple[Tensor, int, torch.dtype, bool]] = []
         """The factors as they were grouped, and what tells whether they are still so."""
@@ -128,7 +145,7 @@ class FactorBatch:
     @property
     def in_forward(self) -> bool:
         """Whether a forward pass of the model is running."""
-        return bool(self.scope.running)
+        return self.scope.is_here()
 
     def factors(self) -> list[SafeFactor]:
         """The factors that are still there."""
@@ -152,13 +169,15 @@ class FactorBatch:
                 self._run(found, task)
             if not found.used[index]:
                 return None
-        elif not self.scope.running:
+        elif not self.scope.is_here():
             return None
         else:
             found = self.weights.get(grad)
             if found is None or found.forward_pass != self.scope.passes:
                 self._stop()
                 self.weights.pop(grad, None)  # the memory of the last pass, before that of this one
+                if self.scope.with_gradients:
+                    self._forget_earlier_pass()
                 found = self.weights[grad] = self._compute()
                 self._run(found, task)
         if found.weights[index] is None or found.factors[index] is not factor:
@@ -168,15 +187,25 @@ class FactorBatch:
         found.used[index] = True
         return found.weights[index]
 
+    def _forget_earlier_pass(self) -> None:
+        """
+        Reentrant checkpointing takes no weights with gradients, and its backward pass is not to find those of a pass
+        before: the factors' counts of writes do not tell them, since fused optimizers write uncounted.
+        """
+        found = self.weights.get(True)
+        if found is not None and found.forward_pass != self.scope.passes:
+            del self.weights[True]
+
     def _run(self, found: _Weights, number: int) -> None:
         """Let the layers find these weights at once in a pass."""
         running = self._running
-        running.number, running.grad, running.weights = number, torch.is_grad_enabled(), found.weights
+        running.grad, running.weights = torch.is_grad_enabled(), found.weights
         running.factors, running.versions, running.used = found.factors, found.versions, found.used
+        running.number = number  # by which other threads see that the rest is there
 
     def _stop(self) -> None:
         """Let the layers' weights be computed again."""
-        self._running.number, self._running.weights = NO_PASS, []
+        self._running.number, self._running.weights = NO_PASS, self._no_weights
 
     def _compute(self) -> _Weights:
         count = len(self._holders)
@@ -265,7 +294,7 @@ class FactorBatch:
             RuntimeError: A weight was written to within it, which the factors do not hear of.
         """
         self._stop()
-        for found in self.weights.values():
+        for found in list(self.weights.values()):
             if any(not weight.is_inference() and weight._version for weight in found.of_groups):
                 self.weights.clear()
                 raise RuntimeError(
@@ -305,6 +334,7 @@ class FactorBatch:
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorBatch:
         result = memo[id(self)] = object.__new__(FactorBatch)
         result.weights, result._prefetches, result._running = {}, None, RunningPass()
+        result._no_weights = self._no_weights
         result.regroup()
         result._linears, result._holders = (_copied(references, memo) for references in (self._linears, self._holders))
         result.scope = copy.deepcopy(self.scope, memo)
