@@ -20,7 +20,7 @@ from ..config import SaLoRAConfig
 from ..hookspecs import SAFETY_ROWS_ONLY
 from ..inspection import facts
 from ..models.fingerprint import weight_samples
-from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..models.running import adapters_disabled, check_base_is_unchanged, evaluation_mode, on_accelerator
 from ..models.targets import say_what_is_left_out
 from ..models.weights import check_weights
 from ..ranks import Side
@@ -56,13 +56,14 @@ def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> Safety
     Raises:
         CalibrationError: The model refuses too little, a layer is not used, or values are not finite.
         DataError: The safety data cannot be read.
-        ValueError: An option contradicts the model.
+        ValueError: An option contradicts the model, or an adapter has changed the base model's weights.
 
     Example:
 
         >>> calibrate(model, tokenizer, target_modules=["q_proj", "v_proj"]).save("llama.salora.safetensors")
     """
     config = SaLoRAConfig(**options, tokenizer=tokenizer)
+    check_base_is_unchanged(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     say_what_is_left_out(model, config)
     return calibrate_with(model, config)

@@ -21,6 +21,9 @@ from .weights import base_layer
 
 logger = logging.getLogger(__name__)
 
+# Beginnings of the `init_lora_weights` that PEFT subtracts from the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
@@ -40,6 +43,25 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             module.enable_adapters(True)
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
+
+
+def check_base_is_unchanged(model: nn.Module) -> None:
+    """
+    Refuse adapters whose start was taken out of the base model's weights: with them disabled, the model is not the one
+    that they were put on.
+
+    Raises:
+        ValueError: There is such an adapter.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"init_lora_weights={start!r} of adapter {name!r} has changed the base model's weights, so that "
+                "disabling the adapter does not give the base model. Run own_refusals, RefusalAnchor.of or calibrate "
+                "on the base model before the adapter is put on it, and pass what they return; or choose another "
+                "init_lora_weights, such as True."
+            )
 
 
 def cheap_forward_options(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from .refusals import own_refusals, refusals_digest
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 _OTHER_GRADIENTS = (
     DistributedType.DEEPSPEED,
@@ -104,11 +107,20 @@ class RefusalAnchorCallback(TrainerCallback):
                 )
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
             self._made_for, self._last = weakref.ref(base), None
+        times = max(0, state.max_steps - 1) // self.every
+        if not times:
+            logger.warning(
+                "RefusalAnchorCallback has no effect: it acts at every %dth step, and the training has %d. Set every "
+                "to at most %d.",
+                self.every,
+                state.max_steps,
+                max(1, state.max_steps - 1),
+            )
         note_for_card(
             model,
             "Refusal anchor",
             f"KL to the base model on {len(self.anchor)} of its refusals, weight {self.weight:g}, every {self.every} "
-            f"steps; SHA-256 {self.anchor.digest}",
+            f"steps ({times} of {state.max_steps}); SHA-256 {self.anchor.digest}",
         )
 
     def on_step_begin(
@@ -167,6 +179,11 @@ def mix_into_training_set(
     """
     check_share(share)
     dataset: Any = trainer.train_dataset
+    if getattr(trainer.args, "packing", False):  # one strategy of TRL's leaves no trace of it in the rows
+        raise ValueError(
+            "packing=True: the trainer has packed its rows already, so that whole refusals would stand beside packed "
+            "rows. Set packing=False, or mix them in before (mix_refusals) and give the trainer the result."
+        )
     check_can_be_mixed_into(dataset)
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = trainer.processing_class
