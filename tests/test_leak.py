@@ -16,7 +16,7 @@ from salora_plugins.activations.last_inputs import last_inputs
 from salora_plugins.activations.positions import CountedPositions
 from salora_plugins.activations.statistics import Engine
 from salora_plugins.calibration import CalibrationError
-from salora_plugins.calibration.leak import leak_of
+from salora_plugins.calibration.leak import _split, leak_of, prompt_of
 from salora_plugins.cli import create_cli
 from salora_plugins.hookspecs import BasisNeeds, hookimpl
 from salora_plugins.inspection import leak_line, leak_warning, summary
@@ -245,6 +245,21 @@ def test_the_leak_costs_the_safety_module_nothing_and_is_kept(tmp_path, caplog):
     assert SafetyModule.load(tmp_path).provenance["leak"] == module.provenance["leak"]
     assert "Leak at the last prompt token, on 16 harmful requests" in summary(module)
     assert "The safety module leaks" in caplog.text and "header_weight=10" in caplog.text
+
+
+def test_no_prompt_that_is_held_out_is_calibrated_on():
+    """Sets such as BeaverTails have several responses to one request."""
+    rows = token_rows(300)
+    prompts = [row["input_ids"][:8] for row in rows[:60]]
+    examples = []
+    for index, row in enumerate(rows):
+        ids = (*prompts[index % 60], *row["input_ids"][8:])
+        examples.append(TokenizedExample(ids, (-100,) * 8 + ids[8:]))
+    part, held_out = _split(examples)
+    assert len(set(held_out)) == len(held_out) == 16 and len(part) == 300 - 16 * 5
+    assert not {prompt_of(example) for example in part} & set(held_out)
+    part, held_out = _split(examples[:40] * 5)
+    assert len(part) == 200 and not held_out
 
 
 def test_too_few_rows_and_no_input_side_are_told():

@@ -239,14 +239,18 @@ def _number_of_directions(vectors: VectorStatistics, wanted: Rank) -> int:
 
 
 def _split(examples: Sequence[TokenizedExample]) -> tuple[list[TokenizedExample], list[tuple[int, ...]]]:
-    """The rows to calibrate on, and the prompts of those that are held out: evenly spaced in their random order."""
-    usable = [index for index, example in enumerate(examples) if prompt_of(example)]
-    number = min(_MOST, max(_LEAST, len(usable) // _EVERY))
-    if len(usable) < (1 + _LEAST_CALIBRATED) * number:
+    """
+    The rows to calibrate on, and the prompts that are held out: evenly spaced in their random order. No row has one of
+    them, whatever its response.
+    """
+    prompts = [prompt_of(example) for example in examples]
+    different = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    number = min(_MOST, max(_LEAST, len(different) // _EVERY))
+    if len(different) < (1 + _LEAST_CALIBRATED) * number:
         return list(examples), []
-    chosen = {usable[(2 * place + 1) * len(usable) // (2 * number)] for place in range(number)}
-    part = [example for index, example in enumerate(examples) if index not in chosen]
-    return part, [prompt_of(examples[index]) for index in sorted(chosen)]
+    held_out = [different[(2 * place + 1) * len(different) // (2 * number)] for place in range(number)]
+    chosen = set(held_out)
+    return [example for example, prompt in zip(examples, prompts, strict=True) if prompt not in chosen], held_out
 
 
 def prompt_of(example: TokenizedExample) -> tuple[int, ...]:
@@ -257,7 +261,12 @@ def prompt_of(example: TokenizedExample) -> tuple[int, ...]:
 
 
 def _too_few(examples: Sequence[TokenizedExample]) -> str:
-    return f"of {len(examples)} safety rows none can be held out; it takes {(1 + _LEAST_CALIBRATED) * _LEAST}"
+    different = len({prompt for prompt in map(prompt_of, examples) if prompt})
+    least = (1 + _LEAST_CALIBRATED) * _LEAST
+    return (
+        f"of {len(examples)} safety rows none can be held out; it takes {least} with different prompts, and they have "
+        f"{different}"
+    )
 
 
 def _everyday(settings: SafetySettings) -> tuple[list[tuple[int, ...]], str, str]:

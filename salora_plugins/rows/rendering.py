@@ -45,7 +45,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._has_template = has_template(tokenizer)
         self._options = template_options(tokenizer)
-        self._requests: list[tuple[str, str, list[int]]] | None = None
+        self._requests: list[tuple[str, str, str, list[int]]] | None = None
 
     def prompt_ids(self, example: Example, name: str) -> list[int]:
         """Token ids of what stands before the response, up to where the model begins to answer.
@@ -150,8 +150,10 @@ class Renderer:
         """
         if not self._has_template or not _is_single_request(example):
             return False
-        for end, rendered, ids in self._rendered_requests(name):
-            if end and example.request.rstrip().endswith(end):
+        for begin, end, rendered, ids in self._rendered_requests(name):
+            request = example.request.rstrip()
+            # The end alone may be what is asked about, or stand there to mislead the model.
+            if end and request.endswith(end) and begin in request.removesuffix(end):
                 if list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"]) != ids:
                     raise DataError(
                         f"{name}: it ends with {end!r}, as if it were rendered already, and the tokenizer does not "
@@ -160,20 +162,39 @@ class Renderer:
                 return True
         return False
 
-    def _rendered_requests(self, name: str) -> list[tuple[str, str, list[int]]]:
-        """What is written behind a request, in every form of the template; and a whole one as text and as ids."""
+    def _rendered_requests(self, name: str) -> list[tuple[str, str, str, list[int]]]:
+        """
+        What is written in front of a request and behind it, in every form of the template; and a whole one as text and
+        as ids.
+        """
         if self._requests is None:
             conversation = ({"role": "user", "content": _MARKER},)
             found = []
             for form in self._forms():
                 ids = self._template_ids(conversation, name, True, form)
-                if self._tokenizer.chat_template:
-                    rendered = self._apply_template(conversation, name, True, form, tokenize=False)
-                else:
-                    rendered = self._tokenizer.decode(ids)
-                found.append((rendered.rpartition(_MARKER)[2].strip(), rendered, ids))
+                rendered = self._as_text(conversation, name, form)
+                before, _, behind = rendered.rpartition(_MARKER)
+                found.append((self._in_front(before, name, form), behind.strip(), rendered, ids))
             self._requests = found
         return self._requests
+
+    def _in_front(self, before: str, name: str, form: Mapping[str, Any]) -> str:
+        """
+        What is written directly in front of any request: of what stands before a lone one, the part that does not
+        depend on the system turn.
+        """
+        with_system = ({"role": "system", "content": _OTHER_MARKER}, {"role": "user", "content": _MARKER})
+        try:
+            other = self._as_text(with_system, name, form).rpartition(_MARKER)[0]
+        except DataError:
+            other = before
+        common = common_prefix_length(before[::-1], other[::-1])
+        return before[len(before) - common :].strip() or before.removeprefix(self._tokenizer.bos_token or "").strip()
+
+    def _as_text(self, messages: Sequence[dict[str, Any]], name: str, form: Mapping[str, Any]) -> str:
+        if self._tokenizer.chat_template:
+            return self._apply_template(messages, name, True, form, tokenize=False)
+        return self._tokenizer.decode(self._template_ids(messages, name, True, form))
 
     def _answered_ids(self, messages: Sequence[dict[str, Any]], response: str, name: str) -> list[int]:
         """A finished conversation."""
