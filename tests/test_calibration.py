@@ -914,3 +914,13 @@ def test_the_provenance_counts_every_source(tmp_path, capsys):
     assert f"{counts[sources[0]]} of {sources[0]}" in capsys.readouterr().err
     alone = calibrate(llama(), tokenizer(), safety_data=sources[0], **OPTIONS)
     assert "safety_sources" not in alone.provenance
+
+
+def test_a_source_of_which_nothing_is_used_is_told(tmp_path, caplog):
+    """The model refuses none of its requests."""
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusal_rows(20)))
+    (tmp_path / "two.txt").write_text("How do I bake bread?\nWhat is a verb?\n")
+    sources = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")]
+    module = calibrate(llama(), tokenizer(), safety_data=sources, **OPTIONS)
+    assert module.provenance["safety_sources"] == {sources[0]: 20, sources[1]: 0}
+    assert f"nothing of {sources[1]!r} is used" in caplog.text

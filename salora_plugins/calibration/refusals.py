@@ -19,6 +19,7 @@ from ..inference.greedy import end_tokens, greedy_answers
 from ..options import Positions
 from ..plugins import judges
 from ..rows.examples import IGNORED, RenderedRequest, TokenizedExample
+from ..rows.sources import sources_of
 from ..support.distributed import gather_json, rank_and_world_size
 from ..support.texts import shortened
 from .rows import SafetyRows
@@ -76,12 +77,14 @@ class AnsweredRows:
     """As of the rows that they were made from."""
 
     answering: Answering = field(default_factory=Answering)
+    sources: tuple[str, ...] = ()
+    """Those that were named, where there are several."""
 
     @property
     def by_source(self) -> dict[str, int]:
-        """Of several sources, how many examples are of each; else nothing."""
+        """Of several sources, how many examples are of each, 0 included; else nothing."""
         counts = Counter(example.source for example in self.examples)
-        return {name: counts[name] for name in sorted(counts)} if any(counts) else {}
+        return {name: counts[name] for name in sorted(self.sources)}
 
 
 def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) -> AnsweredRows:
@@ -92,8 +95,10 @@ def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) 
         CalibrationError: See `add_own_refusals`.
     """
     _warn_of_compliance(rows)
+    sources = tuple(map(str, sources_of(settings.rows.source, settings.rows.option) or ()))
     if not rows.has_requests:
-        return AnsweredRows([row for row in rows.rows if isinstance(row, TokenizedExample)], {}, rows.tokenizer)
+        answered = [row for row in rows.rows if isinstance(row, TokenizedExample)]
+        return AnsweredRows(answered, {}, rows.tokenizer, sources=sources)
     answering = Answering()
     examples, counts = add_own_refusals(
         model,
@@ -105,7 +110,7 @@ def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) 
         whole_responses=needs_responses(settings.positions),
         answering=answering,
     )
-    return AnsweredRows(examples, counts, rows.tokenizer, answering)
+    return AnsweredRows(examples, counts, rows.tokenizer, answering, sources)
 
 
 def _warn_of_compliance(rows: SafetyRows) -> None:

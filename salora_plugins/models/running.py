@@ -58,8 +58,8 @@ def check_base_is_unchanged(model: nn.Module) -> None:
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise ValueError(
                 f"init_lora_weights={start!r} of adapter {name!r} has changed the base model's weights, so that "
-                "disabling the adapter does not give the base model. Run own_refusals, RefusalAnchor.of or calibrate "
-                "on the base model before the adapter is put on it, and pass what they return; or choose another "
+                "disabling the adapter does not give the base model. What is computed with that (calibrate, "
+                "own_refusals, RefusalAnchor.of) must be before the adapter is put on it; or choose another "
                 "init_lora_weights, such as True."
             )
 
