@@ -36,6 +36,7 @@ from salora_plugins.replay.refusals import refusing_part
 from salora_plugins.rows.tokenizing import tokenize_examples
 from tiny import (
     CHAT_TEMPLATE,
+    gpt2,
     llama,
     preference_rows,
     refusal_rows,
@@ -432,6 +433,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     others = dict(resumed.model.named_parameters())
     for name, parameter in whole.model.named_parameters():
         assert torch.allclose(parameter, others[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_resumed_run_whose_base_is_trained_says_so(tmp_path, caplog, bias):
+    def run(steps: int, resume: str | None) -> None:
+        model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], bias=bias))
+        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        callbacks = [RefusalAnchorCallback(REFUSALS, every=1)]
+        trainer = Trainer(
+            model,
+            arguments(TrainingArguments, tmp_path, **options),
+            train_dataset=token_rows(8),
+            callbacks=callbacks,
+            processing_class=tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+
+    run(2, None)
+    assert "resumes" not in caplog.text
+    run(4, str(tmp_path / "checkpoint-2"))
+    assert ("step 2, where this run resumes" in caplog.text) == (bias == "all")
 
 
 PARALLEL = """

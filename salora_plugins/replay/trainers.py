@@ -16,7 +16,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.adapter_config import AdapterConfig
+from ..models.running import adapters_disabled
 from ..options import check_number, check_real
+from ..support.module_names import listed
 from .anchor import AnchorOptions, RefusalAnchor
 from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
 from .refusals import own_refusals, refusals_digest
@@ -105,6 +107,8 @@ class RefusalAnchorCallback(TrainerCallback):
                     "RefusalAnchorCallback: the trainer has no processing_class to render requests with. Give it one, "
                     "or give the callback a tokenizer."
                 )
+            if state.global_step:
+                _warn_of_a_trained_base(model, state.global_step)
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
             self._made_for, self._last = weakref.ref(base), None
         times = max(0, state.max_steps - 1) // self.every
@@ -217,6 +221,20 @@ def note_for_card(model: nn.Module, name: str, text: str) -> None:
 
 def _has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _warn_of_a_trained_base(model: nn.Module, step: int) -> None:
+    """Where a run resumes, what it trains beside the adapters is not what it was at its start any more."""
+    with adapters_disabled(model):  # which takes the gradient from all that is theirs
+        beside = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if beside:
+        logger.warning(
+            "RefusalAnchorCallback: beside the adapter, %s are trained, so that the base model is not at step %d, "
+            "where this run resumes, what it was at step 0, and the divergence is from what it is now. Give the "
+            "callback a RefusalAnchor that was made with the base model (RefusalAnchor.of).",
+            listed(beside),
+            step,
+        )
 
 
 def _refuse_what_takes_gradients_elsewhere(args: TrainingArguments) -> None:
