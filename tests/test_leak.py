@@ -262,6 +262,14 @@ def test_no_prompt_that_is_held_out_is_calibrated_on():
     assert len(part) == 200 and not held_out
 
 
+def test_the_head_has_a_leak_and_takes_none_from_the_others():
+    """It sees the last position alone where nobody asks for more."""
+    alone = calibrated(target_modules=["q_proj"]).provenance["leak"]
+    both = calibrated(target_modules=["q_proj", "lm_head"]).provenance["leak"]
+    assert set(both) == {*alone, "lm_head"} and 0 < both["lm_head"] < 2
+    assert {name: both[name] for name in alone} == pytest.approx(alone, rel=1e-2)
+
+
 def test_too_few_rows_and_no_input_side_are_told():
     few = calibrated(safety_data=refusal_rows(40)).provenance
     assert few["leak_unknown"].startswith("of 40 safety rows none can be held out")

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..support.memory import ROOM
 from ..support.numbers import size
-from .embeddings import input_embeddings
+from .embeddings import input_embeddings, output_embeddings
 from .weights import base_layer
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,16 @@ def check_base_is_unchanged(model: nn.Module) -> None:
             )
 
 
-def cheap_forward_options(model: nn.Module) -> dict[str, Any]:
-    """Arguments that spare a forward pass what calibration does not need: the KV cache and the logits."""
+def cheap_forward_options(model: nn.Module, layers: Iterable[nn.Module] = ()) -> dict[str, Any]:
+    """
+    Arguments that spare a forward pass what calibration does not need: the KV cache and the logits, unless the head is
+    one of the layers that are looked at, which then must see every position.
+    """
     accepted = inspect.signature(model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 1}
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    head = output_embeddings(model)
+    if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers):
+        del options["logits_to_keep"]
     return {name: value for name, value in options.items() if name in accepted}
 
 
