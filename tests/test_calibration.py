@@ -224,7 +224,7 @@ def test_every_row_is_rendered_once_and_without_a_model():
     assert len(found.rows) == 10 and found.has_requests
     # As it is asked and as it is answered, and once for all what the template writes around a request.
     own = {text: count for text, count in rendered.items() if not text.endswith("salora-content")}
-    assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 2
+    assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 3
 
 
 def test_directions_follow_from_statistics_alone():
@@ -245,7 +245,7 @@ def test_directions_follow_from_statistics_alone():
 def test_a_calibration_renders_nothing_again(own_cache):
     rendered = Counter()
     calibrate(llama(), counting(rendered), safety_data=refusal_rows(10), target_modules=["q_proj"], safety_rank=8)
-    assert rendered.pop("salora-content") == 2 and rendered.pop("Another contentsalora-content") == 1
+    assert rendered.pop("salora-content") == 3 and rendered.pop("Another contentsalora-content") == 1
     assert set(rendered.values()) == {1} and len(rendered) == 2 * 10
 
 

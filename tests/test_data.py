@@ -227,6 +227,26 @@ def test_a_rendered_request_with_another_system_turn_is_known():
     assert tokenize_one({"prompt": asked, "completion": ANSWERED}, build_tokenizer(default))[0] == asked
 
 
+# In the way of SmolVLM and LLaVA, which write nothing of a text.
+PARTS = {
+    "SmolVLM": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "LLaVA": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", PARTS.values(), ids=PARTS)
+def test_templates_that_read_parts_alone_get_parts(template):
+    tokenizer = build_tokenizer(template)
+    for row in ({"prompt": QUESTION, "response": ANSWER}, {"messages": PAIR}):
+        assert tokenize_one(row, tokenizer) == tokenize_one(row, build_tokenizer(CHATML))
+    before, _ = tokenize_one({"messages": [system("Be kind."), *PAIR]}, tokenizer)
+    assert before == f"<|im_start|>system\nBe kind.<|im_end|>\n{ASKED}"
+
+
 # In the way of Llama 3.x, Mistral Small, SmolLM3 and gpt-oss.
 DATED = {
     "Llama 3": "{% if not date_string is defined %}{% if strftime_now is defined %}"

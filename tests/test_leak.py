@@ -170,6 +170,14 @@ def test_what_has_no_effect_is_refused():
 OPTIONS = {"target_modules": ["q_proj", "down_proj"], "safety_rank": 4, "calibration_cache": False}
 
 
+def test_the_header_of_a_template_that_wants_a_system_turn():
+    own = tokenizer()
+    own.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    assert [own.decode(form) for form in Headers(own).forms] == ["<|im_end|>\n<|im_start|>assistant\n"]
+
+
 def calibrated(**options) -> SafetyModule:
     return calibrate(llama(), tokenizer(), **{"safety_data": refusal_rows(60), **OPTIONS, **options})
 

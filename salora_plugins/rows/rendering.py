@@ -45,6 +45,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._has_template = has_template(tokenizer)
         self._options = template_options(tokenizer)
+        self._reads_parts = self._reads_parts_alone()
         self._requests: list[tuple[str, str, str, list[int]]] | None = None
 
     def prompt_ids(self, example: Example, name: str) -> list[int]:
@@ -110,19 +111,24 @@ class Renderer:
         any: the tokens at the end that these requests, none of which ends as another does, have in common.
 
         Raises:
-            DataError: The template refuses a lone request.
+            DataError: The template refuses a lone request, and one behind a system turn.
         """
         if not self._has_template:
             return ()
         found = []
         for form in self._forms():
-            first, *others = (
-                self._template_ids(({"role": "user", "content": request},), "a lone request", True, form)[::-1]
-                for request in requests
-            )
+            first, *others = (self._request_ids(request, form)[::-1] for request in requests)
             common = min(common_prefix_length(first, other) for other in others)
             found.append(tuple(first[:common][::-1]))
         return tuple(form for form in dict.fromkeys(found) if form)
+
+    def _request_ids(self, request: str, form: Mapping[str, Any]) -> list[int]:
+        turn = {"role": "user", "content": request}
+        try:
+            return self._template_ids((turn,), "a lone request", True, form)
+        except DataError:  # some want a system turn
+            system = {"role": "system", "content": _OTHER_MARKER}
+            return self._template_ids((system, turn), "a request behind a system turn", True, form)
 
     def _forms(self) -> list[dict[str, Any]]:
         """The options of every form of the template: with what it is given here, and as it is by itself."""
@@ -130,6 +136,27 @@ class Renderer:
         if "enable_thinking" in self._options:
             forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
         return forms
+
+    def _reads_parts_alone(self) -> bool:
+        """
+        Whether the template reads contents that are lists of parts alone, as those of some vision-language models do:
+        of a text such a template writes nothing, without an error.
+        """
+        user = {"role": "user", "content": _MARKER}
+        for messages in ([user], [{"role": "system", "content": _OTHER_MARKER}, user]):
+            if self._writes_request(messages):
+                return False
+            if self._writes_request(_with_parts(messages)):
+                return True
+        return False
+
+    def _writes_request(self, messages: list[dict[str, Any]]) -> bool:
+        if not self._tokenizer.chat_template:
+            return True  # by code, which knows texts, or not at all
+        try:
+            return _MARKER in self._tokenizer.apply_chat_template(messages, tokenize=False, **self._options)
+        except Exception:  # a template raises what it likes
+            return False
 
     def _uses_template(self, example: Example, name: str) -> bool:
         if not example.messages or self._is_rendered(example, name):
@@ -242,7 +269,7 @@ class Renderer:
         options = self._options if options is None else options
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages),
+                _with_parts(messages) if self._reads_parts else list(messages),
                 tokenize=tokenize,
                 add_generation_prompt=add_generation_prompt,
                 return_dict=False,
@@ -339,6 +366,16 @@ def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
     return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _with_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every text as a list of one part."""
+    return [
+        message | {"content": [{"type": "text", "text": text}]}
+        if isinstance(text := message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def _is_single_request(example: Example) -> bool:
