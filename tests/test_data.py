@@ -230,11 +230,11 @@ def test_a_rendered_request_with_another_system_turn_is_known():
 # In the way of SmolVLM and LLaVA, which write nothing of a text.
 PARTS = {
     "SmolVLM": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "LLaVA": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
 
 
