@@ -15,11 +15,12 @@ from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.last_inputs import last_inputs
 from salora_plugins.activations.positions import CountedPositions
 from salora_plugins.activations.statistics import Engine
+from salora_plugins.adapters.model_card import provenance_rows
 from salora_plugins.calibration import CalibrationError
 from salora_plugins.calibration.leak import _split, leak_of, prompt_of
 from salora_plugins.cli import create_cli
 from salora_plugins.hookspecs import BasisNeeds, hookimpl
-from salora_plugins.inspection import leak_line, leak_warning, summary
+from salora_plugins.inspection import facts, leak_line, leak_warning, summary
 from salora_plugins.ranks import rank_of_text
 from salora_plugins.rows.batching import collate
 from salora_plugins.rows.examples import Example, TokenizedExample
@@ -276,6 +277,29 @@ def test_the_head_has_a_leak_and_takes_none_from_the_others():
     both = calibrated(target_modules=["q_proj", "lm_head"]).provenance["leak"]
     assert set(both) == {*alone, "lm_head"} and 0 < both["lm_head"] < 2
     assert {name: both[name] for name in alone} == pytest.approx(alone, rel=1e-2)
+
+
+def test_the_weight_of_the_header_is_told_and_not_advised_where_it_is_there():
+    plain, weighted, header = calibrated(), calibrated(header_weight=10), calibrated(safety_positions="header")
+    assert "header" not in facts(plain.provenance)
+    assert all("(those of the header 10 times)" in text for text in (facts(weighted.provenance), summary(weighted)))
+    assert "(those of the header 10 times)" in provenance_rows(weighted)["Positions"]
+    leaks = [{**module.provenance, "leak": {"q_proj": 0.5}} for module in (plain, weighted, header)]
+    assert ["header_weight=10" in leak_warning(provenance) for provenance in leaks] == [True, False, False]
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+    assert "1: as to those of task_data" in leak_line(calibrated(task_data=rows).provenance)
+
+
+def test_several_sources_are_told_with_how_much_is_of_each(tmp_path):
+    """In the card without the folders that they are in."""
+    for name, first in (("one", 0), ("two", 30)):
+        rows = refusal_rows(60)[first : first + 30]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    module = calibrated(safety_data=sources)
+    assert f"(30 of {sources[0]}, 30 of {sources[1]})" in summary(module)
+    card = provenance_rows(module)["Safety data"]
+    assert "one.jsonl, two.jsonl, 60 samples (30 of one.jsonl, 30 of two.jsonl)" in card and str(tmp_path) not in card
 
 
 def test_too_few_rows_and_no_input_side_are_told():

@@ -22,7 +22,7 @@ from ..activations.last_inputs import last_inputs
 from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
 from ..activations.vectors import VectorStatistics, rank_by_need
-from ..inspection import WHAT_HELPS, leak_line, leak_warning
+from ..inspection import header_counts, leak_line, leak_warning, what_helps
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
 from ..ranks import Rank, measured_rule, share_or_rule
@@ -123,7 +123,7 @@ def measure_leak(
         # All ranks are here. What is calibrated is checked for itself, and does not depend on this.
         logger.warning("The leak is not measured: %s", error)
         return Leak(reason=str(error))
-    _say_what_is_not_reached(found, wanted)
+    _say_what_is_not_reached(found, wanted, header_counts(settings.positions, settings.header_weight))
     return Leak(
         by_module={name: float(f"{leak:.4g}") for name, (_, leak) in found.items()},
         ranks={name: found[name][0] if measured_rule(rank) is not None else rank for name, rank in wanted.items()},
@@ -304,7 +304,9 @@ def say_leak(provenance: Mapping[str, Any]) -> None:
         logger.warning("%s", warning)
 
 
-def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank]) -> None:
+def _say_what_is_not_reached(
+    found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank], header_counts_already: bool
+) -> None:
     missed: dict[Rank, list[str]] = {}
     for name, rank in wanted.items():
         if (rule := measured_rule(rank)) is not None and found[name][1] > rule.value:
@@ -320,5 +322,5 @@ def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Map
             listed(names),
             least,
             most,
-            WHAT_HELPS,
+            what_helps(header_counts_already),
         )
