@@ -128,6 +128,7 @@ def test_what_gives_no_refusals_is_an_error():
         (" I'm sorry, but I can't help. Instead, tr", False, "I'm sorry, but I can't help."),
         ("I cannot help with th", False, "I cannot help with th"),
         ("No, I won't (never!). And", False, "No, I won't (never!)."),
+        ("我不能帮助您。如果您", False, "我不能帮助您。"),
         # What is complete is not cut, nor what would not refuse any more.
         ("I'm sorry, but I can't help. Take care", True, "I'm sorry, but I can't help. Take care"),
         ("Oh dear. I cannot help with th", False, "Oh dear. I cannot help with th"),

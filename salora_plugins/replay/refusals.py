@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 RESPONSE_TOKENS = 64
 """Length of an answer, of which the first paragraph is kept."""
 
-_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"')\u201d\u2019]*(?=\s|$)")
+# Chinese and Japanese put no space behind a sentence.
+_SENTENCE_END = re.compile(r"[.!?\u061f\u0964]+[\"')\u201d\u2019]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d]*")
 
 
 @dataclass(frozen=True)
