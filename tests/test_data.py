@@ -227,6 +227,13 @@ def test_a_rendered_request_with_another_system_turn_is_known():
     assert tokenize_one({"prompt": asked, "completion": ANSWERED}, build_tokenizer(default))[0] == asked
 
 
+@pytest.mark.parametrize("space", ["\n", ""])
+def test_a_turn_that_ends_before_its_conversation_does(space):
+    """As in the templates of Phi: a model stops at the first of the two tokens."""
+    template = CHATML.replace("<|im_end|>\n", f"<|im_end|>{space}").replace("{% endif %}", "{% else %}</s>{% endif %}")
+    assert tokenize_one({"messages": PAIR}, build_tokenizer(template))[1] == ANSWERED
+
+
 # In the way of SmolVLM and LLaVA, which write nothing of a text.
 PARTS = {
     "SmolVLM": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m['content'] %}"

@@ -384,13 +384,16 @@ def _is_single_request(example: Example) -> bool:
 
 def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Where the response that begins at `start` ends: behind the token that ends it, by which generation stops, too."""
-    if tokenizer.eos_token_id in ids[start:]:
-        return ids.index(tokenizer.eos_token_id, start) + 1
-    # The template ends turns with another token than the tokenizer names.
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", None)
     if isinstance(added, Mapping):
         special |= {token_id for token_id, token in added.items() if token.special}
+    if tokenizer.eos_token_id in ids[start:]:
+        end = ids.index(tokenizer.eos_token_id, start)
+        # Phi's templates end the turn by a token of its own, and then the whole conversation by this one.
+        last = next((i for i in range(end - 1, start, -1) if str(tokenizer.decode([ids[i]])).strip()), start)
+        return last + 1 if last > start and ids[last] in special else end + 1
+    # The template ends turns with another token than the tokenizer names.
     last = max((index for index in range(start, len(ids)) if ids[index] in special), default=None)
     return len(ids) if last is None or str(tokenizer.decode(ids[last + 1 :])).strip() else last + 1
 
