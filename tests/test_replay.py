@@ -112,6 +112,13 @@ def test_responses_in_the_data_are_taken_and_not_asked_for():
     ]
 
 
+def test_responses_in_the_data_that_comply_are_told(caplog):
+    own_refusals(llama(), tokenizer(), refusal_rows(4))
+    assert "no refusals" not in caplog.text
+    own_refusals(llama(), tokenizer(), [*refusal_rows(4), *({"prompt": r, "response": "Sure!"} for r in REQUESTS)])
+    assert "12 of 16 responses in requests are no refusals to the judge, such as 'Sure!'" in caplog.text
+
+
 def test_what_gives_no_refusals_is_an_error():
     with pytest.raises(CalibrationError, match="refused none of 12 requests"):
         own_refusals(llama(), tokenizer(), REQUESTS, max_new_tokens=4)

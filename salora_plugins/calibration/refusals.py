@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,23 +114,36 @@ def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) 
 
 
 def _warn_of_compliance(rows: SafetyRows) -> None:
-    """Of rows that come with a response, such as those of sets with safe and unsafe ones, many may not refuse."""
     if rows.tokenizer is None:
         return
-    is_refusal = judges()["keyword"]
-    texts = [
+    responses = (
         rows.tokenizer.decode([label for label in row.labels if label != IGNORED], skip_special_tokens=True)
         for row in rows.rows
         if isinstance(row, TokenizedExample)
-    ]
-    others = [text for text in texts if not is_refusal("", text)]
-    if len(others) > _MOST_COMPLIANT * len(texts):
+    )
+    warn_of_compliance((("", response) for response in responses), judges()["keyword"], "safety_data")
+
+
+def warn_of_compliance(
+    answered: Iterable[tuple[str, str]], is_refusal: Callable[[str, str], bool], option: str
+) -> None:
+    """
+    Tell of data whose own responses do not refuse, as many do not in sets of safe and unsafe ones.
+
+    Args:
+        answered: Requests and their responses.
+        is_refusal: Judge called with both.
+        option: What the user calls this data.
+    """
+    refuses = [(is_refusal(request, response), response) for request, response in answered]
+    others = [response for is_one, response in refuses if not is_one]
+    if len(others) > _MOST_COMPLIANT * len(refuses):
         logger.warning(
-            "%d of %d responses in safety_data are no refusals to the keyword judge, such as %s. They are taken for "
-            "what is to be kept: leave out what complies. (In a language that the judge does not know, this says "
-            "nothing.)",
+            "%d of %d responses in %s are no refusals to the judge, such as %s. They are taken for what is to be kept: "
+            "leave out what complies. (In a language that the judge does not know, this says nothing.)",
             len(others),
-            len(texts),
+            len(refuses),
+            option,
             shortened(others[0]),
         )
 

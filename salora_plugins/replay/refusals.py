@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..activations.errors import CalibrationError
 from ..calibration.cache import cache_folder
+from ..calibration.refusals import warn_of_compliance
 from ..hookspecs import Judge
 from ..inference.greedy import end_tokens, greedy_answers
 from ..models.embeddings import vocabulary_size
@@ -106,6 +107,8 @@ def own_refusals(
     tokenizer = tokenizer_of(tokenizer)
     examples = _conversations(requests, seed, num, vocabulary_size(model))
     asked = [example for example in examples if example.response is None]
+    given = ((example.request, example.response) for example in examples if example.response is not None)
+    warn_of_compliance(given, known[judge], "requests")
     prompts = dict(zip(map(id, asked), render_prompts(asked, tokenizer), strict=True))
     key = _key(model, tokenizer, list(prompts.values()), num, batch_size, max_new_tokens, judge) if cache else None
     answers = _load(key, len(asked))
