@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 import tiny
@@ -41,7 +42,7 @@ from salora_plugins.bases.sparse_autoencoder import (
     outline_of,
 )
 from salora_plugins.inspection import facts, summary
-from salora_plugins.models.residual import residual_writer
+from salora_plugins.models.residual import normalizes_outputs, residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
 from salora_plugins.rows.pairs import load_pairs, tokenize_pairs
@@ -239,6 +240,13 @@ def test_how_many_directions_a_rank_is():
     assert subspace_size(whole, None, "m") == 1  # the layer keeps one
     with pytest.raises(CalibrationError, match="takes all 2 directions"):
         subspace_size(whole, 0.9, "m")
+
+
+@pytest.mark.parametrize(("kind", "normalizes"), [("Glm4", True), ("Gemma2", True), ("Olmo2", True), ("Llama", False)])
+def test_who_normalizes_what_is_written(kind, normalizes):
+    config = getattr(transformers, f"{kind}Config")(**tiny._SIZES, head_dim=16)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert normalizes_outputs(model.get_submodule(residual_writer("model.layers.1.mlp.down_proj").block)) == normalizes
 
 
 @pytest.mark.parametrize(
