@@ -203,6 +203,12 @@ def test_responses_that_do_not_refuse_are_told(caplog, compliant, told):
     assert (f"{compliant} of 16 responses in safety_data are no refusals" in caplog.text) == told
 
 
+@pytest.mark.parametrize(("number", "told"), [(15, True), (16, False)])
+def test_few_examples_are_told(caplog, number, told):
+    calibrate(llama(), safety_data=token_rows(number), **OPTIONS)
+    assert (f"calibrating on {number} examples" in caplog.text) == told
+
+
 def counting(rendered: Counter):
     """A tokenizer that counts the conversations that it renders."""
     counted = tokenizer()

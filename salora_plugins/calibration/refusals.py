@@ -98,6 +98,7 @@ def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) 
     sources = tuple(map(str, sources_of(settings.rows.source, settings.rows.option) or ()))
     if not rows.has_requests:
         answered = [row for row in rows.rows if isinstance(row, TokenizedExample)]
+        _warn_of_few(len(answered))
         return AnsweredRows(answered, {}, rows.tokenizer, sources=sources)
     answering = Answering()
     examples, counts = add_own_refusals(
@@ -110,7 +111,17 @@ def answered_rows(rows: SafetyRows, model: nn.Module, settings: SafetySettings) 
         whole_responses=needs_responses(settings.positions),
         answering=answering,
     )
+    _warn_of_few(len(examples))
     return AnsweredRows(examples, counts, rows.tokenizer, answering, sources)
+
+
+def _warn_of_few(number: int) -> None:
+    if number < _ENOUGH:
+        logger.warning(
+            "safety_data: calibrating on %d examples, so that what is protected is what these few look like to the "
+            "model. Give some hundreds, of many kinds.",
+            number,
+        )
 
 
 def _warn_of_compliance(rows: SafetyRows) -> None:
