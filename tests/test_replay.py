@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 
 from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities, constrained_sft_loss
 from processes import run_ranks
-from salora_plugins import calibrate
+from salora_plugins import attribute, calibrate
 from salora_plugins.activations.errors import CalibrationError
 from salora_plugins.evaluation.judges.keyword import is_refusal
 from salora_plugins.hookspecs import hookimpl
@@ -536,7 +536,7 @@ def test_a_model_without_an_adapter_has_no_base(tmp_path, refusal):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_base_that_the_start_of_an_adapter_has_changed_is_no_base(start, refusal):
+def test_a_base_that_the_start_of_an_adapter_has_changed_is_no_base(tmp_path, start, refusal):
     base = llama()
     anchor = RefusalAnchor.of(base, tokenizer(), REFUSALS)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
@@ -546,6 +546,7 @@ def test_a_base_that_the_start_of_an_adapter_has_changed_is_no_base(start, refus
         lambda: RefusalAnchor.of(model, tokenizer(), REFUSALS),
         lambda: own_refusals(model, tokenizer(), REQUESTS),
         lambda: calibrate(model, tokenizer(), safety_data=token_rows(16), target_modules=["v_proj"]),
+        lambda: attribute(model, tokenizer(), out=tmp_path),
     ):
         with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*has changed") as error:
             make()
