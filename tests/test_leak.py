@@ -21,6 +21,7 @@ from salora_plugins.calibration.leak import _split, leak_of, prompt_of
 from salora_plugins.cli import create_cli
 from salora_plugins.hookspecs import BasisNeeds, hookimpl
 from salora_plugins.inspection import facts, leak_line, leak_warning, summary
+from salora_plugins.prompts.builtin import builtin_prompts
 from salora_plugins.ranks import rank_of_text
 from salora_plugins.rows.batching import collate
 from salora_plugins.rows.examples import Example, TokenizedExample
@@ -277,6 +278,17 @@ def test_the_head_has_a_leak_and_takes_none_from_the_others():
     both = calibrated(target_modules=["q_proj", "lm_head"]).provenance["leak"]
     assert set(both) == {*alone, "lm_head"} and 0 < both["lm_head"] < 2
     assert {name: both[name] for name in alone} == pytest.approx(alone, rel=1e-2)
+
+
+def test_a_layer_where_all_ranks_leak_alike_gets_no_fewer_directions_than_by_default():
+    """Of the first layer, which sees the same last token in all prompts."""
+    requests = [row["prompt"] for row in builtin_prompts("calibration") if "prompt" in row]
+    rows = [{"prompt": request, "response": "I can't help with that."} for request in requests[:60]]
+    options = {"safety_data": rows, "safety_rank": 8, "target_modules": ["q_proj"]}
+    module = calibrate(llama(hidden_size=256), tokenizer(), input_safety_rank="leak:0.001", **options)
+    first = module.input_bases["model.layers.0.self_attn.q_proj"]
+    assert module.provenance["leak"]["model.layers.0.self_attn.q_proj"] == pytest.approx(1, rel=1e-3)
+    assert first.shape[1] == 32  # there are fewer than 64 characters; and not the 16 that are tried first
 
 
 def test_the_weight_of_the_header_is_told_and_not_advised_where_it_is_there():

@@ -23,6 +23,7 @@ from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
 from ..activations.vectors import VectorStatistics, rank_by_need
 from ..inspection import header_counts, leak_line, leak_warning, what_helps
+from ..models.targets import default_input_rank
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
 from ..ranks import Rank, measured_rule, share_or_rule
@@ -50,6 +51,7 @@ _LEAST_EVERYDAY, _MOST_EVERYDAY = 32, 128
 _LEAST_RANK = 16  # that a rule tries
 # Of the everyday requests' energy: less than this is left by rounding, where all prompts end alike (the first layer).
 _NOTHING = 1e-6
+_ALIKE = 1.01  # leaks of this ratio
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,11 @@ def _of_module(
         tried.append(measured(number))
         if tried[-1][1] <= rule.value:
             return tried[-1]
-    return min(tried, key=lambda pair: pair[1])
+    least = min(leak for _, leak in tried)
+    alike = [(number, leak) for number, leak in tried if leak <= _ALIKE * least]
+    # All do in the first layer, where the last token is the same in all prompts: no fewer than by default then.
+    usual = default_input_rank(vectors.dimension)
+    return max((pair for pair in alike if pair[0] <= usual), default=alike[0])
 
 
 def _grid(vectors: VectorStatistics) -> list[int]:
@@ -315,7 +321,8 @@ def _say_what_is_not_reached(
         least, most = min(found[name][1] for name in names), max(found[name][1] for name in names)
         logger.warning(
             "input_safety_rank=%r is not reached by %d of %d layers (%s), with any number of directions up to half of "
-            "the inputs: they got those that leak least, %.3f to %.3f. %s",
+            "the inputs: they got those that leak least, %.3f to %.3f (where all leak alike, no fewer than by "
+            "default). %s",
             rank,
             len(names),
             len(wanted),
