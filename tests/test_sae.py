@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 import tiny
@@ -305,6 +306,14 @@ def test_pairs_of_plain_texts_and_of_token_ids():
     assert chosen.labels == (-100, -100, 6) and rejected.input_ids == (4, 5, 7, 8)
     with pytest.raises(DataError, match="token id 7"):
         load_pairs([row], option="contrastive_data", vocabulary=7)
+
+
+def test_the_system_column_of_pairs_is_their_system_turn():
+    row = {"system": "Be kind.", "prompt": "How?", "chosen": "No.", "rejected": "So.", "source": "x"}
+    [(chosen, rejected)] = load_pairs([row], option="contrastive_data")
+    assert chosen.messages == rejected.messages and chosen.messages[0] == {"role": "system", "content": "Be kind."}
+    [(of_dataset, _)] = load_pairs(Dataset.from_list([row]), option="contrastive_data")
+    assert of_dataset == chosen
 
 
 def test_rows_that_are_no_pairs():
