@@ -1092,6 +1092,7 @@ def test_spaces_in_a_csv_header_hide_no_column(tmp_path):
         {"conversations": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "No."}]},
         {"prompt": "How?", "response": "No."},
         {"prompt": [{"role": "user", "content": "How?"}], "completion": [{"role": "assistant", "content": "No."}]},
+        {"chosen": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "No."}]},
         {"prompt": "How?"},
     ],
 )

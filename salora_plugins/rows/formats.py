@@ -173,7 +173,7 @@ def _implicit_prompt(row: Mapping[str, Any], where: str) -> list[Example]:
     """The example of a preference row that holds the prompt within `chosen`."""
     chosen, rejected = row["chosen"], row.get("rejected")
     if not isinstance(chosen, str):
-        return _split(_messages(row, "chosen", where), where)
+        return _split(_with_system(row, _messages(row, "chosen", where)), where)
     if not isinstance(rejected, str):
         raise DataError(
             f"{where} has a plain-text `chosen`, and neither `prompt` nor a plain-text `rejected` to tell "
