@@ -221,7 +221,7 @@ class Renderer:
     def _as_text(self, messages: Sequence[dict[str, Any]], name: str, form: Mapping[str, Any]) -> str:
         if self._tokenizer.chat_template:
             return self._apply_template(messages, name, True, form, tokenize=False)
-        return self._tokenizer.decode(self._template_ids(messages, name, True, form))
+        return str(self._tokenizer.decode(self._template_ids(messages, name, True, form)))
 
     def _answered_ids(self, messages: Sequence[dict[str, Any]], response: str, name: str) -> list[int]:
         """A finished conversation."""
@@ -391,8 +391,8 @@ def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase)
     if tokenizer.eos_token_id in ids[start:]:
         end = ids.index(tokenizer.eos_token_id, start)
         # Phi's templates end the turn by a token of its own, and then the whole conversation by this one.
-        last = next((i for i in range(end - 1, start, -1) if str(tokenizer.decode([ids[i]])).strip()), start)
-        return last + 1 if last > start and ids[last] in special else end + 1
+        before = next((i for i in range(end - 1, start, -1) if str(tokenizer.decode([ids[i]])).strip()), start)
+        return before + 1 if before > start and ids[before] in special else end + 1
     # The template ends turns with another token than the tokenizer names.
     last = max((index for index in range(start, len(ids)) if ids[index] in special), default=None)
     return len(ids) if last is None or str(tokenizer.decode(ids[last + 1 :])).strip() else last + 1
