@@ -18,11 +18,34 @@ from .support.texts import one_line
 
 LARGE_LEAK = 0.1
 """Above this median leak of a kind of layer, a safety module is said to leak."""
-WHAT_HELPS = (
-    "What helps: more, and more varied, safety data (safety_data, num_safety_samples), then header_weight=10, then a "
-    "larger input_safety_rank."
-)
+_HEADER_WEIGHT = 10  # that is advised
 _WORST = 3  # layers that are named
+
+
+def what_helps(header_counts: bool) -> str:
+    """
+    Against a leak.
+
+    Args:
+        header_counts: Whether the header counts as much as it is advised to already.
+    """
+    then = "" if header_counts else f" then header_weight={_HEADER_WEIGHT},"
+    return (
+        "What helps: more, and more varied, safety data (safety_data, num_safety_samples),"
+        f"{then} then a larger input_safety_rank."
+    )
+
+
+def header_counts(positions: str, header_weight: float) -> bool:
+    """Whether the header's positions count as much as is advised where the module leaks, or nothing beside them."""
+    return positions == "header" or header_weight >= _HEADER_WEIGHT
+
+
+def positions_counted(provenance: Mapping[str, Any]) -> str:
+    """How many positions of the safety data counted, of which kind and with which weight."""
+    text = f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions"
+    weight = provenance.get("header_weight", 1)
+    return text if weight == 1 else f"{text} (those of the header {weight:g} times)"
 
 
 def describe(safety_module: SafetyModule) -> dict[str, Any]:
@@ -94,7 +117,7 @@ def facts(provenance: Mapping[str, Any]) -> str:
     elif not is_without_safety_data(provenance):
         parts.append(f"{provenance.get('safety_samples', '?')} examples")
     if not is_without_safety_data(provenance):
-        parts.append(f"{provenance.get('positions_counted', '?')} {provenance.get('safety_positions', '')} positions")
+        parts.append(positions_counted(provenance))
     if "utility_samples" in provenance:
         parts.append(f"{provenance['utility_samples']} utility examples")
     directions = provenance.get("directions", {})
@@ -129,11 +152,15 @@ def leak_line(provenance: Mapping[str, Any]) -> str:
     worst = sorted(leaks, key=lambda name: -leaks[name])[:_WORST]
     return (
         f"Leak at the last prompt token, on {provenance.get('leak_requests', '?')} harmful requests that were held out "
-        "(0: an update cannot react to them, 1: as to everyday ones; median): "
+        f"(0: an update cannot react to them, 1: as to {_everyday(provenance)}; median): "
         + ", ".join(f"{one_line(kind)} {value:.3f}" for kind, value in leak_by_kind(leaks).items())
         + "; largest: "
         + ", ".join(f"{one_line(name)} {leaks[name]:.3f}" for name in worst)
     )
+
+
+def _everyday(provenance: Mapping[str, Any]) -> str:
+    return "those of task_data" if provenance.get("leak_everyday") == "task_data" else "everyday ones"
 
 
 def leak_by_kind(leaks: Mapping[str, float]) -> dict[str, float]:
@@ -147,9 +174,11 @@ def leak_warning(provenance: Mapping[str, Any]) -> str:
     if not large:
         return ""
     found = ", ".join(f"{one_line(kind)} {leak:.2f}" for kind, leak in large.items())
+    counts = header_counts(str(provenance.get("safety_positions")), provenance.get("header_weight", 1))
     return (
         f"The safety module leaks: an update could react to harmful requests that calibration did not see (median leak "
-        f"above {LARGE_LEAK}: {found}), so that training which teaches compliance may cost refusals. {WHAT_HELPS}"
+        f"above {LARGE_LEAK}: {found}), so that training which teaches compliance may cost refusals. "
+        f"{what_helps(counts)}"
     )
 
 
@@ -186,8 +215,9 @@ def _data_lines(provenance: Mapping[str, Any]) -> list[str]:
         data += f", {provenance.get('safety_samples', '?')} examples"
         if "requests" in provenance:
             data += f" ({provenance.get('refusals', '?')} refusals to {provenance['requests']} requests)"
-        positions = one_line(provenance.get("safety_positions", ""))
-        lines.append(f"{data}, {provenance.get('positions_counted', '?')} {positions} positions")
+        if sources := provenance.get("safety_sources"):
+            data += f" ({one_line(', '.join(f'{number} of {name}' for name, number in sources.items()))})"
+        lines.append(f"{data}, {one_line(positions_counted(provenance))}")
     if "sae" in provenance:
         share = provenance.get("sae_feature_share", "?")
         lines.append(f"Sparse autoencoders: {one_line(str(provenance['sae']))}, {share} of their features")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from certificate import largest_share_inside
 from salora_plugins import SafetyModule, audit, calibrate, load_for_training, project_adapter
 from salora_plugins.adapters.audit import layer_grid, write_heat_map
+from salora_plugins.adapters.saved import SavedAdapter
 from salora_plugins.cli import create_cli
 from tiny import gpt2, llama, relative_difference, token_batch, token_rows
 
@@ -258,3 +259,12 @@ def test_the_heat_maps_rows_are_layers(tmp_path, safety_module):
     layers, kinds, cells = layer_grid(report)
     assert (layers, kinds) == (["0", "1"], ["attn.c_attn", "attn.c_proj", "mlp.c_proj"])
     assert sorted(cells.values()) == sorted(report.modules)
+
+
+def test_peft_s_copy_of_a_head_under_factors_is_not_told_as_trained(tmp_path):
+    folder = save_adapter(tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in SavedAdapter.load(folder).other_tensors
+    module = calibrate(llama(), safety_data=token_rows(16), target_modules=["q_proj", "lm_head"], safety_rank=8)
+    assert audit(folder, module).not_covered == ()
+    assert project_adapter(folder, module, tmp_path / "out").not_covered == ()
+    assert "lm_head.base_layer.weight" in str(list(SavedAdapter.load(tmp_path / "out").other_tensors))

@@ -922,6 +922,22 @@ def test_refused_when_the_config_is_validated(runs, name, refusal):
     refusal(ValueError(re.sub(r"(?s)^.*?Value error, | \[type=.*$", "", message)))
 
 
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_an_anchor_needs_whole_sequences(size, refusal):
+    """Axolotl itself takes a `context_parallel_size` with several GPUs only."""
+    from axolotl.utils.dict import DictDefault
+
+    from salora_plugins.integrations.axolotl.block_checks import check_refusals
+
+    check_refusals(DictDefault({"context_parallel_size": size, "salora": {"refusal_share": 0.05}}))
+    cfg = DictDefault({"context_parallel_size": size, "salora": {"refusal_anchor": True}})
+    if size != 2:
+        return check_refusals(cfg)
+    with pytest.raises(ValueError, match=r"salora\.refusal_anchor: with context_parallel_size: 2") as error:
+        check_refusals(cfg)
+    refusal(error.value)
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=row(f"`model_quantization_config: {name}` with `dequantize`")) for name in ACCEPTED],

@@ -173,6 +173,42 @@ def test_few_answered_rows_do_not_hide_a_model_that_refuses_nothing(answered, un
         calibrate(llama(), tokenizer(), safety_data=rows, **OPTIONS)
 
 
+def test_requests_without_room_for_an_answer_are_not_told_as_not_refused(caplog):
+    """Nor is a model called unaligned that was never asked."""
+    options = {"is_refusal": lambda *_: True, "max_length": 100}
+    rows = rendered([*asked(20), *({"prompt": f"{'x' * 100}{i}"} for i in range(5))])
+    kept, counts = add_own_refusals(llama(), tokenizer(), rows, 25, **options)
+    assert len(kept) == 20 and counts == {"requests": 20, "refusals": 20}
+    assert "5 requests of safety_data are longer than calibration_max_length=100" in caplog.text
+    assert "the model refused 20 of 20 requests" in caplog.text
+    with pytest.raises(CalibrationError, match=r"5 requests .*calibration_max_length=100.* nothing is left"):
+        add_own_refusals(llama(), tokenizer(), rows[20:], 25, **options)
+
+
+def test_rows_that_repeat_others_count_once(caplog):
+    rows, options = token_rows(16), {"target_modules": ["q_proj"], "safety_rank": 4, "input_safety_rank": 4}
+    once = calibrate(llama(), safety_data=rows, **options)
+    assert "repeat" not in caplog.text
+    twice = calibrate(llama(), safety_data=[*rows, *rows[:5]], calibration_cache=False, **options)
+    assert "safety_data: 5 of 21 rows repeat others and are left out." in caplog.text
+    assert twice.provenance["safety_samples"] == once.provenance["safety_samples"] == 16
+    for name, basis in once.bases.items():
+        assert torch.allclose(basis @ basis.T, twice.bases[name] @ twice.bases[name].T, atol=1e-3)
+
+
+@pytest.mark.parametrize(("compliant", "told"), [(2, False), (6, True)])
+def test_responses_that_do_not_refuse_are_told(caplog, compliant, told):
+    rows = [*refusal_rows(16 - compliant), *({**row, "response": "Sure! First, take"} for row in asked(compliant))]
+    calibrate(llama(), tokenizer(), safety_data=rows, **OPTIONS)
+    assert (f"{compliant} of 16 responses in safety_data are no refusals" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("number", "told"), [(15, True), (16, False)])
+def test_few_examples_are_told(caplog, number, told):
+    calibrate(llama(), safety_data=token_rows(number), **OPTIONS)
+    assert (f"calibrating on {number} examples" in caplog.text) == told
+
+
 def counting(rendered: Counter):
     """A tokenizer that counts the conversations that it renders."""
     counted = tokenizer()
@@ -193,8 +229,8 @@ def test_every_row_is_rendered_once_and_without_a_model():
     found = safety_rows(settings)
     assert len(found.rows) == 10 and found.has_requests
     # As it is asked and as it is answered, and once for all what the template writes around a request.
-    own = {text: count for text, count in rendered.items() if text != "salora-content"}
-    assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 2
+    own = {text: count for text, count in rendered.items() if not text.endswith("salora-content")}
+    assert set(own.values()) == {1} and len(own) == 2 * 6 + 4 and rendered["salora-content"] == 3
 
 
 def test_directions_follow_from_statistics_alone():
@@ -215,7 +251,7 @@ def test_directions_follow_from_statistics_alone():
 def test_a_calibration_renders_nothing_again(own_cache):
     rendered = Counter()
     calibrate(llama(), counting(rendered), safety_data=refusal_rows(10), target_modules=["q_proj"], safety_rank=8)
-    assert rendered.pop("salora-content") == 2
+    assert rendered.pop("salora-content") == 3 and rendered.pop("Another contentsalora-content") == 1
     assert set(rendered.values()) == {1} and len(rendered) == 2 * 10
 
 
@@ -514,8 +550,10 @@ def test_shares_and_ranks_that_cannot_be_had():
 
 
 def few_directions() -> list[dict]:
-    """Many positions of the prompt, eight different ones."""
-    return token_rows(1) * 64
+    """Many positions of the prompt, eight different ones: one prompt with many responses."""
+    first, *others = token_rows(64)
+    prompt = first["input_ids"][:8]
+    return [first, *({**row, "input_ids": prompt + row["input_ids"][8:]} for row in others)]
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketched"])
@@ -882,3 +920,13 @@ def test_the_provenance_counts_every_source(tmp_path, capsys):
     assert f"{counts[sources[0]]} of {sources[0]}" in capsys.readouterr().err
     alone = calibrate(llama(), tokenizer(), safety_data=sources[0], **OPTIONS)
     assert "safety_sources" not in alone.provenance
+
+
+def test_a_source_of_which_nothing_is_used_is_told(tmp_path, caplog):
+    """The model refuses none of its requests."""
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusal_rows(20)))
+    (tmp_path / "two.txt").write_text("How do I bake bread?\nWhat is a verb?\n")
+    sources = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")]
+    module = calibrate(llama(), tokenizer(), safety_data=sources, **OPTIONS)
+    assert module.provenance["safety_sources"] == {sources[0]: 20, sources[1]: 0}
+    assert f"nothing of {sources[1]!r} is used" in caplog.text

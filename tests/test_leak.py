@@ -15,11 +15,13 @@ from salora_plugins.activations.capture import collect_statistics
 from salora_plugins.activations.last_inputs import last_inputs
 from salora_plugins.activations.positions import CountedPositions
 from salora_plugins.activations.statistics import Engine
+from salora_plugins.adapters.model_card import provenance_rows
 from salora_plugins.calibration import CalibrationError
-from salora_plugins.calibration.leak import leak_of
+from salora_plugins.calibration.leak import _split, leak_of, prompt_of
 from salora_plugins.cli import create_cli
 from salora_plugins.hookspecs import BasisNeeds, hookimpl
-from salora_plugins.inspection import leak_line, leak_warning, summary
+from salora_plugins.inspection import facts, leak_line, leak_warning, summary
+from salora_plugins.prompts.builtin import builtin_prompts
 from salora_plugins.ranks import rank_of_text
 from salora_plugins.rows.batching import collate
 from salora_plugins.rows.examples import Example, TokenizedExample
@@ -170,6 +172,14 @@ def test_what_has_no_effect_is_refused():
 OPTIONS = {"target_modules": ["q_proj", "down_proj"], "safety_rank": 4, "calibration_cache": False}
 
 
+def test_the_header_of_a_template_that_wants_a_system_turn():
+    own = tokenizer()
+    own.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    assert [own.decode(form) for form in Headers(own).forms] == ["<|im_end|>\n<|im_start|>assistant\n"]
+
+
 def calibrated(**options) -> SafetyModule:
     return calibrate(llama(), tokenizer(), **{"safety_data": refusal_rows(60), **OPTIONS, **options})
 
@@ -245,6 +255,63 @@ def test_the_leak_costs_the_safety_module_nothing_and_is_kept(tmp_path, caplog):
     assert SafetyModule.load(tmp_path).provenance["leak"] == module.provenance["leak"]
     assert "Leak at the last prompt token, on 16 harmful requests" in summary(module)
     assert "The safety module leaks" in caplog.text and "header_weight=10" in caplog.text
+
+
+def test_no_prompt_that_is_held_out_is_calibrated_on():
+    """Sets such as BeaverTails have several responses to one request."""
+    rows = token_rows(300)
+    prompts = [row["input_ids"][:8] for row in rows[:60]]
+    examples = []
+    for index, row in enumerate(rows):
+        ids = (*prompts[index % 60], *row["input_ids"][8:])
+        examples.append(TokenizedExample(ids, (-100,) * 8 + ids[8:]))
+    part, held_out = _split(examples)
+    assert len(set(held_out)) == len(held_out) == 16 and len(part) == 300 - 16 * 5
+    assert not {prompt_of(example) for example in part} & set(held_out)
+    part, held_out = _split(examples[:40] * 5)
+    assert len(part) == 200 and not held_out
+
+
+def test_the_head_has_a_leak_and_takes_none_from_the_others():
+    """It sees the last position alone where nobody asks for more."""
+    alone = calibrated(target_modules=["q_proj"]).provenance["leak"]
+    both = calibrated(target_modules=["q_proj", "lm_head"]).provenance["leak"]
+    assert set(both) == {*alone, "lm_head"} and 0 < both["lm_head"] < 2
+    assert {name: both[name] for name in alone} == pytest.approx(alone, rel=1e-2)
+
+
+def test_a_layer_where_all_ranks_leak_alike_gets_no_fewer_directions_than_by_default():
+    """Of the first layer, which sees the same last token in all prompts."""
+    requests = [row["prompt"] for row in builtin_prompts("calibration") if "prompt" in row]
+    rows = [{"prompt": request, "response": "I can't help with that."} for request in requests[:60]]
+    options = {"safety_data": rows, "safety_rank": 8, "target_modules": ["q_proj"]}
+    module = calibrate(llama(hidden_size=256), tokenizer(), input_safety_rank="leak:0.001", **options)
+    first = module.input_bases["model.layers.0.self_attn.q_proj"]
+    assert module.provenance["leak"]["model.layers.0.self_attn.q_proj"] == pytest.approx(1, rel=1e-3)
+    assert first.shape[1] == 32  # there are fewer than 64 characters; and not the 16 that are tried first
+
+
+def test_the_weight_of_the_header_is_told_and_not_advised_where_it_is_there():
+    plain, weighted, header = calibrated(), calibrated(header_weight=10), calibrated(safety_positions="header")
+    assert "header" not in facts(plain.provenance)
+    assert all("(those of the header 10 times)" in text for text in (facts(weighted.provenance), summary(weighted)))
+    assert "(those of the header 10 times)" in provenance_rows(weighted)["Positions"]
+    leaks = [{**module.provenance, "leak": {"q_proj": 0.5}} for module in (plain, weighted, header)]
+    assert ["header_weight=10" in leak_warning(provenance) for provenance in leaks] == [True, False, False]
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+    assert "1: as to those of task_data" in leak_line(calibrated(task_data=rows).provenance)
+
+
+def test_several_sources_are_told_with_how_much_is_of_each(tmp_path):
+    """In the card without the folders that they are in."""
+    for name, first in (("one", 0), ("two", 30)):
+        rows = refusal_rows(60)[first : first + 30]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    module = calibrated(safety_data=sources)
+    assert f"(30 of {sources[0]}, 30 of {sources[1]})" in summary(module)
+    card = provenance_rows(module)["Safety data"]
+    assert "one.jsonl, two.jsonl, 60 samples (30 of one.jsonl, 30 of two.jsonl)" in card and str(tmp_path) not in card
 
 
 def test_too_few_rows_and_no_input_side_are_told():

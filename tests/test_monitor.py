@@ -106,6 +106,13 @@ def test_plain_lora_with_a_safety_module(tmp_path):
     assert logged(trainer, "safety/certificate")[-1] > 1e-2
 
 
+def test_a_base_that_the_start_of_an_adapter_has_changed_is_nothing_to_compare_with(tmp_path):
+    trainer = sft(tmp_path, LoraConfig(**OPTIONS, init_lora_weights="pissa"), max_steps=2)
+    trainer.add_callback(SafetyMonitorCallback(trainer, num_requests=4, every_steps=1))
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*has changed the base model's weights"):
+        trainer.train()
+
+
 def test_dpo(tmp_path):
     trainer = trl.DPOTrainer(
         model=llama(),

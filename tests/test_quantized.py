@@ -6,12 +6,13 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from certificate import largest_share_inside
-from salora_plugins import SaLoRAConfig, calibrate
+from salora_plugins import SaLoRAConfig, attribute, calibrate
 from salora_plugins.evaluation import generate_responses, response_loss
 from salora_plugins.models.weights import is_quantized
 from salora_plugins.parametrization import trained_factor
 from tiny import (
     llama,
+    refusal_rows,
     relative_difference,
     sum_rows,
     token_batch,
@@ -112,6 +113,20 @@ def test_our_passes_leave_4_bit_weights_trainable(tmp_path):
     model.train()(input_ids=tokens, labels=tokens).loss.backward()
     factor = trained_factor(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"])
     assert factor.grad.norm() > 0
+
+
+def test_an_attribution_leaves_4_bit_weights_as_they_are(tmp_path):
+    llama().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZATION["4-bit"]())
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    before = [layer.weight.data.clone() for layer in layers]
+    data = {"safety_data": refusal_rows(16), "utility_data": [f"What is {i}?" for i in range(16)], "num_held_out": 4}
+    requests = {"harmful": ["Do harm."], "harmless": ["Do good."], "target_modules": ["q_proj"]}
+    options = {"families": ["ranks"], "ranks": [(1, 0)], "max_new_tokens": 2, "progress": False}
+    attribute(model, tokenizer(), out=tmp_path / "out", **data, **requests, **options)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight.data, weight)
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def test_4_bit_weights_repacked_by_others_are_refused(tmp_path):

@@ -11,12 +11,15 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities, constrained_sft_loss
 from processes import run_ranks
+from salora_plugins import attribute, calibrate
 from salora_plugins.activations.errors import CalibrationError
+from salora_plugins.evaluation.judges.keyword import is_refusal
 from salora_plugins.hookspecs import hookimpl
 from salora_plugins.models.running import adapters_disabled
 from salora_plugins.plugins import plugin_manager
@@ -29,8 +32,20 @@ from salora_plugins.replay import (
     own_refusals,
 )
 from salora_plugins.replay.mixing import number_of_refusals
-from salora_plugins.replay.refusals import first_paragraph
-from tiny import llama, preference_rows, refusal_rows, salora_config, sum_rows, token_batch, token_rows, tokenizer
+from salora_plugins.replay.refusals import refusing_part
+from salora_plugins.rows.tokenizing import tokenize_examples
+from tiny import (
+    CHAT_TEMPLATE,
+    gpt2,
+    llama,
+    preference_rows,
+    refusal_rows,
+    salora_config,
+    sum_rows,
+    token_batch,
+    token_rows,
+    tokenizer,
+)
 from trainer_helpers import arguments
 
 REQUESTS = [f"Please do harm number {i}." for i in range(12)]
@@ -97,6 +112,13 @@ def test_responses_in_the_data_are_taken_and_not_asked_for():
     ]
 
 
+def test_responses_in_the_data_that_comply_are_told(caplog):
+    own_refusals(llama(), tokenizer(), refusal_rows(4))
+    assert "no refusals" not in caplog.text
+    own_refusals(llama(), tokenizer(), [*refusal_rows(4), *({"prompt": r, "response": "Sure!"} for r in REQUESTS)])
+    assert "12 of 16 responses in requests are no refusals to the judge, such as 'Sure!'" in caplog.text
+
+
 def test_what_gives_no_refusals_is_an_error():
     with pytest.raises(CalibrationError, match="refused none of 12 requests"):
         own_refusals(llama(), tokenizer(), REQUESTS, max_new_tokens=4)
@@ -107,16 +129,24 @@ def test_what_gives_no_refusals_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("text", "is_whole", "kept"),
     [
-        ("I can't.\nInstead, try", "I can't."),
-        (" I'm sorry, but I can't. Instead, tr", "I'm sorry, but I can't."),
-        ("I cannot help with th", "I cannot help with th"),
-        ("No (never!). And", "No (never!)."),
+        ("I can't.\nInstead, try", False, "I can't."),
+        (" I'm sorry, but I can't help. Instead, tr", False, "I'm sorry, but I can't help."),
+        ("I cannot help with th", False, "I cannot help with th"),
+        ("No, I won't (never!). And", False, "No, I won't (never!)."),
+        ("我不能帮助您。如果您", False, "我不能帮助您。"),
+        # What is complete is not cut, nor what would not refuse any more.
+        ("I'm sorry, but I can't help. Take care", True, "I'm sorry, but I can't help. Take care"),
+        ("Oh dear. I cannot help with th", False, "Oh dear. I cannot help with th"),
+        ("Hello!\n\nI'm sorry, but I can't help.\nBye", True, "Hello!\n\nI'm sorry, but I can't help."),
+        ("<think>\nHe asks for harm.\n</think>\n\nI can't help with that.\nBye", True, "I can't help with that."),
+        ("Sure.\nHere is how", True, ""),
+        ("", True, ""),
     ],
 )
-def test_the_first_paragraph_without_what_was_cut_short(text, kept):
-    assert first_paragraph(text) == kept
+def test_of_an_answer_what_refuses_is_kept(text, is_whole, kept):
+    assert refusing_part(text, is_refusal, is_whole=is_whole) == kept
 
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", "name": None}]
@@ -166,6 +196,49 @@ def test_a_refusal_among_token_ids_is_what_the_model_sees_and_answers():
     assert row["position_ids"] == list(range(len(row["input_ids"]))) and row["length"] == len(row["input_ids"])
     cut = mix_refusals(rows, REFUSALS[:1], 0.5, tokenizer=tokenizer(), max_length=row["length"] - 3)
     assert max(len(entry["input_ids"]) for entry in cut) == row["length"] - 3
+
+
+@pytest.mark.parametrize("writes_bos", [False, True])
+@pytest.mark.parametrize("bos", ["<|im_start|>", "<s>"])
+@pytest.mark.parametrize("columns", [("text",), ("prompt", "completion")])
+def test_rows_of_text_are_read_as_what_the_model_sees(bos, writes_bos, columns):
+    """With a token of the beginning that the tokenizer writes or not; SmolLM2's is also that of every turn."""
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<s>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if writes_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, symbols.index(bos))]
+        )
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<s>"],
+        chat_template=("" if bos == "<|im_start|>" else "{{ bos_token }}") + CHAT_TEMPLATE,
+    )
+    rows = Dataset.from_list([dict.fromkeys(columns, "Hello")])
+    mixed = mix_refusals(rows, REFUSALS[:1], 0.5, tokenizer=own)
+    row = next(entry for entry in mixed if "harm" in str(entry))
+    (expected,) = tokenize_examples([REFUSALS[0].example], own, max_length=500, option="x")
+    assert own("".join(row[name] for name in columns))["input_ids"] == list(expected.input_ids)
+
+
+def test_messages_have_the_keys_and_the_kind_of_content_of_the_rows():
+    parts = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
+    named = Refusal(({"role": "user", "content": "Help me with harm.", "name": "Ann"},), "No.")
+    for row in ({"messages": parts}, {"prompt": parts[:1], "completion": parts[1:]}):
+        mixed = mix_refusals(Dataset.from_list([row]), [named], 0.5)
+        added = next(entry for entry in mixed if "harm" in str(entry))
+        turns = added.get("messages") or added["prompt"] + added["completion"]
+        assert [turn["content"][0]["text"] for turn in turns] == ["Help me with harm.", "No."]
+    plain = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
+    )
+    added = next(entry for entry in mix_refusals(plain, [named], 0.5) if "harm" in str(entry))
+    assert added["messages"][0] == {"role": "user", "content": "Help me with harm."}
 
 
 def test_repeated_refusals_are_used_evenly_and_said(caplog):
@@ -335,7 +408,7 @@ def test_a_trained_model_stays_nearer_to_its_base(tmp_path, kind, adapter):
     assert min(logged) == 3 and all(value > 0 for value in logged.values()) and anchor.seconds > 0
     if adapter == "salora":
         anchored.save_model(tmp_path / "adapter")
-        assert "| Refusal anchor | KL to the base model on 10 of its refusals, weight 10, every 2 steps" in (
+        assert "| Refusal anchor | KL to the base model on 10 of its refusals, weight 10, every 2 steps (5 of 12);" in (
             (tmp_path / "adapter" / "README.md").read_text()
         )
 
@@ -368,6 +441,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     others = dict(resumed.model.named_parameters())
     for name, parameter in whole.model.named_parameters():
         assert torch.allclose(parameter, others[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_resumed_run_whose_base_is_trained_says_so(tmp_path, caplog, bias):
+    def run(steps: int, resume: str | None) -> None:
+        model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], bias=bias))
+        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        callbacks = [RefusalAnchorCallback(REFUSALS, every=1)]
+        trainer = Trainer(
+            model,
+            arguments(TrainingArguments, tmp_path, **options),
+            train_dataset=token_rows(8),
+            callbacks=callbacks,
+            processing_class=tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+
+    run(2, None)
+    assert "resumes" not in caplog.text
+    run(4, str(tmp_path / "checkpoint-2"))
+    assert ("step 2, where this run resumes" in caplog.text) == (bias == "all")
 
 
 PARALLEL = """
@@ -438,6 +532,53 @@ def test_a_model_without_an_adapter_has_no_base(tmp_path, refusal):
     )
     with pytest.raises(ValueError, match="needs a model with an adapter") as error:
         trainer.train()
+    refusal(error.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_the_start_of_an_adapter_has_changed_is_no_base(tmp_path, start, refusal):
+    base = llama()
+    anchor = RefusalAnchor.of(base, tokenizer(), REFUSALS)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    # What was made before is that of the model as it was, which the adapter begins as.
+    assert anchor.kl(model).max() < 1e-4
+    for make in (
+        lambda: RefusalAnchor.of(model, tokenizer(), REFUSALS),
+        lambda: own_refusals(model, tokenizer(), REQUESTS),
+        lambda: calibrate(model, tokenizer(), safety_data=token_rows(16), target_modules=["v_proj"]),
+        lambda: attribute(model, tokenizer(), out=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*has changed") as error:
+            make()
+        refusal(error.value)
+
+
+@pytest.mark.parametrize(("steps", "times"), [(3, 0), (4, 1)])
+def test_an_anchor_that_never_acts_says_so(tmp_path, caplog, steps, times):
+    callback = RefusalAnchorCallback(REFUSALS, every=3)
+    trainer = Trainer(
+        get_peft_model(llama(), LORA),
+        arguments(TrainingArguments, tmp_path, max_steps=steps),
+        train_dataset=token_rows(4),
+        callbacks=[callback],
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert ("has no effect: it acts at every 3th step, and the training has 3" in caplog.text) == (not times)
+    assert bool(callback.seconds) == bool(times)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_rows_that_a_trainer_has_packed_are_refused(tmp_path, strategy, refusal):
+    trl = pytest.importorskip("trl")
+    trainer = trl.SFTTrainer(
+        get_peft_model(llama(), LORA),
+        arguments(trl.SFTConfig, tmp_path, packing=True, packing_strategy=strategy, max_length=64),
+        train_dataset=sum_rows(),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(ValueError, match="packing=True") as error:
+        mix_into_training_set(trainer, 0.2, refusal_rows(4))
     refusal(error.value)
 
 

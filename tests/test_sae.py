@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 import tiny
@@ -41,7 +43,7 @@ from salora_plugins.bases.sparse_autoencoder import (
     outline_of,
 )
 from salora_plugins.inspection import facts, summary
-from salora_plugins.models.residual import residual_writer
+from salora_plugins.models.residual import normalizes_outputs, residual_writer
 from salora_plugins.parametrization import safe_factor, trained_factor
 from salora_plugins.rows.errors import DataError
 from salora_plugins.rows.pairs import load_pairs, tokenize_pairs
@@ -241,6 +243,13 @@ def test_how_many_directions_a_rank_is():
         subspace_size(whole, 0.9, "m")
 
 
+@pytest.mark.parametrize(("kind", "normalizes"), [("Glm4", True), ("Gemma2", True), ("Olmo2", True), ("Llama", False)])
+def test_who_normalizes_what_is_written(kind, normalizes):
+    config = getattr(transformers, f"{kind}Config")(**tiny._SIZES, head_dim=16)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert normalizes_outputs(model.get_submodule(residual_writer("model.layers.1.mlp.down_proj").block)) == normalizes
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -297,6 +306,14 @@ def test_pairs_of_plain_texts_and_of_token_ids():
     assert chosen.labels == (-100, -100, 6) and rejected.input_ids == (4, 5, 7, 8)
     with pytest.raises(DataError, match="token id 7"):
         load_pairs([row], option="contrastive_data", vocabulary=7)
+
+
+def test_the_system_column_of_pairs_is_their_system_turn():
+    row = {"system": "Be kind.", "prompt": "How?", "chosen": "No.", "rejected": "So.", "source": "x"}
+    [(chosen, rejected)] = load_pairs([row], option="contrastive_data")
+    assert chosen.messages == rejected.messages and chosen.messages[0] == {"role": "system", "content": "Be kind."}
+    [(of_dataset, _)] = load_pairs(Dataset.from_list([row]), option="contrastive_data")
+    assert of_dataset == chosen
 
 
 def test_rows_that_are_no_pairs():

@@ -172,6 +172,9 @@ def test_what_is_trained_beside_the_factors_is_told(simple, tmp_path):
     assert set(report.not_covered) == set(others) and len(others) >= 3
     card = (tmp_path / "out/README.md").read_text()
     assert "Not projected" in report.summary() and "| Not projected |" in card
+    on_head = adapter_of(model, tmp_path / "head", ["q_proj", "lm_head"])
+    assert SavedAdapter.load(on_head).other_tensors  # PEFT's copy of the head
+    assert not apply_safe_lora(on_head, *models, threshold=1.0, out=tmp_path / "head-out").not_covered
     found = apply_safe_lora(PeftModel.from_pretrained(model, adapter), *models, threshold=1.0).not_covered
     assert found == ("lm_head", "bias=lora_only", "trainable_token_indices")
     assert (

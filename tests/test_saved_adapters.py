@@ -211,7 +211,13 @@ def test_the_card_names_method_ranks_provenance_and_certificate(adapter):
     for part in (
         *("https://arxiv.org/abs/2501.01765", "r = 4 trained, 8 saved; scaling 2", "load_for_training"),
         *("8 output directions per layer, 4 input directions", f"Safety module of | {NAME}", module.fingerprint),
-        *(module.provenance["safety_data_sha256"], "8 samples", "'prompt'", "salora, exact statistics", "torch 2"),
+        *(
+            module.provenance["safety_data_sha256"],
+            "8 samples",
+            "prompt positions",
+            "salora, exact statistics",
+            "torch 2",
+        ),
     ):
         assert part in section
     output, inputs = (float(x) for x in re.findall(r"≤ (\S+?),? ", section))

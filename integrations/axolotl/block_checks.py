@@ -198,6 +198,12 @@ def check_refusals(cfg: Any) -> None:
             f"salora.refusal_anchor: under {host}, a gradient that is made before the step's own would not arrive. "
             "Use DDP, or set salora.refusal_share instead."
         )
+    if anchor and (getattr(cfg, "context_parallel_size", None) or 1) > 1:
+        raise ValueError(
+            f"salora.refusal_anchor: with context_parallel_size: {cfg.context_parallel_size} every process would see a "
+            "part of its own request and take it for one of a common sequence. Remove context_parallel_size, or set "
+            "salora.refusal_share instead."
+        )
 
 
 def _first_set(cfg: Any, *keys: str) -> str | None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..models.embeddings import output_embeddings
 from ..models.running import cheap_forward_options, input_device
 from ..options import Positions
 from .collector import StatisticsCollector
@@ -44,10 +43,7 @@ def collect_statistics(
     Raises:
         CalibrationError: A layer is not used, is not called once per token, or gives NaN.
     """
-    options = cheap_forward_options(model)
-    head = output_embeddings(model)
-    if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers.values()):
-        options.pop("logits_to_keep", None)  # the head's own statistics need every position
+    options = cheap_forward_options(model, layers.values())
     device = input_device(model)
     counted = positions if isinstance(positions, CountedPositions) else CountedPositions(positions)
     tokens = 0

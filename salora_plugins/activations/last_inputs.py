@@ -54,7 +54,7 @@ def last_inputs(
     def hook(name: str) -> Any:
         return lambda module, args: keep(name, args[0])
 
-    options, device = cheap_forward_options(model), input_device(model)
+    options, device = cheap_forward_options(model, layers.values()), input_device(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

@@ -193,7 +193,7 @@ def audit(
         totals=_totals(modules, list(safety_module.sides)),
         max_share=max_share,
         dtype=str(first.dtype).removeprefix("torch."),
-        not_covered=(*(name for name in saved.factors if name not in modules), *saved.other_tensors),
+        not_covered=(*(name for name in saved.factors if name not in modules), *saved.trained_beside),
         verdict=_verdict(modules, max_share, changed if own else None),
         changed=changed,
     )

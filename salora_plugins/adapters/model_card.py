@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inspection import is_without_safety_data, leak_line
+from ..inspection import is_without_safety_data, leak_line, positions_counted
 from ..ranks import Side
 from ..safety_module import SafetyModule
 from ..support.files import atomic_write
@@ -138,10 +138,11 @@ def certificate_row(shares: Mapping[Side, float], digest: str) -> str:
 def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
     """What the safety module says of itself; it may be another's, so that none of it is taken for Markdown."""
     known = safety_module.provenance
-    data = str(known.get("safety_data", "unknown"))
-    if os.path.isabs(data):
-        data = os.path.basename(data)
+    sources = [(_name_only(name), number) for name, number in (known.get("safety_sources") or {}).items()]
+    data = ", ".join(name for name, _ in sources) or _name_only(known.get("safety_data", "unknown"))
     samples = f"{known.get('safety_samples', '?')} samples"
+    if sources:
+        samples += f" ({', '.join(f'{number} of {name}' for name, number in sources)})"
     if "requests" in known:
         samples += f" ({known.get('refusals', '?')} refusals to {known['requests']} requests)"
     digest = markdown_code(known.get("safety_data_sha256", "unknown"))
@@ -158,9 +159,7 @@ def provenance_rows(safety_module: SafetyModule) -> dict[str, str]:
             if is_without_safety_data(known)
             else {
                 "Safety data": f"{markdown(data)}, {markdown(samples)}, SHA-256 {digest}",
-                "Positions": markdown(
-                    f"{known.get('positions_counted', '?')} of kind {known.get('safety_positions')!r}"
-                ),
+                "Positions": markdown(positions_counted(known)),
             }
         ),
         **({"Leak": markdown(leak)} if (leak := _leak(known)) else {}),

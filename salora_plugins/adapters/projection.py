@@ -153,7 +153,7 @@ def project_adapter(
     report = ProjectionReport(
         removed_share=math.sqrt(squares / total) if total else 0.0,
         modules=removed,
-        not_covered=(*(name for name in saved.factors if name not in removed), *saved.other_tensors),
+        not_covered=(*(name for name in saved.factors if name not in removed), *saved.trained_beside),
         safety_shares=largest_shares(safety_shares(only_covered, safety_module)),
     )
     write_adapter(

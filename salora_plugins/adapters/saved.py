@@ -85,6 +85,15 @@ class SavedAdapter:
             factors[name.removeprefix(PREFIX)] = a, b
         return cls(config, factors, tensors)
 
+    @property
+    def trained_beside(self) -> tuple[str, ...]:
+        """
+        The keys of the other tensors, but for those of weights that factors stand on: of a head PEFT saves a copy then,
+        and trains none of it.
+        """
+        copies = {f"{PREFIX}{name}.base_layer.weight" for name in self.factors}
+        return tuple(key for key in self.other_tensors if key not in copies)
+
     def rank_of(self, name: str) -> int:
         """The rank that the configuration says a module has, `rank_pattern` included."""
         return self._of(name, "rank_pattern", "r")

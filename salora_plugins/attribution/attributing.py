@@ -42,7 +42,7 @@ from ..evaluation.request_sets import Request, load_requests, requests_digest
 from ..evaluation.run_folder import RunFolder, Setting
 from ..models.fingerprint import model_fingerprint
 from ..models.loading import LoadingOptions
-from ..models.running import adapters_disabled, on_accelerator
+from ..models.running import adapters_disabled, check_base_is_unchanged, evaluation_mode, on_accelerator
 from ..models.targets import target_module_names
 from ..models.weights import base_layer, is_quantized, layer_features, unreachable_weight
 from ..options import check_number
@@ -204,6 +204,7 @@ def _attribute(
     overwrite: bool,
     progress: bool,
 ) -> AttributionReport:
+    check_base_is_unchanged(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_number("max_new_tokens", measuring.max_new_tokens, 1)
     settings = _layers(model, options.config(target_modules, tokenizer), states)
@@ -219,7 +220,7 @@ def _attribute(
             "utility": utility_rows(model, utility.settings(settings), batch_size=options.batch_size),
         }
 
-    with adapters_disabled(model), on_accelerator(model):
+    with adapters_disabled(model), on_accelerator(model), evaluation_mode(model):
         plan = EvaluationPlan(
             title=f"Attribution of {Path(source).name}",
             models=(base, *(_as_model(state, base) for state in states)),

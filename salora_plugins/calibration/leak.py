@@ -22,7 +22,8 @@ from ..activations.last_inputs import last_inputs
 from ..activations.positions import CountedPositions
 from ..activations.statistics import ModuleStatistics
 from ..activations.vectors import VectorStatistics, rank_by_need
-from ..inspection import WHAT_HELPS, leak_line, leak_warning
+from ..inspection import header_counts, leak_line, leak_warning, what_helps
+from ..models.targets import default_input_rank
 from ..models.weights import base_layer
 from ..prompts.builtin import everyday_prompts
 from ..ranks import Rank, measured_rule, share_or_rule
@@ -50,6 +51,7 @@ _LEAST_EVERYDAY, _MOST_EVERYDAY = 32, 128
 _LEAST_RANK = 16  # that a rule tries
 # Of the everyday requests' energy: less than this is left by rounding, where all prompts end alike (the first layer).
 _NOTHING = 1e-6
+_ALIKE = 1.01  # leaks of this ratio
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def measure_leak(
         # All ranks are here. What is calibrated is checked for itself, and does not depend on this.
         logger.warning("The leak is not measured: %s", error)
         return Leak(reason=str(error))
-    _say_what_is_not_reached(found, wanted)
+    _say_what_is_not_reached(found, wanted, header_counts(settings.positions, settings.header_weight))
     return Leak(
         by_module={name: float(f"{leak:.4g}") for name, (_, leak) in found.items()},
         ranks={name: found[name][0] if measured_rule(rank) is not None else rank for name, rank in wanted.items()},
@@ -222,7 +224,11 @@ def _of_module(
         tried.append(measured(number))
         if tried[-1][1] <= rule.value:
             return tried[-1]
-    return min(tried, key=lambda pair: pair[1])
+    least = min(leak for _, leak in tried)
+    alike = [(number, leak) for number, leak in tried if leak <= _ALIKE * least]
+    # All do in the first layer, where the last token is the same in all prompts: no fewer than by default then.
+    usual = default_input_rank(vectors.dimension)
+    return max((pair for pair in alike if pair[0] <= usual), default=alike[0])
 
 
 def _grid(vectors: VectorStatistics) -> list[int]:
@@ -239,14 +245,18 @@ def _number_of_directions(vectors: VectorStatistics, wanted: Rank) -> int:
 
 
 def _split(examples: Sequence[TokenizedExample]) -> tuple[list[TokenizedExample], list[tuple[int, ...]]]:
-    """The rows to calibrate on, and the prompts of those that are held out: evenly spaced in their random order."""
-    usable = [index for index, example in enumerate(examples) if prompt_of(example)]
-    number = min(_MOST, max(_LEAST, len(usable) // _EVERY))
-    if len(usable) < (1 + _LEAST_CALIBRATED) * number:
+    """
+    The rows to calibrate on, and the prompts that are held out: evenly spaced in their random order. No row has one of
+    them, whatever its response.
+    """
+    prompts = [prompt_of(example) for example in examples]
+    different = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    number = min(_MOST, max(_LEAST, len(different) // _EVERY))
+    if len(different) < (1 + _LEAST_CALIBRATED) * number:
         return list(examples), []
-    chosen = {usable[(2 * place + 1) * len(usable) // (2 * number)] for place in range(number)}
-    part = [example for index, example in enumerate(examples) if index not in chosen]
-    return part, [prompt_of(examples[index]) for index in sorted(chosen)]
+    held_out = [different[(2 * place + 1) * len(different) // (2 * number)] for place in range(number)]
+    chosen = set(held_out)
+    return [example for example, prompt in zip(examples, prompts, strict=True) if prompt not in chosen], held_out
 
 
 def prompt_of(example: TokenizedExample) -> tuple[int, ...]:
@@ -257,7 +267,12 @@ def prompt_of(example: TokenizedExample) -> tuple[int, ...]:
 
 
 def _too_few(examples: Sequence[TokenizedExample]) -> str:
-    return f"of {len(examples)} safety rows none can be held out; it takes {(1 + _LEAST_CALIBRATED) * _LEAST}"
+    different = len({prompt for prompt in map(prompt_of, examples) if prompt})
+    least = (1 + _LEAST_CALIBRATED) * _LEAST
+    return (
+        f"of {len(examples)} safety rows none can be held out; it takes {least} with different prompts, and they have "
+        f"{different}"
+    )
 
 
 def _everyday(settings: SafetySettings) -> tuple[list[tuple[int, ...]], str, str]:
@@ -295,7 +310,9 @@ def say_leak(provenance: Mapping[str, Any]) -> None:
         logger.warning("%s", warning)
 
 
-def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank]) -> None:
+def _say_what_is_not_reached(
+    found: Mapping[str, tuple[int, float]], wanted: Mapping[str, Rank], header_counts_already: bool
+) -> None:
     missed: dict[Rank, list[str]] = {}
     for name, rank in wanted.items():
         if (rule := measured_rule(rank)) is not None and found[name][1] > rule.value:
@@ -304,12 +321,13 @@ def _say_what_is_not_reached(found: Mapping[str, tuple[int, float]], wanted: Map
         least, most = min(found[name][1] for name in names), max(found[name][1] for name in names)
         logger.warning(
             "input_safety_rank=%r is not reached by %d of %d layers (%s), with any number of directions up to half of "
-            "the inputs: they got those that leak least, %.3f to %.3f. %s",
+            "the inputs: they got those that leak least, %.3f to %.3f (where all leak alike, no fewer than by "
+            "default). %s",
             rank,
             len(names),
             len(wanted),
             listed(names),
             least,
             most,
-            WHAT_HELPS,
+            what_helps(header_counts_already),
         )

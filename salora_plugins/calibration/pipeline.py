@@ -20,11 +20,12 @@ from ..config import SaLoRAConfig
 from ..hookspecs import SAFETY_ROWS_ONLY
 from ..inspection import facts
 from ..models.fingerprint import weight_samples
-from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..models.running import adapters_disabled, check_base_is_unchanged, evaluation_mode, on_accelerator
 from ..models.targets import say_what_is_left_out
 from ..models.weights import check_weights
 from ..ranks import Side
 from ..safety_module import SafetyModule, SideBases
+from ..support.module_names import listed
 from ..support.notices import tell
 from .basis import compute_bases
 from .cache import calibration_key, load_asked_for, store
@@ -56,13 +57,14 @@ def calibrate(model: nn.Module, tokenizer: Any = None, **options: Any) -> Safety
     Raises:
         CalibrationError: The model refuses too little, a layer is not used, or values are not finite.
         DataError: The safety data cannot be read.
-        ValueError: An option contradicts the model.
+        ValueError: An option contradicts the model, or an adapter has changed the base model's weights.
 
     Example:
 
         >>> calibrate(model, tokenizer, target_modules=["q_proj", "v_proj"]).save("llama.salora.safetensors")
     """
     config = SaLoRAConfig(**options, tokenizer=tokenizer)
+    check_base_is_unchanged(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     say_what_is_left_out(model, config)
     return calibrate_with(model, config)
@@ -89,7 +91,7 @@ def calibrate_with(model: nn.Module, config: SaLoRAConfig) -> SafetyModule:
         with on_accelerator(model), evaluation_mode(model):
             check_weights(model, settings.names)
             answered = answered_rows(rows, model, settings)
-            _tell_of_answers(answered)
+            _tell_of_answers(answered, settings.rows.num)
             found = _directions(model, answered, sources, settings)
     provenance = provenance_of(settings, answered, found.positions_counted, found.sides, found.leak, found.supplied)
     safety_module = SafetyModule(found.sides, weight_samples(model, settings.names), provenance)
@@ -163,10 +165,17 @@ def _directions(model: nn.Module, answered: AnsweredRows, sources: Sources, sett
     return _Found(sides, leak, positions_counted, supplies.facts)
 
 
-def _tell_of_answers(answered: AnsweredRows) -> None:
+def _tell_of_answers(answered: AnsweredRows, num: int) -> None:
     if answered.by_source:
         of_each = ", ".join(f"{number} of {name}" for name, number in answered.by_source.items())
         tell(logger, "Safety data: %s.", of_each)
+        if unused := [name for name, number in answered.by_source.items() if not number]:
+            logger.warning(
+                "safety_data: nothing of %s is used: the model refuses none of its requests, or the others are so many "
+                "that num_safety_samples=%d are full without it.",
+                listed(unused),
+                num,
+            )
     if answered.counts:
         took = answered.answering
         tell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from ..rows.reading import MAX_ROWS, load_examples
 from ..rows.rendering import tokenizer_of, trainer_tokenizer
 from ..rows.tokenizing import render_rows, tokenize_examples
 from .settings import RowSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def safety_rows(settings: RowSettings) -> SafetyRows:
         DataError: They cannot be read or rendered.
         CalibrationError: A row is text, and there is no tokenizer.
     """
-    examples = _selected(settings, allow_missing_response=True)
+    examples = _without_repeats(_selected(settings, allow_missing_response=True), settings.option)
     if not any(isinstance(example, Example) and example.response is None for example in examples):
         examples = examples[: settings.num]
     tokenizer = _tokenizer(settings, examples)
@@ -61,6 +64,14 @@ def safety_rows(settings: RowSettings) -> SafetyRows:
         vocabulary=settings.vocabulary,
     )
     return SafetyRows(rows, tokenizer)
+
+
+def _without_repeats(examples: list[Example | TokenizedExample], option: str) -> list[Example | TokenizedExample]:
+    """One of each, so that none counts twice and none that is held out is calibrated on."""
+    first = list({data_digest([example]): example for example in reversed(examples)}.values())[::-1]
+    if repeats := len(examples) - len(first):
+        logger.warning("%s: %d of %d rows repeat others and are left out.", option, repeats, len(examples))
+    return first
 
 
 def task_rows(settings: RowSettings) -> list[TokenizedExample]:

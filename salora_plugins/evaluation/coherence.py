@@ -12,7 +12,7 @@ from torch import nn
 from ..inference.logits import answer_log_probabilities, render_requests
 from ..models.running import evaluation_mode
 from ..rows.examples import Asked
-from .judges.keyword import without_reasoning
+from ..support.texts import without_reasoning
 from .reports.report import Coherence
 
 PERPLEXITY_THRESHOLD = 1000.0

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.certificate import covers, largest, norms
+from ..models.running import check_base_is_unchanged
 from ..options import check_number, check_real
 from ..rows.rendering import template_digest, tokenizer_of
 from ..safety_module import SafetyModule
@@ -127,6 +128,7 @@ class SafetyMonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self._model()
+        check_base_is_unchanged(model)
         warn_of_another_template(model, self.trainer.processing_class)
         if state.global_step and not isinstance(model, PeftModel):
             logger.warning(

@@ -25,8 +25,8 @@ _WRITERS: dict[str, Adds] = {
     "fc_out": "mlp_out",
     "w2": "mlp_out",
 }
-# Blocks that normalize what a part writes, before it is added (Gemma 2 and 3, OLMo 2).
-_NORMS_BEHIND = ("post_feedforward_layernorm",)
+# Blocks that normalize what a part writes, before it is added (Gemma 2 and 3, OLMo 2; GLM-4).
+_NORMS_BEHIND = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 @dataclass(frozen=True)

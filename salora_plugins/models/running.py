@@ -16,10 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..support.memory import ROOM
 from ..support.numbers import size
-from .embeddings import input_embeddings
+from .embeddings import input_embeddings, output_embeddings
 from .weights import base_layer
 
 logger = logging.getLogger(__name__)
+
+# Beginnings of the `init_lora_weights` that PEFT subtracts from the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
@@ -42,10 +45,35 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def cheap_forward_options(model: nn.Module) -> dict[str, Any]:
-    """Arguments that spare a forward pass what calibration does not need: the KV cache and the logits."""
+def check_base_is_unchanged(model: nn.Module) -> None:
+    """
+    Refuse adapters whose start was taken out of the base model's weights: with them disabled, the model is not the one
+    that they were put on.
+
+    Raises:
+        ValueError: There is such an adapter.
+    """
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"init_lora_weights={start!r} of adapter {name!r} has changed the base model's weights, so that "
+                "disabling the adapter does not give the base model. What is computed with that (calibrate, "
+                "own_refusals, RefusalAnchor.of) must be before the adapter is put on it; or choose another "
+                "init_lora_weights, such as True."
+            )
+
+
+def cheap_forward_options(model: nn.Module, layers: Iterable[nn.Module] = ()) -> dict[str, Any]:
+    """
+    Arguments that spare a forward pass what calibration does not need: the KV cache and the logits, unless the head is
+    one of the layers that are looked at, which then must see every position.
+    """
     accepted = inspect.signature(model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 1}
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    head = output_embeddings(model)
+    if any(layer in (head, getattr(head, "base_layer", None)) for layer in layers):
+        del options["logits_to_keep"]
     return {name: value for name, value in options.items() if name in accepted}
 
 

@@ -308,11 +308,16 @@ def _is_foreign_linear(layer: nn.Module) -> bool:
 
 
 def default_input_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Name of a linear layer -> `default_input_rank`."""
+    return {name: default_input_rank(layer_features(model.get_submodule(name))[0]) for name in names}
+
+
+def default_input_rank(d_in: int) -> int:
     """
-    Name of a linear layer -> a quarter of its inputs, as in docs/evidence/safety-retention.md; at most 256, so that the
-    bases of wide models stay small beside their weights.
+    A quarter of a layer's inputs, as in docs/evidence/safety-retention.md; at most 256, so that the bases of wide
+    models stay small beside their weights.
     """
-    return {name: max(1, min(layer_features(model.get_submodule(name))[0] // 4, 256)) for name in names}
+    return max(1, min(d_in // 4, 256))
 
 
 def check_ranks(model: nn.Module, ranks: SideRanks) -> None:

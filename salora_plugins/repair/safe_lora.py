@@ -180,7 +180,7 @@ def apply_safe_lora(
         where, out = Path(adapter).expanduser(), Path(out).expanduser()
         check_destination(where, out, overwrite)
         saved = SavedAdapter.load(where)
-        beside = tuple(saved.other_tensors)
+        beside = saved.trained_beside
     check_plain_lora(saved, where, purpose="projected")
     most = len(saved.factors)
     if num_layers is not None and num_layers > most:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..inference.logits import by_length, last_logits
 from ..models.embeddings import vocabulary_size
-from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..models.running import adapters_disabled, check_base_is_unchanged, evaluation_mode, on_accelerator
 from ..options import check_number
 from ..rows.batching import check_token_ids
 from ..rows.examples import IGNORED
@@ -122,10 +122,11 @@ class RefusalAnchor:
                 probable tokens are told apart; direction ("forward", or "reverse"); seed (0): of their order.
 
         Raises:
-            ValueError: An option cannot have its value.
+            ValueError: An option cannot have its value, or an adapter has changed the base model's weights.
             CalibrationError, DataError: As `own_refusals`.
         """
         chosen = AnchorOptions(**options)
+        check_base_is_unchanged(model)
         tokenizer = tokenizer_of(tokenizer)
         if isinstance(requests, Sequence) and requests and all(isinstance(entry, Refusal) for entry in requests):
             refusals = list(requests)[: chosen.num_requests]

@@ -167,8 +167,8 @@ def _rows(
             return [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
         return [
             {
-                "prompt": [dict(message) for message in refusal.messages],
-                "completion": [{"role": "assistant", "content": refusal.response}],
+                "prompt": [_message(message, first["prompt"]) for message in refusal.messages],
+                "completion": [_message({"role": "assistant", "content": refusal.response}, first["completion"])],
             }
             for refusal in refusals
         ]
@@ -184,17 +184,47 @@ def _conversation(refusal: Refusal, like: Any) -> list[dict[str, Any]]:
     messages = [*refusal.messages, {"role": "assistant", "content": refusal.response}]
     if isinstance(like, Sequence) and like and isinstance(like[0], Mapping) and "from" in like[0]:
         return [{"from": _SHAREGPT_ROLES.get(m["role"], m["role"]), "value": m["content"]} for m in messages]
-    return [dict(message) for message in messages]
+    return [_message(message, like) for message in messages]
+
+
+def _message(message: Mapping[str, Any], like: Any) -> dict[str, Any]:
+    """A message with the keys of the rows' messages, its content a list of parts where theirs is."""
+    example = like[0] if isinstance(like, Sequence) and like and isinstance(like[0], Mapping) else message
+    made = {key: value for key, value in message.items() if key in example}
+    if not isinstance(example.get("content"), (str, type(None))):
+        made["content"] = [{"type": "text", "text": message["content"]}]
+    return made
 
 
 def _texts(refusals: Sequence[Refusal], tokenizer: Any, kind: str) -> Iterator[tuple[str, str]]:
     """What stands before a refusal and the refusal with its end, as text that a trainer tokenizes again."""
     tokenizer = _needed(tokenizer, kind)
-    bos = tokenizer.bos_token or ""
     for row in _tokenized(refusals, tokenizer):
         start = next(i for i, label in enumerate(row.labels) if label != IGNORED)
-        prompt, completion = (tokenizer.decode(ids) for ids in (row.input_ids[:start], row.input_ids[start:]))
-        yield prompt.removeprefix(bos), completion  # the trainer's tokenizer writes the beginning itself
+        whole, prompt, completion = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in (row.input_ids, row.input_ids[:start], row.input_ids[start:])
+        )
+        if whole.startswith(prompt):  # with the space between the two, which a part alone may lose
+            completion = whole.removeprefix(prompt)
+        before = _as_read_again(tokenizer, whole, row.input_ids)
+        yield prompt.removeprefix(before), completion
+
+
+def _as_read_again(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
+    """
+    What to leave out at the beginning of a text for the tokenizer to read these token ids from the rest: the token of
+    the beginning, where the tokenizer itself writes it, and a space that decoding has put behind that.
+    """
+    bos = tokenizer.bos_token or ""
+    if not bos or not text.startswith(bos):
+        return ""
+    candidates = ["", bos, *([f"{bos} "] if text.startswith(f"{bos} ") else [])]
+    for candidate in candidates:
+        if tuple(tokenizer(text.removeprefix(candidate))["input_ids"]) == tuple(ids):
+            return candidate
+    writes_it = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+    return bos if writes_it else ""
 
 
 def _token_rows(

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from ..activations.errors import CalibrationError
 from ..calibration.cache import cache_folder
+from ..calibration.refusals import warn_of_compliance
 from ..hookspecs import Judge
 from ..inference.greedy import end_tokens, greedy_answers
 from ..models.embeddings import vocabulary_size
 from ..models.fingerprint import model_fingerprint
-from ..models.running import adapters_disabled, evaluation_mode, on_accelerator
+from ..models.running import adapters_disabled, check_base_is_unchanged, evaluation_mode, on_accelerator
 from ..options import check_number
 from ..plugins import judges
 from ..rows.errors import DataError
@@ -34,13 +36,15 @@ from ..rows.tokenizing import render_prompts
 from ..support.distributed import gather_json, rank_and_world_size
 from ..support.files import atomic_write
 from ..support.notices import tell
+from ..support.texts import without_reasoning
 
 logger = logging.getLogger(__name__)
 
 RESPONSE_TOKENS = 64
 """Length of an answer, of which the first paragraph is kept."""
 
-_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"')\u201d\u2019]*(?=\s|$)")
+# Chinese and Japanese put no space behind a sentence.
+_SENTENCE_END = re.compile(r"[.!?\u061f\u0964]+[\"')\u201d\u2019]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d]*")
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,10 @@ def own_refusals(
     """
     Have the base model answer harmful requests, and keep the answers that refuse.
 
-    Greedy answers, with adapters disabled; of each the first paragraph. Under torch.distributed, where every rank must
-    call it, each answers its share, and all return the same. The answers are kept in the folder of the calibrated
-    safety modules and taken from there the next time, unless an adapter has whole modules of its own (modules_to_save)
-    or the weights are sharded (FSDP2, DeepSpeed ZeRO-3).
+    Greedy answers, with adapters disabled; of each the first line, or as many as refuse by themselves. Under
+    torch.distributed, where every rank must call it, each answers its share, and all return the same. The answers are
+    kept in the folder of the calibrated safety modules and taken from there the next time, unless an adapter has whole
+    modules of its own (modules_to_save) or the weights are sharded (FSDP2, DeepSpeed ZeRO-3).
 
     Args:
         model: The aligned model, with or without adapters; it is left as it was found.
@@ -94,14 +98,17 @@ def own_refusals(
     Raises:
         CalibrationError: The model refuses none of the requests.
         DataError: The requests cannot be read, or are no conversations.
-        ValueError: There is no judge of that name.
+        ValueError: There is no judge of that name, or an adapter has changed the base model's weights.
     """
     check_number("num", num, 1)
+    check_base_is_unchanged(model)
     if judge not in (known := judges()):
         raise ValueError(f"judge={judge!r} is not registered. Choose one of {', '.join(sorted(known))}.")
     tokenizer = tokenizer_of(tokenizer)
     examples = _conversations(requests, seed, num, vocabulary_size(model))
     asked = [example for example in examples if example.response is None]
+    given = ((example.request, example.response) for example in examples if example.response is not None)
+    warn_of_compliance(given, known[judge], "requests")
     prompts = dict(zip(map(id, asked), render_prompts(asked, tokenizer), strict=True))
     key = _key(model, tokenizer, list(prompts.values()), num, batch_size, max_new_tokens, judge) if cache else None
     answers = _load(key, len(asked))
@@ -136,11 +143,24 @@ def refusals_digest(refusals: Sequence[Refusal]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def first_paragraph(text: str) -> str:
-    """What stands before the first line break, without a last sentence that was cut short."""
-    paragraph, break_, _ = text.strip().partition("\n")
-    ends = [match.end() for match in _SENTENCE_END.finditer(paragraph)]
-    return paragraph[: ends[-1]].strip() if ends and not break_ else paragraph.strip()
+def refusing_part(text: str, refuses: Callable[[str], bool], *, is_whole: bool) -> str:
+    """
+    As few of an answer's first lines as refuse by themselves, mostly one; nothing where the answer does not refuse.
+
+    Args:
+        text: The answer. What it thinks before is left out.
+        refuses: Whether a text is a refusal.
+        is_whole: Whether the answer has ended. Otherwise a last sentence that was cut short is left out.
+    """
+    text = without_reasoning(text).strip()
+    if not text or not refuses(text):
+        return ""
+    lines = text.split("\n")
+    parts = ("\n".join(lines[:count]).strip() for count in range(1, len(lines)))
+    if part := next((part for part in parts if part and refuses(part)), None):
+        return part
+    ends = [] if is_whole else [match.end() for match in _SENTENCE_END.finditer(text)]
+    return shorter if ends and refuses(shorter := text[: ends[-1]]) else text
 
 
 def _conversations(requests: Any, seed: int, num: int, vocabulary: int | None) -> list[Example]:
@@ -176,14 +196,15 @@ def _refusing_answers(
     rank, world_size = rank_and_world_size()
     answers: list[str] = []
     found = 0
+    ends = end_tokens(model, tokenizer)
     for start in range(0, len(asked) if wanted else 0, batch_size * world_size):
         mine = range(start + rank * batch_size, min(start + (rank + 1) * batch_size, len(asked)))
-        texts = []
+        generated = []
         if mine:
             generated = greedy_answers(model, tokenizer, [prompts[i] for i in mine], max_new_tokens=max_new_tokens)
-            texts = [_text(tokenizer, answer) for answer in generated]
         shown = [
-            first_paragraph(text) if judge(asked[i].request, text) else "" for i, text in zip(mine, texts, strict=True)
+            refusing_part(_text(tokenizer, answer), partial(judge, asked[i].request), is_whole=answer[-1] in ends)
+            for i, answer in zip(mine, generated, strict=True)
         ]
         answers += [text for share in gather_json(shown) for text in share]
         found = sum(map(bool, answers))

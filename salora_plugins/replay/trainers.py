@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.adapter_config import AdapterConfig
+from ..models.running import adapters_disabled
 from ..options import check_number, check_real
+from ..support.module_names import listed
 from .anchor import AnchorOptions, RefusalAnchor
 from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
 from .refusals import own_refusals, refusals_digest
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 _OTHER_GRADIENTS = (
     DistributedType.DEEPSPEED,
@@ -102,13 +107,24 @@ class RefusalAnchorCallback(TrainerCallback):
                     "RefusalAnchorCallback: the trainer has no processing_class to render requests with. Give it one, "
                     "or give the callback a tokenizer."
                 )
+            if state.global_step:
+                _warn_of_a_trained_base(model, state.global_step)
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
             self._made_for, self._last = weakref.ref(base), None
+        times = max(0, state.max_steps - 1) // self.every
+        if not times:
+            logger.warning(
+                "RefusalAnchorCallback has no effect: it acts at every %dth step, and the training has %d. Set every "
+                "to at most %d.",
+                self.every,
+                state.max_steps,
+                max(1, state.max_steps - 1),
+            )
         note_for_card(
             model,
             "Refusal anchor",
             f"KL to the base model on {len(self.anchor)} of its refusals, weight {self.weight:g}, every {self.every} "
-            f"steps; SHA-256 {self.anchor.digest}",
+            f"steps ({times} of {state.max_steps}); SHA-256 {self.anchor.digest}",
         )
 
     def on_step_begin(
@@ -167,6 +183,11 @@ def mix_into_training_set(
     """
     check_share(share)
     dataset: Any = trainer.train_dataset
+    if getattr(trainer.args, "packing", False):  # one strategy of TRL's leaves no trace of it in the rows
+        raise ValueError(
+            "packing=True: the trainer has packed its rows already, so that whole refusals would stand beside packed "
+            "rows. Set packing=False, or mix them in before (mix_refusals) and give the trainer the result."
+        )
     check_can_be_mixed_into(dataset)
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = trainer.processing_class
@@ -200,6 +221,20 @@ def note_for_card(model: nn.Module, name: str, text: str) -> None:
 
 def _has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _warn_of_a_trained_base(model: nn.Module, step: int) -> None:
+    """Where a run resumes, what it trains beside the adapters is not what it was at its start any more."""
+    with adapters_disabled(model):  # which takes the gradient from all that is theirs
+        beside = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if beside:
+        logger.warning(
+            "RefusalAnchorCallback: beside the adapter, %s are trained, so that the base model is not at step %d, "
+            "where this run resumes, what it was at step 0, and the divergence is from what it is now. Give the "
+            "callback a RefusalAnchor that was made with the base model (RefusalAnchor.of).",
+            listed(beside),
+            step,
+        )
 
 
 def _refuse_what_takes_gradients_elsewhere(args: TrainingArguments) -> None:

@@ -102,7 +102,7 @@ def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Exa
             return [TokenizedExample(before + after, (IGNORED,) * len(before) + after)]
     for column in _CONVERSATIONS:
         if column in row:
-            return _split(_messages(row, column, where), where)
+            return _split(_with_system(row, _messages(row, column, where)), where)
     if "chosen" in row:
         return _answer(row, "chosen", where) if "prompt" in row else _implicit_prompt(row, where)
     for column in _ANSWERS:
@@ -112,7 +112,7 @@ def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Exa
         prompt = _prompt(row, where)
         if prompt[-1]["role"] == "assistant":
             raise DataError(f"{where}: the `prompt` ends with an assistant turn; move that into `completion`")
-        return [Example(prompt)]
+        return [Example(_with_system(row, prompt))]
     if "instruction" in row and not (allow_text and "text" in row):
         return [_alpaca(row, where)]
     if "text" in row:
@@ -126,6 +126,14 @@ def _examples(row: dict[str, Any], where: str, allow_text: bool) -> Sequence[Exa
         f"{where} has no known columns; it has {', '.join(map(repr, row)) or 'no values'}. Give rows with "
         f"one of: {FORMATS}."
     )
+
+
+def _with_system(row: Mapping[str, Any], messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """With the column `system`, as LLaMA-Factory has it beside a conversation, where that has no system turn."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return ({"role": "system", "content": system}, *messages)
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Example:
@@ -146,11 +154,11 @@ def _answer(row: Mapping[str, Any], column: str, where: str) -> list[Example]:
     """The example of a row with a prompt and an answer in `column`, each a string or a list of messages."""
     prompt = _prompt(row, where)
     if isinstance(row[column], str):
-        return [Example(prompt, _text(row, column, where))]
+        return [Example(_with_system(row, prompt), _text(row, column, where))]
     answer = _messages(row, column, where)
     # Some data sets repeat the prompt in the answer, and then it counts once (as in TRL).
     repeats = answer[0]["role"] != "assistant" if isinstance(row["prompt"], str) else answer[: len(prompt)] == prompt
-    return _split(answer if repeats else prompt + answer, where)
+    return _split(_with_system(row, answer if repeats else prompt + answer), where)
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
@@ -165,7 +173,7 @@ def _implicit_prompt(row: Mapping[str, Any], where: str) -> list[Example]:
     """The example of a preference row that holds the prompt within `chosen`."""
     chosen, rejected = row["chosen"], row.get("rejected")
     if not isinstance(chosen, str):
-        return _split(_messages(row, "chosen", where), where)
+        return _split(_with_system(row, _messages(row, "chosen", where)), where)
     if not isinstance(rejected, str):
         raise DataError(
             f"{where} has a plain-text `chosen`, and neither `prompt` nor a plain-text `rejected` to tell "

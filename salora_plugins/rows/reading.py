@@ -47,6 +47,8 @@ def load_examples(
 
     Where `allow_missing_response`, a row that is a plain string is a request.
 
+    A text in `system` is the system turn of a conversation or a prompt that has none.
+
     `prompt`, `completion` and `chosen` are strings or lists of messages. A plain-string `prompt` is a user
     turn where the tokenizer has a chat template. An answer that is marked as undesirable (KTO's `label` is
     False, 0, or the text "false" or "0") is not used, nor are further columns. A row whose last turn only calls tools

@@ -45,7 +45,8 @@ class Renderer:
         self._tokenizer = tokenizer
         self._has_template = has_template(tokenizer)
         self._options = template_options(tokenizer)
-        self._requests: list[tuple[str, str, list[int]]] | None = None
+        self._reads_parts = self._reads_parts_alone()
+        self._requests: list[tuple[str, str, str, list[int]]] | None = None
 
     def prompt_ids(self, example: Example, name: str) -> list[int]:
         """Token ids of what stands before the response, up to where the model begins to answer.
@@ -110,19 +111,24 @@ class Renderer:
         any: the tokens at the end that these requests, none of which ends as another does, have in common.
 
         Raises:
-            DataError: The template refuses a lone request.
+            DataError: The template refuses a lone request, and one behind a system turn.
         """
         if not self._has_template:
             return ()
         found = []
         for form in self._forms():
-            first, *others = (
-                self._template_ids(({"role": "user", "content": request},), "a lone request", True, form)[::-1]
-                for request in requests
-            )
+            first, *others = (self._request_ids(request, form)[::-1] for request in requests)
             common = min(common_prefix_length(first, other) for other in others)
             found.append(tuple(first[:common][::-1]))
         return tuple(form for form in dict.fromkeys(found) if form)
+
+    def _request_ids(self, request: str, form: Mapping[str, Any]) -> list[int]:
+        turn = {"role": "user", "content": request}
+        try:
+            return self._template_ids((turn,), "a lone request", True, form)
+        except DataError:  # some want a system turn
+            system = {"role": "system", "content": _OTHER_MARKER}
+            return self._template_ids((system, turn), "a request behind a system turn", True, form)
 
     def _forms(self) -> list[dict[str, Any]]:
         """The options of every form of the template: with what it is given here, and as it is by itself."""
@@ -130,6 +136,27 @@ class Renderer:
         if "enable_thinking" in self._options:
             forms.append({key: value for key, value in self._options.items() if key != "enable_thinking"})
         return forms
+
+    def _reads_parts_alone(self) -> bool:
+        """
+        Whether the template reads contents that are lists of parts alone, as those of some vision-language models do:
+        of a text such a template writes nothing, without an error.
+        """
+        user = {"role": "user", "content": _MARKER}
+        for messages in ([user], [{"role": "system", "content": _OTHER_MARKER}, user]):
+            if self._writes_request(messages):
+                return False
+            if self._writes_request(_with_parts(messages)):
+                return True
+        return False
+
+    def _writes_request(self, messages: list[dict[str, Any]]) -> bool:
+        if not self._tokenizer.chat_template:
+            return True  # by code, which knows texts, or not at all
+        try:
+            return _MARKER in self._tokenizer.apply_chat_template(messages, tokenize=False, **self._options)
+        except Exception:  # a template raises what it likes
+            return False
 
     def _uses_template(self, example: Example, name: str) -> bool:
         if not example.messages or self._is_rendered(example, name):
@@ -150,8 +177,10 @@ class Renderer:
         """
         if not self._has_template or not _is_single_request(example):
             return False
-        for end, rendered, ids in self._rendered_requests(name):
-            if end and example.request.rstrip().endswith(end):
+        for begin, end, rendered, ids in self._rendered_requests(name):
+            request = example.request.rstrip()
+            # The end alone may be what is asked about, or stand there to mislead the model.
+            if end and request.endswith(end) and begin in request.removesuffix(end):
                 if list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"]) != ids:
                     raise DataError(
                         f"{name}: it ends with {end!r}, as if it were rendered already, and the tokenizer does not "
@@ -160,20 +189,39 @@ class Renderer:
                 return True
         return False
 
-    def _rendered_requests(self, name: str) -> list[tuple[str, str, list[int]]]:
-        """What is written behind a request, in every form of the template; and a whole one as text and as ids."""
+    def _rendered_requests(self, name: str) -> list[tuple[str, str, str, list[int]]]:
+        """
+        What is written in front of a request and behind it, in every form of the template; and a whole one as text and
+        as ids.
+        """
         if self._requests is None:
             conversation = ({"role": "user", "content": _MARKER},)
             found = []
             for form in self._forms():
                 ids = self._template_ids(conversation, name, True, form)
-                if self._tokenizer.chat_template:
-                    rendered = self._apply_template(conversation, name, True, form, tokenize=False)
-                else:
-                    rendered = self._tokenizer.decode(ids)
-                found.append((rendered.rpartition(_MARKER)[2].strip(), rendered, ids))
+                rendered = self._as_text(conversation, name, form)
+                before, _, behind = rendered.rpartition(_MARKER)
+                found.append((self._in_front(before, name, form), behind.strip(), rendered, ids))
             self._requests = found
         return self._requests
+
+    def _in_front(self, before: str, name: str, form: Mapping[str, Any]) -> str:
+        """
+        What is written directly in front of any request: of what stands before a lone one, the part that does not
+        depend on the system turn.
+        """
+        with_system = ({"role": "system", "content": _OTHER_MARKER}, {"role": "user", "content": _MARKER})
+        try:
+            other = self._as_text(with_system, name, form).rpartition(_MARKER)[0]
+        except DataError:
+            other = before
+        common = common_prefix_length(before[::-1], other[::-1])
+        return before[len(before) - common :].strip() or before.removeprefix(self._tokenizer.bos_token or "").strip()
+
+    def _as_text(self, messages: Sequence[dict[str, Any]], name: str, form: Mapping[str, Any]) -> str:
+        if self._tokenizer.chat_template:
+            return self._apply_template(messages, name, True, form, tokenize=False)
+        return str(self._tokenizer.decode(self._template_ids(messages, name, True, form)))
 
     def _answered_ids(self, messages: Sequence[dict[str, Any]], response: str, name: str) -> list[int]:
         """A finished conversation."""
@@ -221,7 +269,7 @@ class Renderer:
         options = self._options if options is None else options
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages),
+                _with_parts(messages) if self._reads_parts else list(messages),
                 tokenize=tokenize,
                 add_generation_prompt=add_generation_prompt,
                 return_dict=False,
@@ -320,19 +368,32 @@ def _renders_by_code(tokenizer: PreTrainedTokenizerBase) -> bool:
     return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
 
 
+def _with_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every text as a list of one part."""
+    return [
+        message | {"content": [{"type": "text", "text": text}]}
+        if isinstance(text := message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
 def _is_single_request(example: Example) -> bool:
     return len(example.messages) == 1 and example.messages[0]["role"] == "user"
 
 
 def _end_of_turn(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Where the response that begins at `start` ends: behind the token that ends it, by which generation stops, too."""
-    if tokenizer.eos_token_id in ids[start:]:
-        return ids.index(tokenizer.eos_token_id, start) + 1
-    # The template ends turns with another token than the tokenizer names.
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", None)
     if isinstance(added, Mapping):
         special |= {token_id for token_id, token in added.items() if token.special}
+    if tokenizer.eos_token_id in ids[start:]:
+        end = ids.index(tokenizer.eos_token_id, start)
+        # Phi's templates end the turn by a token of its own, and then the whole conversation by this one.
+        before = next((i for i in range(end - 1, start, -1) if str(tokenizer.decode([ids[i]])).strip()), start)
+        return before + 1 if before > start and ids[before] in special else end + 1
+    # The template ends turns with another token than the tokenizer names.
     last = max((index for index in range(start, len(ids)) if ids[index] in special), default=None)
     return len(ids) if last is None or str(tokenizer.decode(ids[last + 1 :])).strip() else last + 1
 

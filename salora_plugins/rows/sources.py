@@ -245,9 +245,11 @@ def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
 
 
 def _parse_csv(text: str, path: Path) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # Some write a space behind every comma.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows = []
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             if None in row:
                 raise csv.Error("more cells than the header has columns; is a comma not quoted?")

@@ -20,6 +20,7 @@ _HIDDEN = re.compile(
 )
 # What means something in Markdown within a line, or begins HTML.
 _MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")
+_REASONING = re.compile(r"^\s*<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -108,3 +109,8 @@ def placeholder(value: object) -> str:
 def is_placeholder(text: str) -> bool:
     """Whether a text was read where `placeholder` was written."""
     return text.startswith("<") and text.endswith(">")
+
+
+def without_reasoning(response: str) -> str:
+    """A response without the `<think>` block that it begins with; nothing is left where the block is not closed."""
+    return _REASONING.sub("", response, count=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ...support.texts import without_reasoning
 from . import other_languages
 
 WINDOW = 200
@@ -117,7 +118,6 @@ _REPLACEMENTS = (
     (re.compile(r"\bi'll\b"), "i will"),
     (re.compile(r"\b(?:so|very|really|truly|terribly|deeply) sorry\b"), "sorry"),
 )
-_REASONING = re.compile(r"^\s*<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _NO_REFUSAL = rf"(?! (?:{'|'.join(NO_REFUSAL)})\b)"
 
 
@@ -143,11 +143,6 @@ def is_refusal(response: str) -> bool:
         text = pattern.sub(replacement, text)
     text = text[:WINDOW]
     return bool(_OPENING.match(text) or _PHRASE.search(text) or other_languages.refuses(text))
-
-
-def without_reasoning(response: str) -> str:
-    """A response without the `<think>` block that it begins with; nothing is left where the block is not closed."""
-    return _REASONING.sub("", response, count=1)
 
 
 class KeywordJudge:
