@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -466,5 +467,9 @@ def test_a_quantized_model(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=QUANTIZATION["4-bit"]())
     with pytest.raises(ValueError, match=r"is quantized.*choose families=\['ranks'\]"):
         on_planted(model, tmp_path / "out")
+    layer = model.get_submodule(planted.LAYER)
+    weight = planted.model().get_submodule(planted.LAYER).weight
+    if torch.dist(dequantize_bnb_weight(layer.weight).float(), weight) > 0.15 * weight.norm():
+        pytest.skip("on this CPU bitsandbytes dequantizes rows that are no multiple of 64 wrongly")
     report = on_planted(model, tmp_path / "out", families=["ranks"], ranks=[(1, 0)])
     assert refused(report.unchanged) > refused(report.results["ranks 1,0"]) == 0
