@@ -103,6 +103,9 @@ def test_only_what_the_base_model_refuses_is_kept(monkeypatch):
     for other in (llama(seed=1), get_peft_model(llama(seed=1), LORA), whole):
         with pytest.raises(TypeError):
             own_refusals(other, tokenizer(), REQUESTS, **options)
+    monkeypatch.setattr("salora_plugins.replay.refusals._CUT", 1)  # those that were cut otherwise are not taken
+    with pytest.raises(TypeError):
+        own_refusals(llama(), tokenizer(), REQUESTS, **options)
 
 
 def test_responses_in_the_data_are_taken_and_not_asked_for():

@@ -41,7 +41,10 @@ from ..support.texts import without_reasoning
 logger = logging.getLogger(__name__)
 
 RESPONSE_TOKENS = 64
-"""Length of an answer, of which the first paragraph is kept."""
+"""Length of an answer, of which as few lines are kept as refuse."""
+
+_CUT = 2
+"""Of the way in which answers are cut: part of their name in the cache, so that none is taken that was cut before."""
 
 # Chinese and Japanese put no space behind a sentence.
 _SENTENCE_END = re.compile(r"[.!?\u061f\u0964]+[\"')\u201d\u2019]*(?=\s|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d]*")
@@ -227,6 +230,7 @@ def _key(model: nn.Module, tokenizer: Any, prompts: list[list[int]], *settings: 
         return None
     decides = [
         version("salora-plugins"),
+        _CUT,
         version("transformers"),
         model_fingerprint(base),
         sorted(end_tokens(model, tokenizer)),

@@ -22,6 +22,7 @@ Pair = tuple[Example, Example] | tuple[TokenizedExample, TokenizedExample]
 """The chosen and the rejected response, each with the request before it."""
 
 _TEXT = ("prompt", "chosen", "rejected")
+_READ = (*_TEXT, "system")
 # Prepared rows of preference trainers: TRL's names today, and those it had before.
 _TOKENS = (
     ("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -56,7 +57,7 @@ def load_pairs(source: Any, *, option: str, max_rows: int = MAX_ROWS, vocabulary
             for pair in load_pairs(each, option=option, max_rows=max_rows, vocabulary=vocabulary)
         ]
     where = describe(source, option)
-    columns = (*_TEXT, "system", *(column for names in _TOKENS for column in names))
+    columns = (*_READ, *(column for names in _TOKENS for column in names))
     pairs, left_out = [], []
     for number, row in read_rows(source, option=option, max_rows=max_rows, columns=columns, beside=()):
         name = f"row {number} of {where}"
@@ -136,9 +137,7 @@ def _pair(row: Any, where: str, vocabulary: int | None) -> Pair | None:
             check_token_ids(safe.input_ids, vocabulary, where.__str__)
             check_token_ids(unsafe.input_ids, vocabulary, where.__str__)
             return (safe, unsafe) if safe.has_response and unsafe.has_response else None
-    row = {
-        name: row[name] for name in (*_TEXT, "system") if name in row
-    }  # others decide what a row is where answers are wanted
+    row = {name: row[name] for name in _READ if name in row}  # others decide what a row is where answers are wanted
     if missing := [name for name in _TEXT[1:] if name not in row]:
         raise DataError(
             f"{where} has no `{missing[0]}`. Give rows of `prompt`, `chosen` (a safe response) and `rejected` (an "

@@ -44,8 +44,8 @@ class ForwardScope:
     """
     Knows whether one of a model's entry points is running: its methods are their hooks.
 
-    Only one thread at a time has a pass here. In others that run the model meanwhile, every layer computes its own
-    weights.
+    Only one thread at a time has a pass here. In others that run the model meanwhile, a layer takes the weight that the
+    pass has computed, where gradients are enabled as they are in it, or computes its own.
     """
 
     def __init__(self) -> None:
