@@ -73,6 +73,11 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--targets", default=",".join(TARGET_MODULES), help="default: %(default)s")
     run.add_argument("--predictions", type=Path, help="text that says what is expected; kept beside the results")
     run.add_argument("--scale", choices=list(SCALES), default="full", help="cpu: of a small model on one core")
+    run.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the base model (default: bfloat16 on a GPU, float32 on a CPU; with AVX512-BF16, bfloat16 is faster there)",
+    )
     run.add_argument("--steps", help="after which is measured (default: the scale's, 60,240 of the full one)")
     run.add_argument("--seeds", type=int, help="of the rows that are named (default: the scale's, 3)")
     run.add_argument("--num", type=int, help="requests of each set (default: the scale's, 100)")
@@ -120,6 +125,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
         task_files=named_files(parser, "--task", arguments.task, taken=TASKS),
         rates={name: float(rate) for name, rate in named_files(parser, "--rate", arguments.rate, taken=()).items()},
         device=arguments.device or default_device(),
+        dtype=arguments.dtype,
         scale=scale,
     )
     if unknown := set(setup.rates) - set(setup.models):

@@ -97,6 +97,8 @@ class Setup:
     rates: Mapping[str, float] = field(default_factory=dict)
     """Model -> LoRA's learning rate on q and v, where it is not the default."""
     device: str = "cpu"
+    dtype: str | None = None
+    """Of the base model; None: bfloat16 on a GPU, float32 on a CPU."""
     scale: Scale = FULL
 
     def folder(self, model: str) -> Path:

@@ -309,11 +309,10 @@ def work(connection: Connection, setup: Setup) -> None:
 
 
 def load(setup: Setup, model: str) -> Any:
-    """In bf16 on a GPU, in float32 on a CPU, where bf16 is slower."""
-    import torch
+    """The base model of a run."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    dtype = setup.dtype or ("bfloat16" if setup.device == "cuda" else "float32")
     loaded: Any = AutoModelForCausalLM.from_pretrained(setup.models[model], dtype=dtype)
     return loaded.to(setup.device).eval().requires_grad_(False)
 
