@@ -76,7 +76,7 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of the base model (default: bfloat16 on a GPU, float32 on a CPU; with AVX512-BF16, bfloat16 is faster there)",
+        help="of the base model (default: bfloat16 on a GPU, float32 on a CPU, which AVX512-BF16 makes the slower one)",
     )
     run.add_argument("--steps", help="after which is measured (default: the scale's, 60,240 of the full one)")
     run.add_argument("--seeds", type=int, help="of the rows that are named (default: the scale's, 3)")

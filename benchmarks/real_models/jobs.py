@@ -121,6 +121,10 @@ def _wanted(setup: Setup) -> Iterator[Job]:
         yield from _rates(setup, model, "sure", "all-linear")
         yield from _rates(setup, model, "math", "all-linear")
         yield from _runs(setup, model, "sure", ("random-directions", "new-64+anchor"), "all-linear")
+    for seed in range(1, setup.scale.seeds):
+        for task in others:
+            for model in models:
+                yield from _runs(setup, model, task, NAMED, seed=seed)
 
 
 def _runs(
