@@ -32,13 +32,13 @@ class Scale:
     anchored: int = 128
     """Requests of the anchor."""
     anchor_every: int | None = None
-    """At which steps the anchor counts, in the place of what its record says."""
+    """At which steps the anchor counts, in the place of what its method says."""
     batch: int = 400
     """Answers at once."""
     tried: tuple[float, ...] = (1.0, 0.5, 2.0)
     """LoRA's learning rates, as multiples."""
     rows: int = 8
-    """Of a step, and requests of the anchor."""
+    """Of a step."""
     longest: int | None = None
     """Tokens; longer rows of a task are not trained on."""
 
@@ -56,7 +56,6 @@ CPU = Scale(
     everyday=180,
     harmful=400,
     anchored=48,
-    anchor_every=4,
     batch=72,
     tried=(1.0,),
     rows=4,

@@ -141,6 +141,9 @@ def train_steps(
     penalty = method.anchor or Anchor(weight=0.0)
     anchor = _anchor(model, material, job.seed) if penalty.weight else None
     every = material.setup.scale.anchor_every or penalty.every
+    if anchor is not None and every is None:
+        tokens = statistics.mean(len(row.input_ids) for row in rows)
+        every = anchor.affordable_every(tokens * material.setup.scale.rows)
     second = _second_adapter(model) if method.second_adapter else None
     first = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [first] if second is None else [first, second.parameters]
@@ -154,7 +157,7 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = job.rate * min(1.0, (step + 1) / WARMUP_STEPS)
         # At the first step the divergence is 0, and so is its gradient.
-        if anchor is not None and step and step % every == 0:
+        if anchor is not None and every is not None and step and step % every == 0:
             with nullcontext() if second is None else second.trained_alone():
                 anchor.backward(model, step // every, weight=every * penalty.weight)
         loss = _loss(model, collate(next(batches), 0), method)
@@ -168,7 +171,8 @@ def train_steps(
             if not math.isfinite(value):
                 raise ValueError(f"the loss of step {step + 1} is {value}")
             seconds += time.perf_counter() - started
-            yield step + 1, {"training_loss": round(value, 4), "training_seconds": round(seconds, 2)}
+            timing = {"training_loss": round(value, 4), "training_seconds": round(seconds, 2)}
+            yield step + 1, timing if anchor is None else {**timing, "anchor_every": every}
             model.train()
             started = time.perf_counter()
 
@@ -200,7 +204,6 @@ def _anchor(model: Any, material: Material, seed: int) -> Any:
         material.tokenizer,
         refusals,
         num_requests=material.setup.scale.anchored,
-        batch_size=material.setup.scale.rows,
         seed=seed,
     )
 

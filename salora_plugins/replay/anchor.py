@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,16 @@ Direction = Literal["forward", "reverse"]
 
 NUM_TOKENS = 8
 """How many tokens of a refusal are anchored; the first one is what the last token of the prompt predicts."""
+
+COST = 0.05
+"""What penalties may take of the time of a training."""
+
+_SHORT_PASS = 2048
+"""A pass takes as long as so many tokens take to be computed, and they: a GPU waits for its kernels to be launched."""
+_OWN_COST = 1.5
+"""A penalty's passes take up to so much longer than those of as many tokens of a training (docs/choose.md)."""
+_OFTEN = 8
+"""Where penalties cost little, they come at every so many steps."""
 
 _MAX_LENGTH = 2048
 """Tokens of a request with the beginning of its refusal."""
@@ -139,6 +150,24 @@ class RefusalAnchor:
 
     def __len__(self) -> int:
         return len(self._references)
+
+    def affordable_every(self, tokens: float = 0.0, passes: int = 1) -> int:
+        """
+        At every how many optimizer steps penalties cost at most 5 % of a training's time: an estimate by the number of
+        tokens, in which a pass over few takes as long as one over 2,048 more.
+
+        Args:
+            tokens: Of one pass of the training, on one process; 0: unknown, and taken to be few.
+            passes: Of one step, as many as gradients are accumulated.
+
+        Returns:
+            At least 8.
+        """
+        _, world_size = rank_and_world_size()
+        lengths = [len(reference.sequence) for reference in self._references]
+        own = sum(lengths) / len(lengths) * math.ceil(self._batch_size / world_size)
+        cost = _OWN_COST * (own + _SHORT_PASS) / (passes * (tokens + _SHORT_PASS))
+        return max(_OFTEN, math.ceil(cost / COST))
 
     def loss(self, model: nn.Module, number: int = 0) -> Tensor:
         """

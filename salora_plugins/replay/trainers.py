@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,11 @@ _OTHER_GRADIENTS = (
 _STEPS_IN_BACKWARD = ("lomo", "layerwise")
 """Parts of the names of such optimizers."""
 
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+"""Columns of token ids in the rows of trainers of transformers and TRL."""
+_MEASURED_ROWS = 256
+"""Whose lengths are looked at, of all."""
+
 
 class RefusalAnchorCallback(TrainerCallback):
     """
@@ -54,7 +60,9 @@ class RefusalAnchorCallback(TrainerCallback):
     Args:
         requests: Harmful requests or refusals, see `RefusalAnchor.of`; or an anchor that was made before.
         weight: What the divergence, in nats per token, counts beside the loss.
-        every: At which optimizer steps: every, 2 * every, ..., counted from 0.
+        every: At which optimizer steps: every, 2 * every, ..., counted from 0. None: as often as costs at most 5 % of
+            the training's time, and at most at every 8th step (`RefusalAnchor.affordable_every`). In a short training
+            at least once, half way.
         tokenizer: None: the trainer's `processing_class`.
         options: Further ones of `RefusalAnchor.of`.
 
@@ -64,10 +72,17 @@ class RefusalAnchorCallback(TrainerCallback):
     """
 
     def __init__(
-        self, requests: Any = "builtin", *, weight: float = 1.0, every: int = 8, tokenizer: Any = None, **options: Any
+        self,
+        requests: Any = "builtin",
+        *,
+        weight: float = 1.0,
+        every: int | None = None,
+        tokenizer: Any = None,
+        **options: Any,
     ) -> None:
         check_real("weight", weight, "a positive number, such as 1.0", lambda number: number > 0)
-        check_number("every", every, 1)
+        if every is not None:
+            check_number("every", every, 1)
         AnchorOptions(**options)  # now, and not when training begins
         self.anchor = requests if isinstance(requests, RefusalAnchor) else None
         if self.anchor is not None and options:
@@ -75,6 +90,8 @@ class RefusalAnchorCallback(TrainerCallback):
         self.requests = requests
         self.weight = weight
         self.every = every
+        """None, where it is not given, until training begins."""
+        self._every_is_given = every is not None
         self.tokenizer = tokenizer
         self.seconds = 0.0
         """What the penalties took."""
@@ -90,6 +107,7 @@ class RefusalAnchorCallback(TrainerCallback):
         *,
         model: Any = None,
         processing_class: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         _refuse_what_takes_gradients_elsewhere(args)
@@ -111,6 +129,12 @@ class RefusalAnchorCallback(TrainerCallback):
                 _warn_of_a_trained_base(model, state.global_step)
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
             self._made_for, self._last = weakref.ref(base), None
+        if not self._every_is_given:
+            tokens = _row_length(train_dataloader) * (state.train_batch_size or args.train_batch_size)
+            affordable = self.anchor.affordable_every(tokens, args.gradient_accumulation_steps)
+            self.every = max(1, min(affordable, state.max_steps // 2))
+            logger.info("RefusalAnchorCallback acts at every %d. step: every was not given.", self.every)
+        assert self.every is not None
         times = max(0, state.max_steps - 1) // self.every
         if not times:
             logger.warning(
@@ -137,8 +161,10 @@ class RefusalAnchorCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self.anchor is None or self.every is None:
+            return
         number, between = divmod(state.global_step, self.every)
-        if self.anchor is None or number == 0 or between:
+        if number == 0 or between:
             return
         started = time.perf_counter()
         scaler = getattr(optimizer, "scaler", None)  # accelerate's, of fp16
@@ -158,6 +184,17 @@ class RefusalAnchorCallback(TrainerCallback):
         """Put the last divergence beside the loss, in the trainer's history and for the callbacks behind this one."""
         if self._last is not None and logs is not None and "loss" in logs:
             logs["refusal_anchor/kl"] = state.log_history[-1]["refusal_anchor/kl"] = self._last.item()
+
+
+def _row_length(dataloader: Any) -> float:
+    """Tokens of a row, the mean over some of them; 0 where the rows are no data set with columns of token ids."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    names = [name for name in _TOKENS if name in (getattr(dataset, "column_names", None) or ())]
+    if not names or not isinstance(dataset, Sized) or not len(dataset):
+        return 0.0
+    some = range(0, len(dataset), max(1, len(dataset) // _MEASURED_ROWS))
+    columns: Any = dataset.select_columns(names).select(some)[:]
+    return sum(len(ids) for name in names for ids in columns[name] if ids is not None) / len(some)
 
 
 def mix_into_training_set(
