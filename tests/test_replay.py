@@ -571,6 +571,57 @@ def test_an_anchor_that_never_acts_says_so(tmp_path, caplog, steps, times):
     assert bool(callback.seconds) == bool(times)
 
 
+def test_penalties_cost_at_most_a_twentieth():
+    """By the estimate: in tokens where passes are long, and in passes where all are short."""
+    anchor = RefusalAnchor.of(llama(), tokenizer(), REFUSALS)
+    own = sum(len(reference.sequence) for reference in anchor._references) / len(anchor) * 8
+    for passes, tokens in itertools.product((1, 2, 8), (0, 400, 4096, 65536)):
+        every = anchor.affordable_every(tokens, passes)
+        assert every >= 8 and own <= 0.05 * every * passes * (tokens + 2048)
+    assert anchor.affordable_every() > 30  # such a pass takes up to 1.5 times as long as a step's
+    rising = [anchor.affordable_every(tokens) for tokens in (65536, 4096, 400, 0)]
+    assert rising == sorted(rising)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "columns"),
+    [
+        ("sft", {}, ["input_ids"]),
+        ("sft", {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 8}, ["input_ids"]),
+        ("sft", {"packing": True, "max_length": 128}, ["input_ids"]),
+        ("dpo", {}, ["prompt_ids", "chosen_ids", "rejected_ids"]),
+    ],
+)
+def test_how_often_an_anchor_acts_follows_from_the_rows(tmp_path, caplog, kind, options, columns):
+    callback = RefusalAnchorCallback(REFUSALS)
+    caplog.set_level(logging.INFO, "salora_plugins")
+    trainer = trained(kind, tmp_path, LORA, [callback], max_steps=100, learning_rate=0.0, **options)
+    rows, arguments = trainer.train_dataset, trainer.args
+    tokens = arguments.per_device_train_batch_size * sum(len(row[name]) for row in rows for name in columns) / len(rows)
+    assert callback.every == callback.anchor.affordable_every(tokens, arguments.gradient_accumulation_steps) < 50
+    assert f"acts at every {callback.every}. step" in caplog.text
+    acted = {entry["step"] for entry in trainer.state.log_history if "refusal_anchor/kl" in entry}
+    assert min(acted) == callback.every + 1
+
+
+@pytest.mark.parametrize("rows", ["list", "stream"])
+def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, rows):
+    callback = RefusalAnchorCallback(REFUSALS)
+    given = {"list": lambda: token_rows(4), "stream": lambda: Dataset.from_list(token_rows(4)).to_iterable_dataset()}
+    trainer = Trainer(
+        get_peft_model(llama(), LORA),
+        arguments(TrainingArguments, tmp_path, max_steps=80),
+        train_dataset=given[rows](),
+        callbacks=[callback],
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert callback.every == callback.anchor.affordable_every() and callback.seconds > 0
+    trainer.args.max_steps = 10  # the same callback in a training that is too short for it
+    trainer.train()
+    assert callback.every == 5
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
 def test_rows_that_a_trainer_has_packed_are_refused(tmp_path, strategy, refusal):
     trl = pytest.importorskip("trl")
@@ -615,7 +666,7 @@ def test_refusals_in_a_trainers_set(tmp_path):
     texts = [tokenizer().decode(row["input_ids"]) for row in trainer.train_dataset]
     assert len(texts) == 30 and sum("do harm" in text for text in texts) == 6
     trainer.train()
-    assert any("refusal_anchor/kl" in entry for entry in trainer.state.log_history) == (trainer.state.max_steps > 8)
+    assert any("refusal_anchor/kl" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="--safety_data has no effect without --use_salora"):
         get_peft_config(model_args, SaLoRAArguments(safety_data="builtin"))
     preferences = trl.DPOTrainer(

@@ -129,7 +129,11 @@ class RefusalAnchorOptions(BaseModel):
     weight: _PositiveFloat | None = Field(
         default=None, description="What the divergence, in nats per token, counts beside the loss. Default: 1.0."
     )
-    every: PositiveInt | None = Field(default=None, description="At every so many optimizer steps. Default: 8.")
+    every: PositiveInt | None = Field(
+        default=None,
+        description="At every so many optimizer steps. Default: as often as costs at most 5 % of the training's time, "
+        "and at most at every 8th.",
+    )
     num_requests: PositiveInt | None = Field(
         default=None, description="Refusals that are looked at, at the most. Default: 128."
     )

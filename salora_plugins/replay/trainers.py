@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,7 +189,7 @@ def _row_length(dataloader: Any) -> float:
     """Tokens of a row, the mean over some of them; 0 where the rows are no data set with columns of token ids."""
     dataset: Any = getattr(dataloader, "dataset", None)
     names = [name for name in _TOKENS if name in (getattr(dataset, "column_names", None) or ())]
-    if not names or not isinstance(dataset, Sized) or not len(dataset):
+    if not names or not hasattr(dataset, "__len__") or not len(dataset):
         return 0.0
     some = range(0, len(dataset), max(1, len(dataset) // _MEASURED_ROWS))
     columns: Any = dataset.select_columns(names).select(some)[:]
