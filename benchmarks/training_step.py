@@ -5,11 +5,13 @@
     python -m benchmarks.training_step memory
     python -m benchmarks.training_step operations --shape 24-small-layers --tokens 16
     python -m benchmarks.training_step time --shape 8b --batch-size 4 --gradient-checkpointing    # on a GPU
+    python -m benchmarks.training_step time --tokens 90 --batch-size 4 --methods lora,lora+anchor
 
 A step is forward, backward, AdamW and zero_grad, with all linear layers adapted. The "dense projector" is what the
 paper's code does: it multiplies every token's update with C = I - U_C U_C^T, a d_out x d_out matrix. "calls" are
 functions that Python calls in it, most of its own time where a step is short. "start" is the time from `get_peft_model`
-to the end of the first step, calibration on 4 rows of 512 tokens included.
+to the end of the first step, calibration on 4 rows of 512 tokens included. "lora+anchor" is LoRA with a penalty of the
+refusal anchor before every step; "anchor_share" is what that takes of LoRA's time as often as it acts by default.
 """
 
 from __future__ import annotations
@@ -17,19 +19,23 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from salora_plugins import SaLoRAConfig
+from salora_plugins.prompts.builtin import builtin_prompts, plain_prompts
+from salora_plugins.replay import Refusal, RefusalAnchor
 
 from .measuring import (
     LLAMA_8B,
@@ -43,6 +49,7 @@ from .measuring import (
 )
 
 What = Literal["time", "memory", "operations", "calls", "start"]
+DEMO_MODEL = Path(__file__).parent.parent / "salora_plugins" / "demo" / "model"
 RANK = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "two-layers": {
@@ -143,7 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("table", *get_args(What)))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="two-layers")
-    parser.add_argument("--methods", default="lora,salora,paper,dense", help="of lora, salora, paper, dense")
+    parser.add_argument(
+        "--methods", default="lora,salora,paper,dense", help="of lora, salora, paper, dense, lora+anchor"
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of an example")
     parser.add_argument("--repeats", type=int, default=11)
@@ -180,7 +189,11 @@ def measured(measurement: Measurement) -> dict[str, Any]:
         # Within a turn, since what else the machine does changes from turn to turn.
         ratios = {m: [a / b for a, b in zip(times[m], times["lora"], strict=True)] for m in methods}
         over_lora = {method: round(median(values), 3) for method, values in ratios.items()}
-        return {"seconds": times, "lora": f"{median(times['lora']):.3f} s", "over_lora": over_lora}
+        found = {"seconds": times, "lora": f"{median(times['lora']):.3f} s", "over_lora": over_lora}
+        if "lora+anchor" in methods:
+            every = anchor(base).affordable_every(measurement.batch_size * measurement.tokens)
+            found |= {"anchor_every": every, "anchor_share": round((over_lora["lora+anchor"] - 1) / every, 4)}
+        return found
     # One after the other, so that no other method's adapter is in memory.
     figures: dict[str, float]
     if measurement.what == "operations":
@@ -238,15 +251,28 @@ def training_step(base: LlamaForCausalLM, method: str, measurement: Measurement)
     # As torch does it on GPUs, so that the count is that of a GPU.
     foreach = True if measurement.what in ("operations", "calls") else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=foreach)
+    penalty = anchor(model) if method == "lora+anchor" else None
+    numbers = itertools.count()
     model.train()
 
     def step() -> None:
+        if penalty is not None:
+            penalty.backward(model, next(numbers))
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()  # the optimizer's state, and the task initialization
     return step, resident_bytes(model, optimizer)
+
+
+def anchor(model: Any) -> RefusalAnchor:
+    """Of built-in requests, as the demo's tokenizer renders them: about 40 tokens with the beginning of a refusal."""
+    requests = plain_prompts(builtin_prompts("calibration"))[:32]
+    refusals = [
+        Refusal(({"role": "user", "content": text},), "I'm sorry, but I can't help with that.") for text in requests
+    ]
+    return RefusalAnchor.of(model, AutoTokenizer.from_pretrained(DEMO_MODEL), refusals)
 
 
 def with_shared_weights(base: LlamaForCausalLM) -> Any:
@@ -262,7 +288,7 @@ def with_shared_weights(base: LlamaForCausalLM) -> Any:
 def adapted(model: Any, method: str) -> Any:
     """The model with one method's adapter on all linear layers."""
     common: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if method == "lora":
+    if method in ("lora", "lora+anchor"):
         return get_peft_model(model, LoraConfig(**common))
     if method in ("salora", "paper"):
         rows = torch.randint(0, model.config.vocab_size, (4, 512)).tolist()
