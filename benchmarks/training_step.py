@@ -189,7 +189,7 @@ def measured(measurement: Measurement) -> dict[str, Any]:
         # Within a turn, since what else the machine does changes from turn to turn.
         ratios = {m: [a / b for a, b in zip(times[m], times["lora"], strict=True)] for m in methods}
         over_lora = {method: round(median(values), 3) for method, values in ratios.items()}
-        found = {"seconds": times, "lora": f"{median(times['lora']):.3f} s", "over_lora": over_lora}
+        found: dict[str, Any] = {"seconds": times, "lora": f"{median(times['lora']):.3f} s", "over_lora": over_lora}
         if "lora+anchor" in methods:
             every = anchor(base).affordable_every(measurement.batch_size * measurement.tokens)
             found |= {"anchor_every": every, "anchor_share": round((over_lora["lora+anchor"] - 1) / every, 4)}

@@ -608,3 +608,26 @@ def test_a_replica_of_data_parallel_computes_its_weight():
     holder = lists._modules["weight"] = lists.weight._replicate_for_data_parallel()
     holder.original = trained_factor(linear) + 0
     assert not holder._parameters and torch.equal(replica.weight, linear.weight)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_removing_one_layers_parametrization_leaves_the_others(copied):
+    """Layers share a class, as a copy always does with its layer, and torch takes the weight's property off it."""
+    model, other = train(fresh("zero")), train(fresh("zero", seed=1))
+    kept = copy.deepcopy(model) if copied else model
+    removed = linears(kept)[::3]
+    expected, expected_of_other = logits(model), logits(other)
+    for linear in removed:
+        parametrize.remove_parametrizations(linear, "weight")
+        assert type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    assert all(type(linear) is not nn.Linear for linear in linears(model) if linear not in removed)
+    for of, before in ((model, expected), (kept, expected), (other, expected_of_other)):
+        assert torch.allclose(logits(of), before, atol=1e-5)
+    for of in (model, kept, other):
+        train(of)  # what is left goes on computing its weights
+        factors = [linear for linear in linears(of) if parametrize.is_parametrized(linear)]
+        assert factors and all(has_safe_factor(linear) for linear in factors)
+        for linear in factors:
+            safe = safe_factor(linear)
+            inside = linear.weight @ safe.basis if safe.side == "input" else safe.basis.T @ linear.weight
+            assert inside.abs().max() < 1e-5 * linear.weight.abs().max()
