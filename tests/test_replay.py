@@ -605,7 +605,7 @@ def test_how_often_an_anchor_acts_follows_from_the_rows(tmp_path, caplog, kind, 
 
 
 @pytest.mark.parametrize("rows", ["list", "stream"])
-def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, rows):
+def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, caplog, rows):
     callback = RefusalAnchorCallback(REFUSALS)
     given = {"list": lambda: token_rows(4), "stream": lambda: Dataset.from_list(token_rows(4)).to_iterable_dataset()}
     trainer = Trainer(
@@ -620,6 +620,7 @@ def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, rows):
     trainer.args.max_steps = 10  # the same callback in a training that is too short for it
     trainer.train()
     assert callback.every == 5
+    assert caplog.text.count("acts 1 times in this training") == 1 and "every=8 costs about" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])

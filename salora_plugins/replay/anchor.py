@@ -35,7 +35,7 @@ _SHORT_PASS = 2048
 """A pass takes as long as so many tokens take to be computed, and they: a GPU waits for its kernels to be launched."""
 _OWN_COST = 1.5
 """A penalty's passes take up to so much longer than those of as many tokens of a training (docs/choose.md)."""
-_OFTEN = 8
+OFTEN = 8
 """Where penalties cost little, they come at every so many steps."""
 
 _MAX_LENGTH = 2048
@@ -167,7 +167,7 @@ class RefusalAnchor:
         lengths = [len(reference.sequence) for reference in self._references]
         own = sum(lengths) / len(lengths) * math.ceil(self._batch_size / world_size)
         cost = _OWN_COST * (own + _SHORT_PASS) / (passes * (tokens + _SHORT_PASS))
-        return max(_OFTEN, math.ceil(cost / COST))
+        return max(OFTEN, math.ceil(cost / COST))
 
     def loss(self, model: nn.Module, number: int = 0) -> Tensor:
         """

@@ -19,7 +19,7 @@ from ..adapters.adapter_config import AdapterConfig
 from ..models.running import adapters_disabled
 from ..options import check_number, check_real
 from ..support.module_names import listed
-from .anchor import AnchorOptions, RefusalAnchor
+from .anchor import COST, OFTEN, AnchorOptions, RefusalAnchor
 from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
 from .refusals import own_refusals, refusals_digest
 
@@ -41,6 +41,8 @@ _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_
 """Columns of token ids in the rows of trainers of transformers and TRL."""
 _MEASURED_ROWS = 256
 """Whose lengths are looked at, of all."""
+_FEW = 5
+"""Penalties: one in 60 steps kept 2 of 28 refusals, 7 in 240 kept 25 (docs/evidence/real-models.md)."""
 
 
 class RefusalAnchorCallback(TrainerCallback):
@@ -130,9 +132,7 @@ class RefusalAnchorCallback(TrainerCallback):
             self._made_for, self._last = weakref.ref(base), None
         if not self._every_is_given:
             tokens = _row_length(train_dataloader) * (state.train_batch_size or args.train_batch_size)
-            affordable = self.anchor.affordable_every(tokens, args.gradient_accumulation_steps)
-            self.every = max(1, min(affordable, state.max_steps // 2))
-            logger.info("RefusalAnchorCallback acts at every %d. step: every was not given.", self.every)
+            self.every = self._chosen_every(tokens, args.gradient_accumulation_steps, state.max_steps)
         assert self.every is not None
         times = max(0, state.max_steps - 1) // self.every
         if not times:
@@ -149,6 +149,24 @@ class RefusalAnchorCallback(TrainerCallback):
             f"KL to the base model on {len(self.anchor)} of its refusals, weight {self.weight:g}, every {self.every} "
             f"steps ({times} of {state.max_steps}); SHA-256 {self.anchor.digest}",
         )
+
+    def _chosen_every(self, tokens: float, passes: int, steps: int) -> int:
+        """As often as costs little, and said; in a short training at least once."""
+        assert self.anchor is not None
+        affordable = self.anchor.affordable_every(tokens, passes)
+        every = max(1, min(affordable, steps // 2))
+        times = max(0, steps - 1) // every
+        logger.info("RefusalAnchorCallback acts at every %d. step: every was not given.", every)
+        if 0 < times < _FEW and affordable > OFTEN:
+            logger.warning(
+                "RefusalAnchorCallback acts %d times in this training, as often as costs at most %d %% of its time, "
+                "which keeps little. every=%d costs about %d %%.",
+                times,
+                round(100 * COST),
+                OFTEN,
+                round(100 * COST * affordable / OFTEN),
+            )
+        return every
 
     def on_step_begin(
         self,
