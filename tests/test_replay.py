@@ -604,13 +604,22 @@ def test_how_often_an_anchor_acts_follows_from_the_rows(tmp_path, caplog, kind, 
     assert min(acted) == callback.every + 1
 
 
-@pytest.mark.parametrize("rows", ["list", "stream"])
+def _columns(rows: list[dict], chosen: list[int]) -> dict[str, list]:
+    return {name: [rows[i][name] for i in chosen] for name in rows[0]}
+
+
+@pytest.mark.parametrize("rows", ["list", "stream", "made on access"])
 def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, caplog, rows):
     callback = RefusalAnchorCallback(REFUSALS)
-    given = {"list": lambda: token_rows(4), "stream": lambda: Dataset.from_list(token_rows(4)).to_iterable_dataset()}
+    numbers = Dataset.from_dict({"number": [0, 1, 2, 3]})
+    given = {
+        "list": lambda: token_rows(4),
+        "stream": lambda: Dataset.from_list(token_rows(4)).to_iterable_dataset(),
+        "made on access": lambda: numbers.with_transform(lambda batch: _columns(token_rows(4), batch["number"])),
+    }
     trainer = Trainer(
         get_peft_model(llama(), LORA),
-        arguments(TrainingArguments, tmp_path, max_steps=80),
+        arguments(TrainingArguments, tmp_path, max_steps=80, remove_unused_columns=False),
         train_dataset=given[rows](),
         callbacks=[callback],
         processing_class=tokenizer(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -204,13 +205,14 @@ class RefusalAnchorCallback(TrainerCallback):
 
 
 def _row_length(dataloader: Any) -> float:
-    """Tokens of a row, the mean over some of them; 0 where the rows are no data set with columns of token ids."""
+    """Tokens of a row, the mean over some of them; 0 where the rows are no `datasets.Dataset` with token ids."""
     dataset: Any = getattr(dataloader, "dataset", None)
+    datasets: Any = sys.modules.get("datasets")  # none of its objects can be here before it is imported
     names = [name for name in _TOKENS if name in (getattr(dataset, "column_names", None) or ())]
-    if not names or not hasattr(dataset, "__len__") or not len(dataset):
+    if datasets is None or not isinstance(dataset, datasets.Dataset) or not names or not len(dataset):
         return 0.0
     some = range(0, len(dataset), max(1, len(dataset) // _MEASURED_ROWS))
-    columns: Any = dataset.select_columns(names).select(some)[:]
+    columns: Any = dataset.with_format(None).select_columns(names).select(some)[:]
     return sum(len(ids) for name in names for ids in columns[name] if ids is not None) / len(some)
 
 
