@@ -82,6 +82,7 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, help="of the rows that are named (default: the scale's, 3)")
     run.add_argument("--num", type=int, help="requests of each set (default: the scale's, 100)")
     run.add_argument("--problems", type=int, help="of math (default: the scale's, 200)")
+    run.add_argument("--anchor-every", type=int, help="steps (default: as often as costs 5 %% of the time)")
     run.add_argument("--deadline", type=float, default=1500, help="seconds (default: %(default)s)")
     run.add_argument("--list", action="store_true", help="print the jobs in their order, and do none")
     smoke = commands.add_parser("smoke", help="every kind of job for two steps on the demo's model")
@@ -116,6 +117,7 @@ def command_line() -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
     steps = None if arguments.steps is None else tuple(int(step) for step in arguments.steps.split(","))
     given = {"steps": steps, "seeds": arguments.seeds, "requests": arguments.num, "problems": arguments.problems}
+    given["anchor_every"] = arguments.anchor_every
     scale = replace(SCALES[arguments.scale], **{name: value for name, value in given.items() if value is not None})
     setup = Setup(
         models=named_files(parser, "--model", arguments.model, taken=()),
