@@ -527,7 +527,7 @@ class _SharedClass(type):
     """
 
     def __delattr__(cls, name: str) -> None:
-        if name != "weight":
+        if name != "weight" or name not in vars(cls):  # a class made of this one, as FSDP does, has none of its own
             super().__delattr__(name)
 
 
@@ -544,8 +544,16 @@ def _shared_class(own_class: Any) -> Any:
     if type(base) is type:
         shared = _shared_classes[base] = _SharedClass(own_class.__name__, (base,), dict(vars(own_class)))
     shared.__setattr__ = _assign
-    shared.weight = property(_getter(own_class.weight.fget), own_class.weight.fset)
+    shared.weight = property(_getter(_computed), own_class.weight.fset)
     return shared
+
+
+def _computed(linear: Any) -> Tensor:
+    """
+    The weight, computed. torch's own getter belongs to one layer, which it keeps alive and whose weight
+    `parametrize.cached` would have it return for every layer of a shared class: no weight is kept there.
+    """
+    return linear.parametrizations["weight"]()
 
 
 def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:

@@ -1,8 +1,10 @@
 """What the factors keep through state dicts, small updates and writes from outside."""
 
 import copy
+import gc
 import json
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -16,7 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from certificate import largest_share_inside
 from salora_plugins import calibrate, load_for_training
-from salora_plugins.parametrization import EffectiveWeight, has_safe_factor, safe_factor, trained_factor
+from salora_plugins.parametrization import (
+    EffectiveWeight,
+    SafeFactor,
+    has_safe_factor,
+    register_safe_factor,
+    safe_factor,
+    trained_factor,
+)
 from tiny import llama, relative_difference, token_batch, token_rows
 from tiny import salora_config as config
 
@@ -631,3 +640,33 @@ def test_removing_one_layers_parametrization_leaves_the_others(copied):
             safe = safe_factor(linear)
             inside = linear.weight @ safe.basis if safe.side == "input" else safe.basis.T @ linear.weight
             assert inside.abs().max() < 1e-5 * linear.weight.abs().max()
+
+
+def test_layers_of_a_shared_class_keep_their_own_weights_in_torchs_cache():
+    model = train(fresh("zero"))
+    expected = [linear.weight.clone() for linear in linears(model)]
+    with parametrize.cached():
+        assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears(model), expected, strict=True))
+        train(model)
+
+
+def test_a_shared_class_keeps_no_layer_alive():
+    class Own(nn.Linear):
+        """Of which no layer was parametrized before."""
+
+    linear = Own(16, 4, bias=False)
+    register_safe_factor(linear, SafeFactor("output", torch.eye(4)[:, :1], None))
+    layer = weakref.ref(linear)
+    assert not linear.weight[0].any()
+    del linear
+    gc.collect()
+    assert layer() is None
+
+
+def test_a_class_made_of_a_shared_one_lets_no_parametrization_be_removed_by_half():
+    """As `fully_shard` makes one for a layer: torch finds no weight on it, and says so."""
+    linear = linears(fresh("zero"))[0]
+    linear.__class__ = type("Wrapped", (type(linear),), {})
+    with pytest.raises(AttributeError, match="weight"):
+        parametrize.remove_parametrizations(linear, "weight")
+    assert has_safe_factor(linear)
