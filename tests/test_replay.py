@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.retention.anchored import SecondAdapter, base_log_probabilities, constrained_sft_loss
@@ -629,7 +630,38 @@ def test_rows_of_unknown_length_are_taken_to_be_short(tmp_path, caplog, rows):
     trainer.args.max_steps = 10  # the same callback in a training that is too short for it
     trainer.train()
     assert callback.every == 5
-    assert caplog.text.count("acts 1 times in this training") == 1 and "every=8 costs about" in caplog.text
+    assert caplog.text.count("acts 1 times in this training") == 1 and caplog.text.count("every=8 costs about") == 1
+    callback.every = 3  # set on the callback, it stays
+    trainer.train()
+    assert callback.every == 3
+
+
+class _Packed(BatchSampler):
+    """Five rows to a batch, as a sampler makes them that fills a number of tokens."""
+
+    def __iter__(self):
+        yield from (list(range(start, start + 5)) for start in range(0, 40, 5))
+
+    def __len__(self):
+        return 8
+
+
+def test_rows_that_a_sampler_packs_count_as_one_pass(tmp_path):
+    class PackingTrainer(Trainer):
+        def get_train_dataloader(self):
+            sampler = _Packed(SequentialSampler(self.train_dataset), batch_size=1, drop_last=True)
+            return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+
+    rows = [{"input_ids": [1] * 100, "labels": [1] * 100, "attention_mask": [1] * 100}] * 40
+    callback = RefusalAnchorCallback(REFUSALS)
+    PackingTrainer(
+        get_peft_model(llama(), LORA),
+        arguments(TrainingArguments, tmp_path, max_steps=80, per_device_train_batch_size=1),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[callback],
+        processing_class=tokenizer(),
+    ).train()
+    assert callback.every == callback.anchor.affordable_every(500) < callback.anchor.affordable_every(100)
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])

@@ -14,11 +14,13 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.adapter_config import AdapterConfig
 from ..models.running import adapters_disabled
 from ..options import check_number, check_real
+from ..support.distributed import rank_and_world_size
 from ..support.module_names import listed
 from .anchor import COST, OFTEN, AnchorOptions, RefusalAnchor
 from .mixing import check_can_be_mixed_into, check_share, mix_refusals, number_of_refusals
@@ -93,7 +95,7 @@ class RefusalAnchorCallback(TrainerCallback):
         self.weight = weight
         self.every = every
         """None, where it is not given, until training begins."""
-        self._every_is_given = every is not None
+        self._chosen: int | None = None
         self.tokenizer = tokenizer
         self.seconds = 0.0
         """What the penalties took."""
@@ -131,10 +133,9 @@ class RefusalAnchorCallback(TrainerCallback):
                 _warn_of_a_trained_base(model, state.global_step)
             self.anchor = RefusalAnchor.of(model, tokenizer, self.requests, **self._options)
             self._made_for, self._last = weakref.ref(base), None
-        if not self._every_is_given:
-            tokens = _row_length(train_dataloader) * (state.train_batch_size or args.train_batch_size)
-            self.every = self._chosen_every(tokens, args.gradient_accumulation_steps, state.max_steps)
-        assert self.every is not None
+        if self.every is None or self.every == self._chosen:  # not given, nor set since
+            tokens = _tokens_of_a_pass(train_dataloader, state.train_batch_size or args.train_batch_size)
+            self.every = self._chosen = self._chosen_every(tokens, args.gradient_accumulation_steps, state.max_steps)
         times = max(0, state.max_steps - 1) // self.every
         if not times:
             logger.warning(
@@ -160,12 +161,12 @@ class RefusalAnchorCallback(TrainerCallback):
         logger.info("RefusalAnchorCallback acts at every %d. step: every was not given.", every)
         if 0 < times < _FEW and affordable > OFTEN:
             logger.warning(
-                "RefusalAnchorCallback acts %d times in this training, as often as costs at most %d %% of its time, "
-                "which keeps little. every=%d costs about %d %%.",
+                "RefusalAnchorCallback acts %d times in this training, at every %d. step, which costs about %d %% of "
+                "its time and keeps little.%s",
                 times,
-                round(100 * COST),
-                OFTEN,
-                round(100 * COST * affordable / OFTEN),
+                every,
+                round(100 * COST * affordable / every),
+                f" every={OFTEN} costs about {round(100 * COST * affordable / OFTEN)} %." if every > OFTEN else "",
             )
         return every
 
@@ -202,6 +203,17 @@ class RefusalAnchorCallback(TrainerCallback):
         """Put the last divergence beside the loss, in the trainer's history and for the callbacks behind this one."""
         if self._last is not None and logs is not None and "loss" in logs:
             logs["refusal_anchor/kl"] = state.log_history[-1]["refusal_anchor/kl"] = self._last.item()
+
+
+def _tokens_of_a_pass(dataloader: Any, batch_size: int) -> float:
+    """On one process; 0 where they are unknown."""
+    length = _row_length(dataloader)
+    sampler = getattr(dataloader, "batch_sampler", None)
+    sampler = getattr(sampler, "batch_sampler", sampler)  # of which accelerate gives each process a share
+    if not length or type(sampler) is BatchSampler or not hasattr(sampler, "__len__") or not len(dataloader):
+        return length * batch_size
+    # It packs rows, as many as there is room for.
+    return length * len(dataloader.dataset) / (len(dataloader) * rank_and_world_size()[1])
 
 
 def _row_length(dataloader: Any) -> float:
