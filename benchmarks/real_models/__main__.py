@@ -116,8 +116,13 @@ def command_line() -> argparse.ArgumentParser:
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
     steps = None if arguments.steps is None else tuple(int(step) for step in arguments.steps.split(","))
-    given = {"steps": steps, "seeds": arguments.seeds, "requests": arguments.num, "problems": arguments.problems}
-    given["anchor_every"] = arguments.anchor_every
+    given = {
+        "steps": steps,
+        "seeds": arguments.seeds,
+        "requests": arguments.num,
+        "problems": arguments.problems,
+        "anchor_every": arguments.anchor_every,
+    }
     scale = replace(SCALES[arguments.scale], **{name: value for name, value in given.items() if value is not None})
     setup = Setup(
         models=named_files(parser, "--model", arguments.model, taken=()),

@@ -122,9 +122,7 @@ def _wanted(setup: Setup) -> Iterator[Job]:
         yield from _rates(setup, model, "math", "all-linear")
         yield from _runs(setup, model, "sure", ("random-directions", "new-64+anchor"), "all-linear")
     for seed in range(1, setup.scale.seeds):
-        for task in others:
-            if task == "identity":
-                continue
+        for task in [task for task in others if task != "identity"]:
             for model in models:
                 yield from _runs(setup, model, task, NAMED, seed=seed)
 
