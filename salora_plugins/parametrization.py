@@ -544,16 +544,8 @@ def _shared_class(own_class: Any) -> Any:
     if type(base) is type:
         shared = _shared_classes[base] = _SharedClass(own_class.__name__, (base,), dict(vars(own_class)))
     shared.__setattr__ = _assign
-    shared.weight = property(_getter(_computed), own_class.weight.fset)
+    shared.weight = property(_weight, own_class.weight.fset)
     return shared
-
-
-def _computed(linear: Any) -> Tensor:
-    """
-    The weight, computed. torch's own getter belongs to one layer, which it keeps alive and whose weight
-    `parametrize.cached` would have it return for every layer of a shared class: no weight is kept there.
-    """
-    return linear.parametrizations["weight"]()
 
 
 def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
@@ -568,34 +560,36 @@ def register_safe_factor(linear: nn.Linear, factor: SafeFactor) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def _getter(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+def _weight(linear: Any) -> Tensor:
     """
-    What reads the weight: within a pass it is at hand, and is taken without the calls of two modules that torch's
-    parametrization makes. Spelled out, since on a small model every function that is called here counts.
+    What reads the weight of a layer of such a class: within a pass it is at hand, and is taken without the calls of two
+    modules that torch's parametrization makes. Spelled out, since on a small model every function that is called here
+    counts.
+
+    torch's own getter belongs to one layer, which it keeps alive and whose weight `parametrize.cached` would have it
+    return for every layer of a shared class: no weight is kept there.
     """
-    is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+    place: PassWeight | None = linear.__dict__["_pass_weight"]
+    if place is not None and not _is_compiling():
+        running = place.running
+        number = running.number
+        if (number == FORWARD_PASS or number == graph_task()) and running.grad is _is_grad_enabled():
+            index = place.index
+            found = running.weights[index]
+            if (
+                found is not None
+                and place.owner == id(linear)
+                and running.factors[index]._version == running.versions[index]
+                and (number == FORWARD_PASS or running.used[index])
+            ):
+                running.used[index] = True
+                return found
+    if "weight" not in linear.parametrizations:  # it is being removed from this layer of a shared class
+        raise AttributeError("weight")
+    return linear.parametrizations["weight"]()
 
-    def weight(linear: Any) -> Tensor:  # of the class that torch made
-        place: PassWeight | None = linear.__dict__["_pass_weight"]
-        if place is not None and not is_compiling():
-            running = place.running
-            number = running.number
-            if (number == FORWARD_PASS or number == graph_task()) and running.grad is is_grad_enabled():
-                index = place.index
-                found = running.weights[index]
-                if (
-                    found is not None
-                    and place.owner == id(linear)
-                    and running.factors[index]._version == running.versions[index]
-                    and (number == FORWARD_PASS or running.used[index])
-                ):
-                    running.used[index] = True
-                    return found
-        if "weight" not in linear.parametrizations:  # it is being removed from this layer of a shared class
-            raise AttributeError("weight")
-        return compute(linear)
 
-    return weight
+_is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 
 
 def _assign(linear: nn.Module, name: str, value: Any) -> None:
